@@ -1,0 +1,17 @@
+//! tallyd, a StatsD-compatible metrics agent. The modules stand in the order of a sample's way:
+//!
+//! ```text
+//! socket -> burst of datagrams -> lines -> Sample<'_> -> the worker's own shard == seal ==> ledger -> flush -> journal -> store
+//! (listen)                       (protocol)            (aggregate)                        (aggregate)        (store)   (redis)
+//!                                                                                            |-> scrape, JSON API (http)
+//! ```
+//!
+//! It goes one way. `protocol` knows bytes and nothing else, `aggregate` knows numbers and nothing else; both are pure,
+//! and everything that can fail stands around them. Nothing on the right is ever waited for by anything on the left.
+
+pub mod aggregate;
+pub mod clock;
+pub mod sample;
+pub mod store;
+pub mod telemetry;
+pub mod units;
