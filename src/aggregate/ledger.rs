@@ -1,18 +1,21 @@
 //! The ledger: each series' cumulative state on this agent and its window, in sharded lock-free maps.
 //!
-//! One thread folds sealed cells in. Scrape, API and flush read beside it: a read of a series is one atomic load of an
-//! immutable [`State`], so it takes no lock and never holds up the fold.
+//! One thread, which owns the [`Writer`], folds sealed cells in. Scrape, API and flush read beside it: a read of a series
+//! is one atomic load of an immutable [`State`], so it takes no lock and never holds up the fold.
 
-use std::borrow::Borrow;
-use std::hash::{Hash, Hasher};
+use std::hash::{BuildHasher, Hash, Hasher};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
+use foldhash::fast::RandomState;
 use serde::{Deserialize, Serialize};
 
 use super::Aggregate;
 use super::meter::Rates;
-use super::window::Window;
+use super::series::EXACT_MAX;
+use super::shard::{Budget, Sealed, SeriesId, cost};
+use super::window::{Window, start_of};
 use crate::sample::{Kind, SeriesKey};
 
 /// The cumulative figures of a series on this agent since it began: what the journal keeps.
@@ -28,6 +31,26 @@ pub struct Total {
     pub rates: Option<Rates>,
 }
 
+impl Total {
+    /// A series that begins now.
+    pub fn new(kind: Kind, now_ms: u64) -> Self {
+        let rates = (kind == Kind::Meter).then(|| Rates::new(now_ms));
+        Self { start_ms: now_ms, update_ms: now_ms, aggregate: Aggregate::new(kind), rates }
+    }
+
+    /// Adds what came until `now_ms`. `false` when a sum would not stay finite; then nothing changed.
+    pub fn add(&mut self, delta: &Aggregate, now_ms: u64) -> bool {
+        let finite = self.aggregate.merge(delta, 0);
+        if finite {
+            self.update_ms = self.update_ms.max(now_ms);
+            if let (Some(rates), Aggregate::Meter(marks)) = (&mut self.rates, delta) {
+                rates.mark(marks.count.value(), now_ms);
+            }
+        }
+        finite
+    }
+}
+
 /// A delta that is not yet known to be in the journal's outbox.
 #[derive(Debug, Clone)]
 pub struct Unshipped {
@@ -41,26 +64,98 @@ pub struct Unshipped {
 #[derive(Debug, Clone)]
 pub struct State {
     /// All the series' life.
-    pub total: Total,
+    pub total: Arc<Total>,
     /// The window that was written to last.
-    pub window: Option<Window>,
+    pub window: Option<Arc<Window>>,
     /// The window before it that was written to.
-    pub before: Option<Window>,
+    pub before: Option<Arc<Window>>,
     /// What no batch carries yet, oldest first; empty without a remote store.
     pub unshipped: Vec<Unshipped>,
+}
+
+impl State {
+    /// A state without windows.
+    pub fn new(total: Total) -> Self {
+        Self { total: Arc::new(total), window: None, before: None, unshipped: Vec::new() }
+    }
+
+    /// The window that begins at a moment, if anything came into it.
+    pub fn window_at(&self, start_ms: u64) -> Option<&Arc<Window>> {
+        [&self.window, &self.before].into_iter().flatten().find(|window| window.start_ms == start_ms)
+    }
+
+    /// Adds a cell that was sealed at `now_ms`.
+    fn fold(&self, cell: &Aggregate, kind: Kind, now_ms: u64, window_ms: u64) -> Option<Self> {
+        let start_ms = start_of(now_ms, window_ms);
+        let mut next = self.clone();
+        if !Arc::make_mut(&mut next.total).add(cell, now_ms) {
+            return None;
+        }
+        let late = |window: &Arc<Window>| start_ms < window.start_ms && start_ms + 2 * window_ms > window.start_ms;
+        if next.window.as_ref().is_some_and(late) {
+            add_to_window(&mut next.before, cell, kind, start_ms);
+        } else {
+            // Further back than a late shard can be, so the wall clock was set back: the window is a new one.
+            if next.window.as_ref().is_some_and(|window| window.start_ms != start_ms) {
+                next.before = next.window.take();
+            }
+            add_to_window(&mut next.window, cell, kind, start_ms);
+        }
+        Some(next)
+    }
+}
+
+/// Adds a cell to a window that stands at `start_ms`, replacing an older one; a cell older than the window is left out.
+fn add_to_window(place: &mut Option<Arc<Window>>, cell: &Aggregate, kind: Kind, start_ms: u64) {
+    let old = place.as_ref().map_or(0, |window| window.start_ms);
+    if place.is_none() || old < start_ms {
+        *place = Some(Arc::new(Window { start_ms, aggregate: Aggregate::new(kind) }));
+    }
+    match place {
+        Some(window) if window.start_ms == start_ms => {
+            // The total took the cell, and a window is a part of it, so its sums stay finite as well.
+            Arc::make_mut(window).aggregate.merge(cell, EXACT_MAX);
+        }
+        Some(_) | None => {}
+    }
 }
 
 /// One series of this agent.
 #[derive(Debug)]
 pub struct Series {
-    /// Its kind.
-    pub kind: Kind,
-    /// Its key.
-    pub key: SeriesKey,
+    id: Arc<SeriesId>,
     state: ArcSwap<State>,
+    /// The rest is the writer's own: how many shards know the series; whether it stands in a map, as it does from its
+    /// first sample on and not after a reset; whether the next flush takes it; when it was folded last.
+    holders: AtomicU32,
+    listed: AtomicBool,
+    changed: AtomicBool,
+    folded_at_ms: AtomicU64,
 }
 
 impl Series {
+    /// A series with a state, as a test or a reader of the journal makes it.
+    pub fn new(id: Arc<SeriesId>, state: State, now_ms: u64) -> Self {
+        Self {
+            id,
+            state: ArcSwap::from_pointee(state),
+            holders: AtomicU32::new(0),
+            listed: AtomicBool::new(false),
+            changed: AtomicBool::new(false),
+            folded_at_ms: AtomicU64::new(now_ms),
+        }
+    }
+
+    /// Its kind.
+    pub fn kind(&self) -> Kind {
+        self.id.kind
+    }
+
+    /// Its key.
+    pub fn key(&self) -> &SeriesKey {
+        &self.id.key
+    }
+
     /// The state as of the last fold.
     pub fn state(&self) -> Arc<State> {
         self.state.load_full()
@@ -76,4 +171,344 @@ pub struct Changed {
     pub state: Arc<State>,
     /// The samples since the flush before; `None` without a remote store.
     pub delta: Option<Arc<Aggregate>>,
+}
+
+/// A series in a map, found by kind and key.
+#[derive(Debug, Clone)]
+struct ByKey(Arc<Series>);
+
+impl PartialEq for ByKey {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.id == other.0.id
+    }
+}
+
+impl Eq for ByKey {}
+
+impl Hash for ByKey {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.id.hash(state);
+    }
+}
+
+impl papaya::Equivalent<ByKey> for SeriesId {
+    fn equivalent(&self, key: &ByKey) -> bool {
+        *self == *key.0.id
+    }
+}
+
+/// How many maps the ledger has. Each grows by itself, so a growth holds up no more than a part of the fold.
+const MAPS: usize = 64;
+
+/// All series of this agent.
+#[derive(Debug)]
+pub struct Ledger {
+    maps: Vec<papaya::HashSet<ByKey, RandomState>>,
+    hasher: RandomState,
+    window_ms: u64,
+    closed_until_ms: AtomicU64,
+}
+
+impl Ledger {
+    /// An empty ledger with windows of this length.
+    pub fn new(window_ms: u64) -> Self {
+        // Blocking resize: incremental resize was measured to cost 4 to 10 times as much at a million keys.
+        let map = || papaya::HashSet::builder().hasher(RandomState::default()).resize_mode(papaya::ResizeMode::Blocking);
+        Self {
+            maps: (0..MAPS).map(|_| map().build()).collect(),
+            hasher: RandomState::default(),
+            window_ms,
+            closed_until_ms: AtomicU64::new(0),
+        }
+    }
+
+    /// The length of a window in milliseconds.
+    pub fn window_ms(&self) -> u64 {
+        self.window_ms
+    }
+
+    /// The end of the last window that all shards have delivered.
+    pub fn closed_until_ms(&self) -> u64 {
+        self.closed_until_ms.load(Ordering::Acquire)
+    }
+
+    /// The series of a kind and a key.
+    pub fn get(&self, id: &SeriesId) -> Option<Arc<Series>> {
+        self.map(id).pin().get(id).map(|found| Arc::clone(&found.0))
+    }
+
+    /// How many series there are.
+    pub fn len(&self) -> usize {
+        self.maps.iter().map(papaya::HashSet::len).sum()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.maps.iter().all(papaya::HashSet::is_empty)
+    }
+
+    /// Shows every series, in no order. Those that come or go meanwhile may be shown or not.
+    pub fn for_each(&self, mut each: impl FnMut(&Arc<Series>)) {
+        for map in &self.maps {
+            for series in &map.pin() {
+                each(&series.0);
+            }
+        }
+    }
+
+    fn insert(&self, series: &Arc<Series>) {
+        series.listed.store(true, Ordering::Relaxed);
+        self.map(&series.id).pin().insert(ByKey(Arc::clone(series)));
+    }
+
+    fn remove(&self, series: &Series) {
+        series.listed.store(false, Ordering::Relaxed);
+        self.map(&series.id).pin().remove(&*series.id);
+    }
+
+    fn map(&self, id: &SeriesId) -> &papaya::HashSet<ByKey, RandomState> {
+        &self.maps[self.hasher.hash_one(id) as usize % MAPS]
+    }
+}
+
+/// What the writer knows of one shard.
+#[derive(Debug, Default)]
+struct ShardSeries {
+    by_number: Vec<Option<Arc<Series>>>,
+}
+
+impl ShardSeries {
+    fn set(&mut self, number: u32, series: Arc<Series>) {
+        let place = number as usize;
+        if place >= self.by_number.len() {
+            self.by_number.resize(place + 1, None);
+        }
+        self.by_number[place] = Some(series);
+    }
+}
+
+/// The one writer of a ledger.
+#[derive(Debug)]
+pub struct Writer {
+    ledger: Arc<Ledger>,
+    budget: Arc<Budget>,
+    shards: Vec<ShardSeries>,
+    changed: Vec<Arc<Series>>,
+    /// The number of the flush that will carry what is folded now; kept only with a remote store.
+    flush: u64,
+    remote: bool,
+    /// What came and went since this was asked last, by kind.
+    pub created: [u64; Kind::ALL.len()],
+    /// Series freed since this was asked last, by kind.
+    pub expired: [u64; Kind::ALL.len()],
+    /// Cells that a total refused because it would not have stayed finite.
+    pub overflowed: u64,
+}
+
+impl Writer {
+    /// The writer for `shards` shards. With `remote`, deltas are kept for batches; `flush` is the number of the next one.
+    pub fn new(ledger: Arc<Ledger>, budget: Arc<Budget>, shards: usize, remote: bool, flush: u64) -> Self {
+        Self {
+            ledger,
+            budget,
+            shards: (0..shards).map(|_| ShardSeries::default()).collect(),
+            changed: Vec::new(),
+            flush,
+            remote,
+            created: [0; Kind::ALL.len()],
+            expired: [0; Kind::ALL.len()],
+            overflowed: 0,
+        }
+    }
+
+    /// Puts back a series that the journal holds, at the start.
+    pub fn restore(&mut self, kind: Kind, key: SeriesKey, total: Total, now_ms: u64) {
+        let id = Arc::new(SeriesId { kind, key });
+        self.budget.force(1, cost(&id.key));
+        let series = Arc::new(Series::new(Arc::clone(&id), State::new(total), now_ms));
+        self.ledger.insert(&series);
+    }
+
+    /// Folds in what a shard sealed at `at_ms`. `recall` is asked for the total of a series that the ledger does not
+    /// hold: it may be one that was idle and expired.
+    pub fn fold(
+        &mut self,
+        shard: usize,
+        sealed: &mut Sealed,
+        at_ms: u64,
+        mut recall: impl FnMut(&SeriesId) -> Option<Total>,
+    ) {
+        for number in sealed.released.drain(..) {
+            self.release(shard, number);
+        }
+        for new in sealed.new.drain(..) {
+            let series = self.join(&new.id, at_ms, &mut recall);
+            self.shards[shard].set(new.number, series);
+        }
+        for (number, cell) in sealed.cells.drain() {
+            if let Some(series) = self.listed(shard, number, at_ms, &cell) {
+                self.fold_cell(&series, &cell, at_ms);
+            }
+        }
+    }
+
+    /// Says that every shard has delivered what it received before a moment.
+    pub fn close_until(&self, at_ms: u64) {
+        self.ledger.closed_until_ms.store(start_of(at_ms, self.ledger.window_ms), Ordering::Release);
+    }
+
+    /// Takes what changed since the last time, and begins the next flush.
+    pub fn take_changed(&mut self) -> Vec<Changed> {
+        let flush = self.flush;
+        self.flush += 1;
+        let take = |series: Arc<Series>| {
+            series.changed.store(false, Ordering::Relaxed);
+            let state = series.state();
+            let delta = state.unshipped.iter().find(|unshipped| unshipped.flush == flush);
+            let delta = delta.map(|unshipped| Arc::clone(&unshipped.delta));
+            series.listed.load(Ordering::Relaxed).then_some(Changed { series, state, delta })
+        };
+        self.changed.drain(..).filter_map(take).collect()
+    }
+
+    /// Whether the next flush has anything to take.
+    pub fn has_changed(&self) -> bool {
+        !self.changed.is_empty()
+    }
+
+    /// The number of the flush that [`Writer::take_changed`] takes next.
+    pub fn next_flush(&self) -> u64 {
+        self.flush
+    }
+
+    /// Drops the deltas that batches carry now: those of flushes up to `flush`.
+    pub fn committed(&self, flush: u64, series: &[Arc<Series>]) {
+        for series in series {
+            let mut state = State::clone(&series.state.load());
+            state.unshipped.retain(|unshipped| unshipped.flush > flush);
+            series.state.store(Arc::new(state));
+        }
+    }
+
+    /// Lets a series start again from nothing: it is gone until its next sample. `false` when the ledger does not hold it.
+    pub fn reset(&mut self, id: &SeriesId) -> bool {
+        let Some(series) = self.ledger.get(id) else { return false };
+        if series.holders.load(Ordering::Relaxed) == 0 {
+            self.budget.refund(1, cost(&series.id.key));
+        }
+        self.ledger.remove(&series);
+        true
+    }
+
+    /// The series that were not folded since `before_ms(kind)`: those no shard knows are freed at once, of the others the
+    /// shards are to be asked, each for the numbers it gave them.
+    pub fn expire(&mut self, before_ms: impl Fn(Kind) -> u64) -> Vec<Vec<u32>> {
+        let idle = |series: &Series| {
+            !series.changed.load(Ordering::Relaxed)
+                && series.folded_at_ms.load(Ordering::Relaxed) < before_ms(series.kind())
+        };
+        let mut orphans = Vec::new();
+        self.ledger.for_each(|series| {
+            if series.holders.load(Ordering::Relaxed) == 0 && idle(series) {
+                orphans.push(Arc::clone(series));
+            }
+        });
+        for series in orphans {
+            self.budget.refund(1, cost(&series.id.key));
+            self.forget(&series);
+        }
+        let numbers = |shard: &ShardSeries| {
+            let numbered = shard.by_number.iter().enumerate();
+            let idle = numbered.filter(|(_, series)| series.as_ref().is_some_and(|series| idle(series)));
+            idle.map(|(number, _)| number as u32).collect()
+        };
+        self.shards.iter().map(numbers).collect()
+    }
+
+    fn fold_cell(&mut self, series: &Arc<Series>, cell: &Aggregate, at_ms: u64) {
+        let Some(mut next) = series.state.load().fold(cell, series.kind(), at_ms, self.ledger.window_ms) else {
+            self.overflowed += 1;
+            return;
+        };
+        if self.remote {
+            add_unshipped(&mut next.unshipped, cell, self.flush);
+        }
+        series.state.store(Arc::new(next));
+        series.folded_at_ms.store(at_ms, Ordering::Relaxed);
+        if !series.listed.load(Ordering::Relaxed) {
+            self.ledger.insert(series);
+        }
+        if !series.changed.swap(true, Ordering::Relaxed) {
+            self.changed.push(Arc::clone(series));
+        }
+    }
+
+    /// The series to which a shard's cell goes, begun again if it was reset; none for a cell without samples.
+    fn listed(&mut self, shard: usize, number: u32, now_ms: u64, cell: &Aggregate) -> Option<Arc<Series>> {
+        let series = Arc::clone(self.shards[shard].by_number.get(number as usize)?.as_ref()?);
+        if cell.samples() == 0 {
+            return None;
+        }
+        if series.listed.load(Ordering::Relaxed) {
+            return Some(series);
+        }
+        if let Some(other) = self.ledger.get(&series.id) {
+            // Another shard began it again first.
+            other.holders.fetch_add(1, Ordering::Relaxed);
+            self.shards[shard].set(number, Arc::clone(&other));
+            return Some(other);
+        }
+        if series.changed.load(Ordering::Relaxed) || series.folded_at_ms.load(Ordering::Relaxed) != 0 {
+            series.state.store(Arc::new(State::new(Total::new(series.kind(), now_ms))));
+        }
+        Some(series)
+    }
+
+    /// The series of a key that a shard has begun to use.
+    fn join(
+        &mut self,
+        id: &Arc<SeriesId>,
+        now_ms: u64,
+        recall: &mut impl FnMut(&SeriesId) -> Option<Total>,
+    ) -> Arc<Series> {
+        if let Some(series) = self.ledger.get(id) {
+            // The shard charged the series as its own; the ledger, or another shard, has done so before.
+            let bytes = if series.holders.fetch_add(1, Ordering::Relaxed) == 0 { cost(&id.key) } else { 0 };
+            self.budget.refund(1, bytes);
+            return series;
+        }
+        self.created[id.kind as usize] += 1;
+        let total = recall(id).unwrap_or_else(|| Total::new(id.kind, now_ms));
+        let series = Arc::new(Series::new(Arc::clone(id), State::new(total), 0));
+        series.holders.store(1, Ordering::Relaxed);
+        series
+    }
+
+    fn release(&mut self, shard: usize, number: u32) {
+        let place = self.shards[shard].by_number.get_mut(number as usize);
+        let Some(series) = place.and_then(Option::take) else { return };
+        if series.holders.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.forget(&series);
+        } else {
+            // The shard gave the whole charge back, and another still holds the series.
+            self.budget.force(1, 0);
+        }
+    }
+
+    fn forget(&mut self, series: &Arc<Series>) {
+        if series.listed.load(Ordering::Relaxed) {
+            self.expired[series.kind() as usize] += 1;
+            self.ledger.remove(series);
+        }
+    }
+}
+
+/// Adds a cell to the delta of a flush.
+fn add_unshipped(unshipped: &mut Vec<Unshipped>, cell: &Aggregate, flush: u64) {
+    match unshipped.last_mut() {
+        Some(last) if last.flush == flush => {
+            Arc::make_mut(&mut last.delta).merge(cell, 0);
+        }
+        Some(_) | None => unshipped.push(Unshipped { flush, delta: Arc::new(cell.clone()) }),
+    }
 }

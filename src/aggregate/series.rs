@@ -308,6 +308,17 @@ impl Aggregate {
         }
     }
 
+    /// How many readings were received; of a set, how many members it holds.
+    pub fn samples(&self) -> u64 {
+        match self {
+            Self::Counter(counter) => counter.samples,
+            Self::Gauge(gauge) => gauge.samples,
+            Self::Observed(observed) => observed.n,
+            Self::Set(members) => members.cardinality(),
+            Self::Meter(marks) => marks.samples,
+        }
+    }
+
     /// Adds what another of the same kind keeps; of its exact values as many stay exact as `exact_max` has room for.
     /// `false` when a sum would not stay finite (nothing changed) or the kinds differ.
     pub fn merge(&mut self, other: &Self, exact_max: usize) -> bool {
