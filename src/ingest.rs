@@ -1,0 +1,471 @@
+//! A worker's hot path: bytes into lines, lines into the worker's own shard, and the tally of what became of them.
+//!
+//! A [`Worker`] belongs to one thread. It never waits: when a seal is due, or a reader has asked for one, the next
+//! [`Worker::turn`] hands the shard's cells to the fold through a channel and goes on with empty ones. If the fold is so
+//! far behind that none of the cells handed over came back, the worker keeps counting into those it has.
+//!
+//! Metrics: `tallyd_lines_*`, `tallyd_samples_*`, `tallyd_series_refused_total`, `tallyd_seals_total`, published at seals.
+
+mod rejects;
+mod tally;
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use crossbeam_channel::{Receiver, Sender, unbounded};
+
+pub use rejects::{Limits, Rejected, Rejects};
+use tally::Tally;
+
+use crate::aggregate::shard::{Budget, Cells, Sealed, Shard};
+use crate::clock::Clock;
+use crate::protocol::{self, Body, Event, Parser, Reject, ServiceCheck, Sink};
+use crate::sample::{Kind, Reason, Sample};
+use crate::telemetry;
+
+/// By which way bytes came in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Listener {
+    /// UDP datagrams.
+    Udp,
+    /// Lines on a TCP stream.
+    Tcp,
+    /// Datagrams of a unix socket.
+    Unixgram,
+    /// Length-prefixed messages on a unix stream.
+    Unix,
+    /// Bodies of `POST /ingest/metrics`.
+    Http,
+}
+
+impl Listener {
+    /// Every listener, in the order of their declaration.
+    pub const ALL: [Self; 5] = [Self::Udp, Self::Tcp, Self::Unixgram, Self::Unix, Self::Http];
+
+    /// Its name in metrics and logs.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Udp => "udp",
+            Self::Tcp => "tcp",
+            Self::Unixgram => "unixgram",
+            Self::Unix => "unix",
+            Self::Http => "http",
+        }
+    }
+}
+
+/// Who sent something.
+#[derive(Debug, Clone, Copy)]
+pub struct Source {
+    /// The way it came.
+    pub listener: Listener,
+    /// The sender's address, where the way has addresses.
+    pub address: Option<SocketAddr>,
+}
+
+impl Source {
+    /// Tells senders of absolute counters apart: by host, since a client's port changes with each of its sockets.
+    fn host(&self) -> u64 {
+        match self.address.map(|address| address.ip().to_canonical()) {
+            Some(std::net::IpAddr::V4(ip)) => u64::from(u32::from(ip)),
+            Some(std::net::IpAddr::V6(ip)) => {
+                let bits = u128::from(ip);
+                (bits >> 64) as u64 ^ bits as u64
+            }
+            None => u64::MAX,
+        }
+    }
+}
+
+/// What a reload may change under a worker.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    /// How lines are read.
+    pub protocol: protocol::Config,
+    /// How long their parts may be.
+    pub limits: protocol::Limits,
+}
+
+/// What a seal delivers to the fold.
+#[derive(Debug)]
+pub struct Delivery {
+    /// The worker's number.
+    pub worker: usize,
+    /// The newest question that the seal answers: it began after that was asked.
+    pub answers: u64,
+    /// The moment to whose window the cells belong: the seal's due time less a millisecond, or when it was asked for.
+    pub at_ms: u64,
+    /// All that the worker received before this moment has been delivered.
+    pub complete_until_ms: u64,
+    /// The cells and names.
+    pub sealed: Sealed,
+    /// This is the worker's last.
+    pub last: bool,
+}
+
+/// What the fold gives back to a worker.
+#[derive(Debug)]
+pub enum Returned {
+    /// Drained cells.
+    Cells(Cells),
+    /// Series that the ledger wants to expire.
+    Retire(Vec<u32>),
+}
+
+/// How to reach a worker.
+struct Seat {
+    returned: Sender<Returned>,
+    wake: Box<dyn Fn() + Send + Sync>,
+}
+
+/// The workers of an agent, and the questions of those who wait for a seal.
+pub struct Workers {
+    seats: Mutex<Vec<Arc<Seat>>>,
+    asked: AtomicU64,
+    deliveries: Sender<Delivery>,
+    settings: ArcSwap<Settings>,
+    budget: Arc<Budget>,
+    rejects: Arc<Rejects>,
+    interval_ms: u64,
+}
+
+impl Workers {
+    /// No workers yet. Seals are due at multiples of `interval_ms`; the receiver is the fold's.
+    pub fn new(
+        settings: Settings,
+        budget: Arc<Budget>,
+        rejects: Arc<Rejects>,
+        interval_ms: u64,
+    ) -> (Arc<Self>, Receiver<Delivery>) {
+        // Bounded by its use: a worker has at most `CELLS_OUT` deliveries on their way.
+        let (deliveries, receiver) = unbounded();
+        let settings = ArcSwap::from_pointee(settings);
+        let asked = AtomicU64::new(0);
+        let seats = Mutex::new(Vec::new());
+        (Arc::new(Self { seats, asked, deliveries, settings, budget, rejects, interval_ms }), receiver)
+    }
+
+    /// A new worker. `wake` is called by other threads when it must take a turn although nothing comes in.
+    pub fn register(self: &Arc<Self>, wake: impl Fn() + Send + Sync + 'static) -> Worker {
+        let (returned, receiver) = unbounded();
+        let mut seats = self.seats.lock().unwrap_or_else(PoisonError::into_inner);
+        seats.push(Arc::new(Seat { returned, wake: Box::new(wake) }));
+        Worker::new(Arc::clone(self), seats.len() - 1, receiver)
+    }
+
+    /// How many workers there are.
+    pub fn len(&self) -> usize {
+        self.seats.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Asks every worker for a seal that begins after this call. The answer is the number to look for in
+    /// [`Delivery::answers`].
+    pub fn ask(&self) -> u64 {
+        let asked = self.asked.fetch_add(1, Ordering::AcqRel) + 1;
+        let seats = self.seats.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        seats.iter().for_each(|seat| (seat.wake)());
+        asked
+    }
+
+    /// Gives something back to a worker.
+    pub fn give_back(&self, worker: usize, returned: Returned) {
+        let seat = self.seats.lock().unwrap_or_else(PoisonError::into_inner).get(worker).map(Arc::clone);
+        if let Some(seat) = seat {
+            // A worker that is gone needs nothing any more.
+            drop(seat.returned.send(returned));
+        }
+    }
+
+    /// Changes how lines are read, at each worker's next turn.
+    pub fn set(&self, settings: Settings) {
+        self.settings.store(Arc::new(settings));
+    }
+
+    /// How lines are read.
+    pub fn settings(&self) -> Arc<Settings> {
+        self.settings.load_full()
+    }
+}
+
+/// How many seals of a worker may be on their way.
+const CELLS_OUT: usize = 3;
+
+/// One owner of sockets with its shard.
+pub struct Worker {
+    parser: Parser,
+    core: Core,
+    port: Port,
+}
+
+/// Where the parser puts what it found.
+struct Core {
+    shard: Shard,
+    settings: Arc<Settings>,
+    source: Source,
+    now_ms: u64,
+    tally: Tally,
+    /// What became of the line that is being read: whether something was accepted, and the first reason against it.
+    accepted: bool,
+    reason: Option<Reason>,
+    answer: Option<Answer>,
+    rejects: Arc<Rejects>,
+}
+
+/// The worker's end of the hand-over.
+struct Port {
+    workers: Arc<Workers>,
+    number: usize,
+    returned: Receiver<Returned>,
+    clock: Clock,
+    out: usize,
+    answered: u64,
+    due_ms: u64,
+}
+
+/// What became of the records of one HTTP body.
+#[derive(Debug, Clone, Default)]
+pub struct Answer {
+    /// The form of the body.
+    pub form: Body,
+    /// Records of which something was accepted.
+    pub accepted: u64,
+    /// Records of which nothing was.
+    pub rejected: u64,
+    /// The first of the records that were rejected, with their index from 0.
+    pub errors: Vec<RecordError>,
+}
+
+/// Why a record of an HTTP body was rejected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RecordError {
+    /// Its place in the body, from 0.
+    pub index: u64,
+    /// Why.
+    pub reason: Reason,
+    /// The byte of the record, from 0, where that was seen.
+    pub column: usize,
+}
+
+/// How many errors an [`Answer`] names.
+const ERRORS_NAMED: usize = 100;
+
+impl Worker {
+    fn new(workers: Arc<Workers>, number: usize, returned: Receiver<Returned>) -> Self {
+        let settings = workers.settings();
+        let mut clock = Clock::default();
+        let now_ms = clock.stamp_ms();
+        let core = Core {
+            shard: Shard::new(Arc::clone(&workers.budget)),
+            settings: Arc::clone(&settings),
+            source: Source { listener: Listener::Udp, address: None },
+            now_ms,
+            tally: Tally::default(),
+            accepted: false,
+            reason: None,
+            answer: None,
+            rejects: Arc::clone(&workers.rejects),
+        };
+        let due_ms = next_due(now_ms, workers.interval_ms);
+        let answered = workers.asked.load(Ordering::Acquire);
+        let port = Port { workers, number, returned, clock, out: 0, answered, due_ms };
+        Self { parser: Parser::new(&settings.protocol, &settings.limits), core, port }
+    }
+
+    /// Reads one datagram.
+    #[inline]
+    pub fn datagram(&mut self, bytes: &[u8], source: Source) {
+        self.core.source = source;
+        self.parser.datagram(bytes, &mut self.core);
+    }
+
+    /// Reads one line of a stream, without its line feed.
+    #[inline]
+    pub fn line(&mut self, line: &[u8], source: Source) {
+        self.core.source = source;
+        self.parser.line(line, 1, &mut self.core);
+    }
+
+    /// Counts a line that the transport could not accept.
+    pub fn refuse(&mut self, reason: Reason, bytes: &[u8], source: Source) {
+        self.core.source = source;
+        self.core.reject(&Reject { reason, line: 1, column: 0, bytes });
+        self.core.line_end();
+    }
+
+    /// Reads an HTTP body.
+    pub fn body(&mut self, body: &[u8], source: Source) -> Answer {
+        self.core.source = source;
+        self.core.answer = Some(Answer::default());
+        let form = self.parser.body(body, &mut self.core);
+        Answer { form, ..self.core.answer.take().unwrap_or_default() }
+    }
+
+    /// Whether a reader has asked for a seal that this worker has not answered.
+    #[inline]
+    pub fn seal_asked(&self) -> bool {
+        self.port.workers.asked.load(Ordering::Acquire) != self.port.answered
+    }
+
+    /// Does what is due between two bursts, and says how long the worker may then wait for the next one.
+    pub fn turn(&mut self) -> Duration {
+        self.take_returned();
+        let now_ms = self.port.clock.wall_ms();
+        self.core.now_ms = self.port.clock.stamp_ms();
+        let interval_ms = self.port.workers.interval_ms;
+        // A wall clock that was set back must not put the next seal off.
+        let due = now_ms >= self.port.due_ms || self.port.due_ms > now_ms + interval_ms;
+        if due || self.seal_asked() {
+            self.seal(now_ms, due);
+        }
+        Duration::from_millis(self.port.due_ms.saturating_sub(now_ms).clamp(1, 1_000))
+    }
+
+    /// Delivers what is left and ends.
+    pub fn close(mut self) {
+        self.take_returned();
+        let now_ms = self.port.clock.wall_ms();
+        self.deliver(now_ms, now_ms, self.port.answered, true);
+    }
+
+    fn take_returned(&mut self) {
+        while let Ok(returned) = self.port.returned.try_recv() {
+            match returned {
+                Returned::Cells(cells) => {
+                    self.port.out -= 1;
+                    self.core.shard.give_back(cells);
+                }
+                Returned::Retire(numbers) => self.core.shard.retire(&numbers),
+            }
+        }
+    }
+
+    fn seal(&mut self, now_ms: u64, due: bool) {
+        if self.port.out >= CELLS_OUT {
+            return;
+        }
+        let answers = self.port.workers.asked.load(Ordering::Acquire);
+        let due_ms = self.port.due_ms;
+        let late = due && now_ms >= due_ms && now_ms - due_ms < self.port.workers.interval_ms;
+        let (at_ms, complete_until_ms) = if late { (due_ms - 1, due_ms) } else { (now_ms, now_ms) };
+        telemetry_seal(due);
+        self.deliver(at_ms, complete_until_ms, answers, false);
+        self.port.answered = answers;
+        self.port.due_ms = next_due(now_ms, self.port.workers.interval_ms);
+        self.take_settings();
+    }
+
+    fn deliver(&mut self, at_ms: u64, complete_until_ms: u64, answers: u64, last: bool) {
+        self.core.tally.refused += self.core.shard.take_refused();
+        self.core.tally.publish();
+        let sealed = self.core.shard.seal();
+        self.port.out += 1;
+        let delivery = Delivery { worker: self.port.number, answers, at_ms, complete_until_ms, sealed, last };
+        // The fold ends after the last worker; if it ended before, there is nobody to count for.
+        drop(self.port.workers.deliveries.send(delivery));
+    }
+
+    fn take_settings(&mut self) {
+        let settings = self.port.workers.settings.load();
+        if !Arc::ptr_eq(&settings, &self.core.settings) {
+            self.core.settings = Arc::clone(&settings);
+            self.parser = Parser::new(&settings.protocol, &settings.limits);
+        }
+    }
+}
+
+fn telemetry_seal(due: bool) {
+    telemetry::SEALS.counter(&[if due { "due" } else { "asked" }]).increment(1);
+}
+
+fn next_due(now_ms: u64, interval_ms: u64) -> u64 {
+    (now_ms / interval_ms + 1) * interval_ms
+}
+
+impl Core {
+    /// The number of a sample's series, admitted if this is its first sample here.
+    #[inline]
+    fn series(&mut self, sample: &Sample<'_>, kind: Kind) -> Result<u32, Reason> {
+        match self.shard.find(kind, &sample.identity) {
+            Ok(number) => Ok(number),
+            Err(vacancy) => {
+                let settings = &self.settings;
+                let (key, bad_tags) = protocol::series_key(&sample.identity, &settings.protocol, &settings.limits)?;
+                self.bad_tags(bad_tags);
+                Ok(self.shard.admit(vacancy, kind, &sample.identity, key))
+            }
+        }
+    }
+
+    fn try_sample(&mut self, sample: &Sample<'_>) -> Result<u64, Reason> {
+        let number = self.series(sample, sample.wire.kind())?;
+        let source = self.source.host();
+        self.shard.add(number, sample.wire, &sample.value, sample.rate, self.now_ms, source)
+    }
+}
+
+impl Sink for Core {
+    #[inline]
+    fn sample(&mut self, sample: &Sample<'_>) {
+        match self.try_sample(sample) {
+            Ok(values) => {
+                self.accepted = true;
+                self.tally.of(self.source.listener).samples += values;
+            }
+            Err(reason) => {
+                let bytes = match sample.identity {
+                    crate::sample::Identity::Line { name, .. } => name,
+                    crate::sample::Identity::Key(key) => key.as_bytes(),
+                };
+                self.reject(&Reject { reason, line: 1, column: 0, bytes });
+            }
+        }
+    }
+
+    fn event(&mut self, _event: &Event<'_>) {
+        self.accepted = true;
+    }
+
+    fn service_check(&mut self, _check: &ServiceCheck<'_>) {
+        self.accepted = true;
+    }
+
+    fn reject(&mut self, reject: &Reject<'_>) {
+        self.tally.of(self.source.listener).samples_rejected[reject.reason as usize] += 1;
+        if self.reason.is_none() {
+            self.reason = Some(reject.reason);
+            if let Some(answer) = self.answer.as_mut().filter(|answer| answer.errors.len() < ERRORS_NAMED) {
+                let index = answer.accepted + answer.rejected;
+                answer.errors.push(RecordError { index, reason: reject.reason, column: reject.column });
+            }
+        }
+        self.rejects.note(reject, self.source, self.now_ms);
+    }
+
+    fn bad_tags(&mut self, count: u32) {
+        self.tally.bad_tags += u64::from(count);
+    }
+
+    #[inline]
+    fn line_end(&mut self) {
+        let accepted = std::mem::take(&mut self.accepted);
+        let reason = self.reason.take();
+        let tally = self.tally.of(self.source.listener);
+        tally.lines += 1;
+        match reason {
+            Some(reason) if !accepted => tally.lines_rejected[reason as usize] += 1,
+            Some(_) | None => tally.lines_accepted += 1,
+        }
+        if let Some(answer) = &mut self.answer {
+            if accepted { answer.accepted += 1 } else { answer.rejected += 1 }
+        }
+    }
+}

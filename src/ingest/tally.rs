@@ -1,0 +1,64 @@
+//! What became of lines and samples, counted by the worker alone and published at its seals.
+
+use metrics::Counter;
+
+use super::Listener;
+use crate::sample::Reason;
+use crate::telemetry;
+
+/// What came by one listener since the last publication.
+#[derive(Debug, Clone, Default)]
+pub(super) struct ListenerTally {
+    pub(super) lines: u64,
+    pub(super) lines_accepted: u64,
+    pub(super) lines_rejected: [u64; Reason::ALL.len()],
+    pub(super) samples: u64,
+    pub(super) samples_rejected: [u64; Reason::ALL.len()],
+}
+
+/// What came to one worker since the last publication.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    by_listener: [ListenerTally; Listener::ALL.len()],
+    pub(super) bad_tags: u64,
+    pub(super) refused: u64,
+}
+
+impl Tally {
+    /// The counts of a listener.
+    #[inline]
+    pub(super) fn of(&mut self, listener: Listener) -> &mut ListenerTally {
+        &mut self.by_listener[listener as usize]
+    }
+
+    /// Adds the counts to the exported metrics and starts again from zero.
+    pub(super) fn publish(&mut self) {
+        for listener in Listener::ALL {
+            let tally = &mut self.by_listener[listener as usize];
+            if tally.lines > 0 {
+                publish_listener(listener.name(), &std::mem::take(tally));
+            }
+        }
+        add(&mut self.bad_tags, || telemetry::TAGS_REJECTED.counter(&[]));
+        add(&mut self.refused, || telemetry::SERIES_REFUSED.counter(&["budget"]));
+    }
+}
+
+fn publish_listener(listener: &str, tally: &ListenerTally) {
+    add(&mut tally.lines.clone(), || telemetry::LINES.counter(&[listener]));
+    add(&mut tally.lines_accepted.clone(), || telemetry::LINES_ACCEPTED.counter(&[listener]));
+    add(&mut tally.samples.clone(), || telemetry::SAMPLES.counter(&[listener]));
+    for reason in Reason::ALL {
+        let labels = [listener, reason.name()];
+        add(&mut tally.lines_rejected[reason as usize].clone(), || telemetry::LINES_REJECTED.counter(&labels));
+        add(&mut tally.samples_rejected[reason as usize].clone(), || telemetry::SAMPLES_REJECTED.counter(&labels));
+    }
+}
+
+/// Moves a count into a metric, which is registered only when there is something to count.
+fn add(count: &mut u64, metric: impl FnOnce() -> Counter) {
+    let count = std::mem::take(count);
+    if count > 0 {
+        metric().increment(count);
+    }
+}
