@@ -146,6 +146,11 @@ impl Series {
         }
     }
 
+    /// Kind and key.
+    pub fn id(&self) -> &SeriesId {
+        &self.id
+    }
+
     /// Its kind.
     pub fn kind(&self) -> Kind {
         self.id.kind
@@ -297,7 +302,9 @@ pub struct Writer {
     /// The number of the flush that will carry what is folded now; kept only with a remote store.
     flush: u64,
     remote: bool,
-    /// What came and went since this was asked last, by kind.
+    /// Series in the ledger, by kind.
+    pub held: [u64; Kind::ALL.len()],
+    /// Series made since this was asked last, by kind.
     pub created: [u64; Kind::ALL.len()],
     /// Series freed since this was asked last, by kind.
     pub expired: [u64; Kind::ALL.len()],
@@ -306,15 +313,16 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// The writer for `shards` shards. With `remote`, deltas are kept for batches; `flush` is the number of the next one.
-    pub fn new(ledger: Arc<Ledger>, budget: Arc<Budget>, shards: usize, remote: bool, flush: u64) -> Self {
+    /// The writer of an empty ledger. With `remote`, deltas are kept for batches; `flush` is the number of the next one.
+    pub fn new(ledger: Arc<Ledger>, budget: Arc<Budget>, remote: bool, flush: u64) -> Self {
         Self {
             ledger,
             budget,
-            shards: (0..shards).map(|_| ShardSeries::default()).collect(),
+            shards: Vec::new(),
             changed: Vec::new(),
             flush,
             remote,
+            held: [0; Kind::ALL.len()],
             created: [0; Kind::ALL.len()],
             expired: [0; Kind::ALL.len()],
             overflowed: 0,
@@ -326,7 +334,7 @@ impl Writer {
         let id = Arc::new(SeriesId { kind, key });
         self.budget.force(1, cost(&id.key));
         let series = Arc::new(Series::new(Arc::clone(&id), State::new(total), now_ms));
-        self.ledger.insert(&series);
+        self.insert(&series);
     }
 
     /// Folds in what a shard sealed at `at_ms`. `recall` is asked for the total of a series that the ledger does not
@@ -338,6 +346,9 @@ impl Writer {
         at_ms: u64,
         mut recall: impl FnMut(&SeriesId) -> Option<Total>,
     ) {
+        if self.shards.len() <= shard {
+            self.shards.resize_with(shard + 1, ShardSeries::default);
+        }
         for number in sealed.released.drain(..) {
             self.release(shard, number);
         }
@@ -396,7 +407,7 @@ impl Writer {
         if series.holders.load(Ordering::Relaxed) == 0 {
             self.budget.refund(1, cost(&series.id.key));
         }
-        self.ledger.remove(&series);
+        self.remove(&series);
         true
     }
 
@@ -436,7 +447,7 @@ impl Writer {
         series.state.store(Arc::new(next));
         series.folded_at_ms.store(at_ms, Ordering::Relaxed);
         if !series.listed.load(Ordering::Relaxed) {
-            self.ledger.insert(series);
+            self.insert(series);
         }
         if !series.changed.swap(true, Ordering::Relaxed) {
             self.changed.push(Arc::clone(series));
@@ -498,8 +509,18 @@ impl Writer {
     fn forget(&mut self, series: &Arc<Series>) {
         if series.listed.load(Ordering::Relaxed) {
             self.expired[series.kind() as usize] += 1;
-            self.ledger.remove(series);
+            self.remove(series);
         }
+    }
+
+    fn insert(&mut self, series: &Arc<Series>) {
+        self.held[series.kind() as usize] += 1;
+        self.ledger.insert(series);
+    }
+
+    fn remove(&mut self, series: &Series) {
+        self.held[series.kind() as usize] -= 1;
+        self.ledger.remove(series);
     }
 }
 

@@ -1,0 +1,600 @@
+//! Every interval: seal, fold, journal, ship.
+//!
+//! Two threads. The fold receives what the workers seal, writes the ledger, tells waiting readers when what they asked for
+//! is in it, closes windows and expires idle series. The flush writes what changed into the journal, one transaction an
+//! interval; while it is busy the fold goes on, and the next flush takes more. Neither is ever waited for by a worker.
+//!
+//! Metrics: `tallyd_series*`, `tallyd_fold_seconds`, `tallyd_flush*`, `tallyd_lost_total`.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwapOption;
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+
+use crate::aggregate::ledger::{Changed, Ledger, Series, Total, Writer};
+use crate::aggregate::shard::{Budget, SeriesId};
+use crate::clock;
+use crate::ingest::{Delivery, Returned, Workers};
+use crate::sample::Kind;
+use crate::store::journal::{self, Journal};
+use crate::telemetry;
+use crate::units::Time;
+
+/// The section `[flush]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Config {
+    /// How often what changed is written out; it must divide `window`.
+    pub interval: Time,
+    /// How long the windows of statistics are.
+    pub window: Time,
+    /// The percentiles of Etsy's flush figures; negative ones are of the top.
+    pub percentiles: Vec<f64>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { interval: Time::secs(1), window: Time::secs(10), percentiles: vec![90.0] }
+    }
+}
+
+/// The rows of `[limits]` about idle series.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Limits {
+    /// After how long without a sample a series is freed from memory.
+    pub idle: Time,
+    /// The same for gauges.
+    pub idle_gauges: Time,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { idle: Time::secs(3_600), idle_gauges: Time::secs(86_400) }
+    }
+}
+
+/// Seals that readers ask for begin at most this often.
+const ASK_EVERY: Duration = Duration::from_millis(50);
+
+/// How late a shard may deliver before windows close and flushes go on without it.
+const LATE_MS: u64 = 2_000;
+
+/// After how long a flush that failed is tried again when nothing new comes.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What the fold is told by others.
+enum Order {
+    /// Answer when a seal that starts now is folded.
+    Fresh(oneshot::Sender<()>),
+    /// Let series start again from nothing, and answer when that is kept.
+    Delete(Vec<SeriesId>, oneshot::Sender<()>),
+    /// A flush is in the journal.
+    Committed(u64, Vec<Arc<Series>>),
+    /// End when every worker has delivered its last, or at the deadline.
+    Stop(Instant),
+}
+
+/// The running fold, as others see it.
+#[derive(Clone)]
+pub struct Fold {
+    orders: Sender<Order>,
+    status: Arc<Status>,
+}
+
+/// How fold and flush are doing.
+#[derive(Debug, Default)]
+pub struct Status {
+    problem: ArcSwapOption<String>,
+    flushed_until_ms: AtomicU64,
+}
+
+impl Status {
+    /// Why the last flush failed, if it did.
+    pub fn problem(&self) -> Option<String> {
+        self.problem.load().as_deref().cloned()
+    }
+
+    /// Up to when accepted samples are in the journal, in milliseconds since the epoch.
+    pub fn flushed_until_ms(&self) -> u64 {
+        self.flushed_until_ms.load(Ordering::Acquire)
+    }
+}
+
+impl Fold {
+    /// Waits until a seal that starts after this call is folded: what was accepted before it can then be read.
+    pub async fn fresh(&self) {
+        let (answer, folded) = oneshot::channel();
+        if self.orders.send(Order::Fresh(answer)).is_ok() {
+            // It ends unanswered when the agent stops; the ledger is then as fresh as it will be.
+            drop(folded.await);
+        }
+    }
+
+    /// Lets series start again from nothing. `false` when the agent stops before that is kept.
+    pub async fn delete(&self, series: Vec<SeriesId>) -> bool {
+        let (answer, kept) = oneshot::channel();
+        self.orders.send(Order::Delete(series, answer)).is_ok() && kept.await.is_ok()
+    }
+
+    /// How fold and flush are doing.
+    pub fn status(&self) -> &Status {
+        &self.status
+    }
+}
+
+/// Called after each commit, with the number of the flush.
+pub type OnCommit = Box<dyn Fn(u64) + Send>;
+
+/// What the threads work on.
+pub struct Parts {
+    /// The workers that deliver.
+    pub workers: Arc<Workers>,
+    /// What they deliver.
+    pub deliveries: Receiver<Delivery>,
+    /// Where it goes.
+    pub ledger: Arc<Ledger>,
+    /// What the series are charged to.
+    pub budget: Arc<Budget>,
+    /// Where it is kept; none with `store.kind = "memory"`.
+    pub journal: Option<Arc<Journal>>,
+    /// Whether deltas are to be kept for a remote store.
+    pub remote: bool,
+    /// Wakes those who ship.
+    pub on_commit: OnCommit,
+}
+
+/// Fold and flush, running.
+pub struct Running {
+    fold: Fold,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Running {
+    /// Reads the ledger back from the journal and starts both threads.
+    ///
+    /// # Errors
+    /// When the journal cannot be read or a thread cannot be started.
+    pub fn start(parts: Parts, config: &Config, limits: &Limits) -> Result<Self, Error> {
+        let (orders, inbox) = unbounded();
+        let status = Arc::new(Status::default());
+        let mut folding = Folding::new(parts, inbox, config, limits)?;
+        let mut threads = Vec::new();
+        if let Some(journal) = folding.journal.clone() {
+            let (jobs, taken) = bounded(1);
+            let on_commit = std::mem::replace(&mut folding.on_commit, Box::new(|_| {}));
+            let flushing =
+                Flushing { journal, jobs: taken, orders: orders.clone(), status: Arc::clone(&status), on_commit };
+            folding.jobs = Some(jobs);
+            threads.push(spawn("flush", move || flushing.run())?);
+        }
+        threads.insert(0, spawn("fold", move || folding.run())?);
+        Ok(Self { fold: Fold { orders, status }, threads })
+    }
+
+    /// The fold, for those who read or delete.
+    pub fn fold(&self) -> Fold {
+        self.fold.clone()
+    }
+
+    /// Waits until every worker has delivered its last, at most until the deadline, and what they delivered is flushed.
+    pub fn stop(self, deadline: Instant) {
+        drop(self.fold.orders.send(Order::Stop(deadline)));
+        for thread in self.threads {
+            drop(thread.join());
+        }
+    }
+}
+
+/// Why fold and flush could not start.
+#[derive(Debug)]
+pub enum Error {
+    /// The journal could not be read back.
+    Journal(journal::Error),
+    /// A thread could not be started.
+    Thread(io::Error),
+}
+
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, Error> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(run).map_err(Error::Thread)
+}
+
+/// What the fold knows of a worker.
+#[derive(Debug, Clone, Copy, Default)]
+struct Seen {
+    answers: u64,
+    complete_until_ms: u64,
+    last: bool,
+}
+
+/// The fold's thread.
+struct Folding {
+    workers: Arc<Workers>,
+    deliveries: Receiver<Delivery>,
+    orders: Receiver<Order>,
+    ledger: Arc<Ledger>,
+    writer: Writer,
+    budget: Arc<Budget>,
+    journal: Option<Arc<Journal>>,
+    on_commit: OnCommit,
+    jobs: Option<Sender<Job>>,
+    seen: Vec<Seen>,
+    readers: Readers,
+    deleted: Vec<SeriesId>,
+    deleters: Vec<oneshot::Sender<()>>,
+    interval_ms: u64,
+    next_flush_ms: u64,
+    limits: Limits,
+    next_expiry: Instant,
+    stop: Option<Instant>,
+}
+
+/// Those who wait for a seal.
+struct Readers {
+    /// Asked since the last question to the workers.
+    waiting: Vec<oneshot::Sender<()>>,
+    /// The question the workers have not all answered, and who waits for it.
+    open: Option<(u64, Vec<oneshot::Sender<()>>)>,
+    opened: Option<Instant>,
+}
+
+impl Readers {
+    /// When the next question may be asked, if somebody waits for it.
+    fn due(&self) -> Option<Instant> {
+        if self.waiting.is_empty() || self.open.is_some() {
+            return None;
+        }
+        Some(self.opened.map_or_else(Instant::now, |opened| opened + ASK_EVERY))
+    }
+}
+
+impl Folding {
+    fn new(parts: Parts, orders: Receiver<Order>, config: &Config, limits: &Limits) -> Result<Self, Error> {
+        let flush = parts.journal.as_ref().map_or(0, |journal| journal.last_flush()) + 1;
+        let (ledger, budget) = (parts.ledger, parts.budget);
+        let mut writer = Writer::new(Arc::clone(&ledger), Arc::clone(&budget), parts.remote, flush);
+        if let Some(journal) = &parts.journal {
+            restore(&mut writer, journal, limits).map_err(Error::Journal)?;
+        }
+        let interval_ms = config.interval.as_millis();
+        Ok(Self {
+            workers: parts.workers,
+            deliveries: parts.deliveries,
+            orders,
+            ledger,
+            writer,
+            budget,
+            journal: parts.journal,
+            on_commit: parts.on_commit,
+            jobs: None,
+            seen: Vec::new(),
+            readers: Readers { waiting: Vec::new(), open: None, opened: None },
+            deleted: Vec::new(),
+            deleters: Vec::new(),
+            interval_ms,
+            next_flush_ms: next_multiple(clock::wall_ms(), interval_ms),
+            limits: limits.clone(),
+            next_expiry: Instant::now() + expire_every(limits),
+            stop: None,
+        })
+    }
+
+    fn run(mut self) {
+        while !self.is_done() {
+            let timeout = self.timeout();
+            crossbeam_channel::select! {
+                recv(self.deliveries) -> delivery => if let Ok(delivery) = delivery { self.fold(delivery) },
+                recv(self.orders) -> order => if let Ok(order) = order { self.obey(order) },
+                default(timeout) => {}
+            }
+            self.answer_readers();
+            self.flush_if_due();
+            self.expire_if_due();
+        }
+        self.finish();
+    }
+
+    fn is_done(&self) -> bool {
+        let Some(deadline) = self.stop else { return false };
+        let delivered = self.seen.len() == self.workers.len() && self.seen.iter().all(|seen| seen.last);
+        delivered || Instant::now() >= deadline
+    }
+
+    fn timeout(&self) -> Duration {
+        let until_flush = Duration::from_millis(self.next_flush_ms.saturating_sub(clock::wall_ms()).clamp(5, 1_000));
+        let until_due = self.readers.due().map_or(until_flush, |due| due.saturating_duration_since(Instant::now()));
+        until_flush.min(until_due)
+    }
+
+    fn fold(&mut self, mut delivery: Delivery) {
+        let begun = Instant::now();
+        let journal = self.journal.as_deref();
+        let recall = |id: &SeriesId| journal.and_then(|journal| recall(journal, id));
+        self.writer.fold(delivery.worker, &mut delivery.sealed, delivery.at_ms, recall);
+        self.workers.give_back(delivery.worker, Returned::Cells(delivery.sealed.cells));
+        if self.seen.len() <= delivery.worker {
+            self.seen.resize(delivery.worker + 1, Seen::default());
+        }
+        let Delivery { answers, complete_until_ms, last, .. } = delivery;
+        self.seen[delivery.worker] = Seen { answers, complete_until_ms, last };
+        telemetry::FOLD_SECONDS.histogram(&[]).record(begun.elapsed());
+        self.publish();
+    }
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Fresh(answer) => self.readers.waiting.push(answer),
+            Order::Delete(series, answer) => {
+                for id in &series {
+                    self.writer.reset(id);
+                }
+                self.deleted.extend(series);
+                self.deleters.push(answer);
+            }
+            Order::Committed(flush, series) => self.writer.committed(flush, &series),
+            Order::Stop(deadline) => self.stop = Some(deadline),
+        }
+    }
+
+    /// Asks the workers when readers wait, and answers the readers when all workers have answered.
+    fn answer_readers(&mut self) {
+        if let Some((asked, _)) = &self.readers.open {
+            let asked = *asked;
+            let answered = self.seen.len() == self.workers.len()
+                && self.seen.iter().all(|seen| seen.last || seen.answers >= asked);
+            if answered && let Some((_, readers)) = self.readers.open.take() {
+                // A reader that is gone needs no answer.
+                readers.into_iter().for_each(|reader| drop(reader.send(())));
+            }
+        }
+        if self.readers.due().is_some_and(|due| due <= Instant::now()) {
+            let waiting = std::mem::take(&mut self.readers.waiting);
+            self.readers.opened = Some(Instant::now());
+            self.readers.open = Some((self.workers.ask(), waiting));
+        }
+    }
+
+    /// Closes windows, and hands what changed to the flush when every worker has sealed or one is too late.
+    fn flush_if_due(&mut self) {
+        let now_ms = clock::wall_ms();
+        if self.next_flush_ms > now_ms + self.interval_ms {
+            // The wall clock was set back.
+            self.next_flush_ms = next_multiple(now_ms, self.interval_ms);
+        }
+        let complete = self.seen.iter().filter(|seen| !seen.last).map(|seen| seen.complete_until_ms).min();
+        let complete = complete.unwrap_or(now_ms).max(now_ms.saturating_sub(LATE_MS));
+        self.writer.close_until(complete);
+        let due = complete >= self.next_flush_ms;
+        if due {
+            self.next_flush_ms = next_multiple(complete, self.interval_ms);
+        }
+        if due || !self.deleters.is_empty() {
+            self.flush(complete);
+        }
+    }
+
+    /// Gives the flush what changed, unless it is still busy with what it got before.
+    fn flush(&mut self, until_ms: u64) {
+        let Some(jobs) = &self.jobs else {
+            self.writer.take_changed();
+            self.deleters.drain(..).for_each(|deleter| drop(deleter.send(())));
+            self.deleted.clear();
+            return;
+        };
+        if jobs.is_full() {
+            return;
+        }
+        let flush = self.writer.next_flush();
+        let job = Job {
+            flush,
+            changed: self.writer.take_changed(),
+            deleted: std::mem::take(&mut self.deleted),
+            deleters: std::mem::take(&mut self.deleters),
+            until_ms,
+        };
+        // It can only fail when the flush's thread has ended, after the last job.
+        drop(jobs.send(job));
+    }
+
+    fn expire_if_due(&mut self) {
+        if Instant::now() < self.next_expiry {
+            return;
+        }
+        self.next_expiry = Instant::now() + expire_every(&self.limits);
+        if self.jobs.as_ref().is_some_and(Sender::is_full) {
+            // The journal is behind: a series freed now could come back from it as it was before.
+            return;
+        }
+        let now_ms = clock::wall_ms();
+        let Limits { idle, idle_gauges } = self.limits;
+        let before_ms = |kind| now_ms.saturating_sub(if kind == Kind::Gauge { idle_gauges } else { idle }.as_millis());
+        for (worker, numbers) in self.writer.expire(before_ms).into_iter().enumerate() {
+            if !numbers.is_empty() {
+                self.workers.give_back(worker, Returned::Retire(numbers));
+            }
+        }
+        self.publish();
+    }
+
+    fn publish(&mut self) {
+        for kind in Kind::ALL {
+            let (created, expired) =
+                (&mut self.writer.created[kind as usize], &mut self.writer.expired[kind as usize]);
+            let held = telemetry::SERIES.gauge(&[kind.json()]);
+            if *created > 0 {
+                telemetry::SERIES_CREATED.counter(&[kind.json()]).increment(*created);
+            }
+            if *expired > 0 {
+                telemetry::SERIES_EXPIRED.counter(&[kind.json()]).increment(*expired);
+            }
+            (*created, *expired) = (0, 0);
+            held.set(self.writer.held[kind as usize] as f64);
+        }
+        if self.writer.overflowed > 0 {
+            telemetry::LOST.counter(&["non_finite"]).increment(std::mem::take(&mut self.writer.overflowed));
+        }
+        telemetry::SERIES_MEMORY_BYTES.gauge(&[]).set(self.budget.bytes() as f64);
+    }
+
+    /// Folds what is left and flushes it.
+    fn finish(mut self) {
+        while let Ok(delivery) = self.deliveries.try_recv() {
+            self.fold(delivery);
+        }
+        self.writer.close_until(clock::wall_ms());
+        if let Some(jobs) = self.jobs.take() {
+            let job = Job {
+                flush: self.writer.next_flush(),
+                changed: self.writer.take_changed(),
+                deleted: std::mem::take(&mut self.deleted),
+                deleters: std::mem::take(&mut self.deleters),
+                until_ms: clock::wall_ms(),
+            };
+            drop(jobs.send(job));
+        }
+        let windows = self.ledger.closed_until_ms();
+        tracing::debug!(series = self.ledger.len(), windows, "fold ended");
+    }
+}
+
+fn next_multiple(now_ms: u64, interval_ms: u64) -> u64 {
+    (now_ms / interval_ms + 1) * interval_ms
+}
+
+/// Idle series are looked for twenty times in the time after which they expire, at least each minute.
+fn expire_every(limits: &Limits) -> Duration {
+    (limits.idle.0.min(limits.idle_gauges.0) / 20).clamp(Duration::from_millis(100), Duration::from_secs(60))
+}
+
+/// Puts back the series that were not idle for too long.
+fn restore(writer: &mut Writer, journal: &Journal, limits: &Limits) -> Result<(), journal::Error> {
+    let now_ms = clock::wall_ms();
+    journal.totals(|kind, key, total| {
+        let idle = if kind == Kind::Gauge { limits.idle_gauges } else { limits.idle };
+        if total.update_ms + idle.as_millis() > now_ms {
+            writer.restore(kind, key, total, now_ms);
+        }
+    })
+}
+
+fn recall(journal: &Journal, id: &SeriesId) -> Option<Total> {
+    journal.total(id.kind, &id.key).unwrap_or_else(|error| {
+        tracing::error!(%error, series = %id.key, "the journal could not be read for a series that returned");
+        telemetry::LOST.counter(&["journal_unreadable"]).increment(1);
+        None
+    })
+}
+
+/// What one flush writes.
+struct Job {
+    flush: u64,
+    changed: Vec<Changed>,
+    deleted: Vec<SeriesId>,
+    deleters: Vec<oneshot::Sender<()>>,
+    until_ms: u64,
+}
+
+impl Job {
+    /// Puts a later job on top of one that could not be written.
+    fn absorb(&mut self, later: Self) {
+        self.changed.retain(|changed| {
+            !later.deleted.iter().any(|id| id.kind == changed.series.kind() && id.key == *changed.series.key())
+        });
+        let mut places: HashMap<*const Series, usize> = HashMap::new();
+        for (place, changed) in self.changed.iter().enumerate() {
+            places.insert(Arc::as_ptr(&changed.series), place);
+        }
+        for changed in later.changed {
+            match places.entry(Arc::as_ptr(&changed.series)) {
+                Entry::Occupied(place) => add_changed(&mut self.changed[*place.get()], changed),
+                Entry::Vacant(_) => self.changed.push(changed),
+            }
+        }
+        self.flush = later.flush;
+        self.until_ms = later.until_ms;
+        self.deleted.extend(later.deleted);
+        self.deleters.extend(later.deleters);
+    }
+}
+
+fn add_changed(earlier: &mut Changed, later: Changed) {
+    if let (Some(sum), Some(delta)) = (&mut earlier.delta, &later.delta) {
+        Arc::make_mut(sum).merge(delta, 0);
+    } else if earlier.delta.is_none() {
+        earlier.delta = later.delta;
+    }
+    earlier.state = later.state;
+}
+
+/// The flush's thread.
+struct Flushing {
+    journal: Arc<Journal>,
+    jobs: Receiver<Job>,
+    orders: Sender<Order>,
+    status: Arc<Status>,
+    on_commit: OnCommit,
+}
+
+impl Flushing {
+    fn run(self) {
+        let mut unwritten: Option<Job> = None;
+        loop {
+            let next = if unwritten.is_some() { self.jobs.recv_timeout(RETRY) } else { self.wait() };
+            match (next, &mut unwritten) {
+                (Ok(job), Some(earlier)) => earlier.absorb(job),
+                (Ok(job), None) => unwritten = Some(job),
+                (Err(RecvTimeoutError::Timeout), _) => {}
+                (Err(RecvTimeoutError::Disconnected), _) => break,
+            }
+            if let Some(job) = unwritten.take() {
+                unwritten = self.write(job).err();
+            }
+        }
+        if let Some(job) = unwritten.and_then(|job| self.write(job).err()) {
+            let problem = self.status.problem().unwrap_or_default();
+            tracing::error!(series = job.changed.len(), problem, "stopped with changes that the journal did not take");
+        }
+    }
+
+    fn wait(&self) -> Result<Job, RecvTimeoutError> {
+        self.jobs.recv().map_err(|_| RecvTimeoutError::Disconnected)
+    }
+
+    /// Writes a job in one transaction. The error is the job, for the next attempt.
+    fn write(&self, job: Job) -> Result<(), Job> {
+        let begun = Instant::now();
+        let deleted: Vec<_> = job.deleted.iter().map(|id| (id.kind, id.key.clone())).collect();
+        if let Err(error) = self.journal.commit(job.flush, &job.changed, &deleted, job.until_ms) {
+            if self.status.problem().is_none() {
+                tracing::error!(%error, "the journal could not be written; counting goes on in memory");
+            }
+            self.status.problem.store(Some(Arc::new(format!("journal: {error}"))));
+            let behind = clock::wall_ms().saturating_sub(self.status.flushed_until_ms());
+            telemetry::FLUSH_LAG_SECONDS.gauge(&[]).set(behind as f64 / 1e3);
+            return Err(job);
+        }
+        if self.status.problem.swap(None).is_some() {
+            tracing::info!("the journal is written again");
+        }
+        self.status.flushed_until_ms.store(job.until_ms, Ordering::Release);
+        telemetry::FLUSHES.counter(&[]).increment(1);
+        telemetry::FLUSH_SECONDS.histogram(&[]).record(begun.elapsed());
+        let lag_ms = clock::wall_ms().saturating_sub(job.until_ms);
+        telemetry::FLUSH_LAG_SECONDS.gauge(&[]).set(lag_ms as f64 / 1e3);
+        if job.changed.iter().any(|changed| changed.delta.is_some()) {
+            let series = job.changed.into_iter().map(|changed| changed.series).collect();
+            drop(self.orders.send(Order::Committed(job.flush, series)));
+        }
+        job.deleters.into_iter().for_each(|deleter| drop(deleter.send(())));
+        (self.on_commit)(job.flush);
+        Ok(())
+    }
+}
