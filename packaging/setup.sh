@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Installs what a fresh Debian machine with Rust lacks: `setup.sh` to build tallyd, `setup.sh tests` to test it as well.
+# Says nothing when nothing is missing. Needs root only then.
+set -euo pipefail
+
+# program that shows whether it is there : package that brings it
+build=(cc:build-essential)
+tests=(redis-server:redis-server prometheus:prometheus promtool:prometheus nc:netcat-openbsd curl:curl python3:python3 jq:jq)
+
+wanted=("${build[@]}")
+if [ "${1:-}" = tests ]; then wanted+=("${tests[@]}"); fi
+
+missing=()
+for pair in "${wanted[@]}"; do
+  command -v "${pair%%:*}" >/dev/null 2>&1 || missing+=("${pair##*:}")
+done
+[ ${#missing[@]} -gt 0 ] || exit 0
+
+as_root=()
+if [ "$(id -u)" -ne 0 ]; then as_root=(sudo); fi
+# The packages' own services are not wanted: tests start servers of their own, on free ports.
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+  printf '#!/bin/sh\nexit 101\n' | "${as_root[@]}" tee "$policy" >/dev/null
+  "${as_root[@]}" chmod 755 "$policy"
+  trap '"${as_root[@]}" rm -f "$policy"' EXIT
+fi
+log=$(mktemp)
+if ! { "${as_root[@]}" apt-get update -qq &&
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >"$log" 2>&1; then
+  cat "$log" >&2
+  echo "setup.sh: apt-get could not install: ${missing[*]}" >&2
+  exit 69
+fi
+rm -f "$log"
