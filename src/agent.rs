@@ -1,0 +1,323 @@
+//! Start, reload, stop: the order of things.
+//!
+//! Start: own metrics, addresses of HTTP, journal, ledger and flush, store, API, then listeners, and the line `ready` on
+//! standard error. Stop: `/-/ready` says 503, the listeners read what the kernel holds, shards seal and close, the last
+//! flush, the store's turn, then HTTP ends. What is left at the deadline is in the journal.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::LocalSet;
+
+use crate::aggregate::ledger::Ledger;
+use crate::aggregate::shard::Budget;
+use crate::config::{Config, Kind};
+use crate::flush::{self, Parts, Running};
+use crate::http::{self, Api, Health, Reload};
+use crate::ingest::{Rejects, Settings, Worker, Workers};
+use crate::listen::{self, Listeners};
+use crate::store::journal::{self, Journal};
+use crate::telemetry;
+use crate::view::View;
+
+/// Why an agent could not start.
+#[derive(Debug)]
+pub enum Error {
+    /// A listener for lines.
+    Listen(listen::Error),
+    /// A listener for requests.
+    Http(http::Error),
+    /// The journal.
+    Journal(journal::Error),
+    /// Fold and flush.
+    Flush(flush::Error),
+    /// Our own metrics.
+    Telemetry(telemetry::Error),
+    /// A thread, a runtime or a signal.
+    System(io::Error),
+}
+
+impl Error {
+    /// The exit code, after sysexits.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Listen(error) => error.exit_code(),
+            Self::Http(error) => error.exit_code(),
+            Self::Journal(error) | Self::Flush(flush::Error::Journal(error)) => error.exit_code(),
+            Self::Flush(flush::Error::Thread(_)) | Self::Telemetry(_) | Self::System(_) => 74,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Listen(error) => error.fmt(f),
+            Self::Http(error) => error.fmt(f),
+            Self::Journal(error) | Self::Flush(flush::Error::Journal(error)) => error.fmt(f),
+            Self::Telemetry(error) => error.fmt(f),
+            Self::Flush(flush::Error::Thread(error)) | Self::System(error) => {
+                write!(f, "tallyd: {error}; raise the limit of threads or open files")
+            }
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Runs an agent until SIGTERM or SIGINT. `reload` reads the configuration again, on SIGHUP and `POST /-/reload`; its
+/// error is what is wrong with it.
+///
+/// # Errors
+/// When a part cannot start.
+pub fn run(config: Config, mut reload: impl FnMut() -> Result<Config, String>) -> Result<(), Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::System)?;
+    let (orders, inbox) = mpsc::channel(1);
+    let agent = Agent::start(&config, orders)?;
+    agent.say_ready();
+    let told = runtime.block_on(agent.obey(inbox, &mut reload)).map_err(Error::System);
+    agent.stop(config.limits.agent.stop.0);
+    told
+}
+
+/// The row of `[limits]` that bounds a stop.
+pub mod limits {
+    use serde::{Deserialize, Serialize};
+
+    use crate::units::Time;
+
+    /// The row of `[limits]` that bounds a stop.
+    #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+    #[serde(default)]
+    pub struct Limits {
+        /// How long a stop may take; what is left then is in the journal.
+        pub stop: Time,
+    }
+
+    impl Default for Limits {
+        fn default() -> Self {
+            Self { stop: Time::secs(20) }
+        }
+    }
+}
+
+/// A running agent.
+struct Agent {
+    workers: Arc<Workers>,
+    running: Running,
+    api: Thread,
+    listeners: Listeners,
+    health: Arc<Health>,
+    exporter: telemetry::Exporter,
+    bound: BTreeMap<String, Vec<String>>,
+}
+
+impl Agent {
+    fn start(config: &Config, orders: mpsc::Sender<Reload>) -> Result<Self, Error> {
+        let exporter = telemetry::install().map_err(Error::Telemetry)?;
+        let sockets = HttpSockets::bind(&config.http).map_err(Error::Http)?;
+        let journal = open_journal(config).map_err(Error::Journal)?;
+        let ledger = Arc::new(Ledger::new(config.flush.window.as_millis()));
+        let budget = Arc::new(Budget::new(&config.limits.aggregate));
+        let rejects = Arc::new(Rejects::new(&config.limits.ingest));
+        let interval_ms = config.flush.interval.as_millis();
+        let (workers, deliveries) =
+            Workers::new(settings(config), Arc::clone(&budget), Arc::clone(&rejects), interval_ms);
+        let parts = Parts {
+            workers: Arc::clone(&workers),
+            deliveries,
+            ledger: Arc::clone(&ledger),
+            budget,
+            journal: journal.clone(),
+            remote: false,
+            on_commit: Box::new(|_| {}),
+        };
+        let running = Running::start(parts, &config.flush, &config.limits.flush).map_err(Error::Flush)?;
+        let view = View::new(ledger, running.fold(), journal, rejects);
+        let health = Arc::new(Health::default());
+        let mut bound = sockets.bound();
+        let api = Api {
+            view,
+            percentiles: config.flush.percentiles.clone(),
+            health: Arc::clone(&health),
+            reload: orders,
+            prometheus: config.prometheus.clone(),
+            exporter: exporter.clone(),
+        };
+        let HttpSockets { ingest, api: api_sockets, scrape } = sockets;
+        let api = start_api(api_sockets, scrape, api, config)?;
+        let listeners = start_listeners(ingest, config, &workers)?;
+        for (name, addresses) in [("udp", listeners.udp()), ("tcp", listeners.tcp())] {
+            bound.insert(name.to_owned(), addresses.iter().map(ToString::to_string).collect());
+        }
+        for warning in listeners.warnings() {
+            tracing::warn!("{warning}");
+        }
+        health.started(bound.clone());
+        Ok(Self { workers, running, api, listeners, health, exporter, bound })
+    }
+
+    /// The line that scripts and tests wait for.
+    #[allow(clippy::print_stderr, reason = "the contract's line, whatever the level of the log")]
+    fn say_ready(&self) {
+        let addresses = self.bound.iter().flat_map(|(name, list)| list.iter().map(move |address| format!(" {name}={address}")));
+        eprintln!("ready{}", addresses.collect::<String>());
+    }
+
+    /// Serves signals and orders until one says stop.
+    async fn obey(
+        &self,
+        mut orders: mpsc::Receiver<Reload>,
+        reload: &mut impl FnMut() -> Result<Config, String>,
+    ) -> io::Result<()> {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut hangup = signal(SignalKind::hangup())?;
+        let mut second = tokio::time::interval(Duration::from_secs(1));
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => return Ok(()),
+                _ = interrupt.recv() => return Ok(()),
+                _ = hangup.recv() => drop(self.reload(reload)),
+                Some(answer) = orders.recv() => drop(answer.send(self.reload(reload).err().into_iter().collect())),
+                _ = second.tick() => self.exporter.upkeep(),
+            }
+        }
+    }
+
+    /// Takes a new configuration, or refuses it as a whole.
+    fn reload(&self, reload: &mut impl FnMut() -> Result<Config, String>) -> Result<(), String> {
+        let config = reload().inspect_err(|error| tracing::error!("the configuration is refused: {error}"))?;
+        self.workers.set(settings(&config));
+        Ok(())
+    }
+
+    fn stop(self, within: Duration) {
+        tracing::info!("stopping");
+        let deadline = Instant::now() + within;
+        self.health.stopping();
+        self.listeners.stop(within / 2);
+        self.running.stop(deadline);
+        self.api.stop();
+        tracing::info!("stopped");
+    }
+}
+
+fn settings(config: &Config) -> Settings {
+    Settings { protocol: config.protocol.clone(), limits: config.limits.protocol.clone() }
+}
+
+fn open_journal(config: &Config) -> Result<Option<Arc<Journal>>, journal::Error> {
+    let with_outbox = match config.store.kind {
+        Kind::Memory => return Ok(None),
+        Kind::Embedded => false,
+        Kind::Redis => true,
+    };
+    let (journal, opened) =
+        Journal::open(&config.state_dir, &config.store.embedded, &config.limits.journal, with_outbox)?;
+    tracing::info!(?opened, directory = %config.state_dir.display(), "the journal is open");
+    Ok(Some(Arc::new(journal)))
+}
+
+/// The listening sockets of all HTTP servers, bound before anything else starts, since that is what goes wrong first.
+struct HttpSockets {
+    ingest: Vec<TcpListener>,
+    api: Vec<TcpListener>,
+    scrape: Vec<TcpListener>,
+}
+
+impl HttpSockets {
+    fn bind(config: &http::Config) -> Result<Self, http::Error> {
+        Ok(Self {
+            ingest: http::bind("ingest", &config.ingest)?,
+            api: http::bind("api", &config.api)?,
+            scrape: http::bind("scrape", &config.scrape)?,
+        })
+    }
+
+    fn bound(&self) -> BTreeMap<String, Vec<String>> {
+        let of = |listeners: &[TcpListener]| {
+            listeners.iter().filter_map(|listener| listener.local_addr().ok()).map(|a: SocketAddr| a.to_string()).collect()
+        };
+        [("ingest", &self.ingest), ("api", &self.api), ("scrape", &self.scrape)]
+            .map(|(name, listeners)| (name.to_owned(), of(listeners)))
+            .into()
+    }
+}
+
+/// A thread with a runtime that ends when it is told to.
+struct Thread {
+    stop: oneshot::Sender<()>,
+    thread: JoinHandle<()>,
+}
+
+impl Thread {
+    fn stop(self) {
+        // Both fail only when it has ended already.
+        drop(self.stop.send(()));
+        drop(self.thread.join());
+    }
+}
+
+fn start_api(listeners: Vec<TcpListener>, scrape: Vec<TcpListener>, api: Api, config: &Config) -> Result<Thread, Error> {
+    let (stop, stopped) = oneshot::channel();
+    let (started, outcome) = std::sync::mpsc::channel();
+    let (http, limits) = (config.http.clone(), config.limits.http.clone());
+    let run = move || {
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => return drop(started.send(Err(Error::System(error)))),
+        };
+        LocalSet::new().block_on(&runtime, async {
+            match http::start_api(listeners, scrape, api, &http, &limits) {
+                Ok(server) => {
+                    drop(started.send(Ok(())));
+                    // An agent that is gone without a word stops as well.
+                    drop(stopped.await);
+                    server.stop(http::GRACE).await;
+                }
+                Err(error) => drop(started.send(Err(Error::Http(error)))),
+            }
+        });
+    };
+    let thread = std::thread::Builder::new().name("api".to_owned()).spawn(run).map_err(Error::System)?;
+    match outcome.recv() {
+        Ok(result) => result.map(|()| Thread { stop, thread }),
+        Err(_) => Err(Error::System(io::Error::other("the API's thread ended at once"))),
+    }
+}
+
+/// Starts the listeners for lines, and HTTP ingest beside them on the stream worker's thread.
+fn start_listeners(ingest: Vec<TcpListener>, config: &Config, workers: &Arc<Workers>) -> Result<Listeners, Error> {
+    let (http, limits) = (config.http.clone(), config.limits.http.clone());
+    let (started, outcome) = std::sync::mpsc::channel();
+    let beside = move |worker: Rc<RefCell<Worker>>, mut ends: watch::Receiver<bool>| async move {
+        match http::start_ingest(ingest, worker, &http, &limits) {
+            Ok(server) => {
+                drop(started.send(Ok(())));
+                // An error means that the listeners are gone, which is an end as well.
+                drop(ends.wait_for(|ends| *ends).await);
+                server.stop(http::GRACE).await;
+            }
+            Err(error) => drop(started.send(Err(error))),
+        }
+    };
+    let listeners = listen::start(&config.listen, &config.limits.listen, workers, beside).map_err(Error::Listen)?;
+    match outcome.recv() {
+        Ok(Ok(())) => Ok(listeners),
+        Ok(Err(error)) => {
+            listeners.stop(Duration::ZERO);
+            Err(Error::Http(error))
+        }
+        Err(_) => Err(Error::System(io::Error::other("the stream worker's thread ended at once"))),
+    }
+}
