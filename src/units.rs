@@ -1,9 +1,11 @@
 //! How a person writes a configuration value: `10s`, `64MiB`. Names no other part, and every part may name it.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use serde::de::{Error, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// A length of time: a number and a unit, as in `1s`, `250ms`, `1h 30m`.
@@ -88,7 +90,7 @@ impl fmt::Display for Size {
 }
 
 macro_rules! as_text {
-    ($($unit:ty),*) => {$(
+    ($($unit:ty, $reader:ident, $expected:literal;)*) => {$(
         impl Serialize for $unit {
             fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
                 serializer.collect_str(self)
@@ -97,14 +99,49 @@ macro_rules! as_text {
 
         impl<'de> Deserialize<'de> for $unit {
             fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                let text = String::deserialize(deserializer)?;
-                text.parse().map_err(serde::de::Error::custom)
+                deserializer.deserialize_any($reader)
+            }
+        }
+
+        struct $reader;
+
+        impl Visitor<'_> for $reader {
+            type Value = $unit;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str($expected)
+            }
+
+            fn visit_str<E: Error>(self, text: &str) -> Result<$unit, E> {
+                text.parse().map_err(E::custom)
+            }
+
+            // What the text form would say of the bare number: a size is in bytes, a duration lacks its unit.
+            fn visit_u64<E: Error>(self, number: u64) -> Result<$unit, E> {
+                self.visit_str(&number.to_string())
+            }
+
+            fn visit_i64<E: Error>(self, number: i64) -> Result<$unit, E> {
+                self.visit_str(&number.to_string())
             }
         }
     )*};
 }
 
-as_text!(Time, Size);
+as_text! {
+    Time, ReadTime, "a duration such as \"10s\"";
+    Size, ReadSize, "a size such as \"64MiB\"";
+}
+
+/// `text` as it may be shown: the password of a URL in it, if there is one, is replaced by `***`.
+pub fn without_password(text: &str) -> Cow<'_, str> {
+    let Some((scheme, rest)) = text.split_once("://") else { return Cow::Borrowed(text) };
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or(rest);
+    // A password may hold a raw `/`, which ends the authority too early: the last `@` of all decides then.
+    let end = authority.rfind('@').or_else(|| rest.rfind('@'));
+    let Some((user, _)) = end.and_then(|end| rest[..end].split_once(':')) else { return Cow::Borrowed(text) };
+    Cow::Owned(format!("{scheme}://{user}:***{}", end.map_or("", |end| &rest[end..])))
+}
 
 #[cfg(test)]
 mod tests {
@@ -122,5 +159,32 @@ mod tests {
         assert!("-1".parse::<Size>().is_err());
         assert!("99999999999GiB".parse::<Size>().is_err());
         assert!("10".parse::<Time>().is_err());
+    }
+
+    #[test]
+    fn a_bare_number_is_a_size_but_no_time() {
+        #[derive(Debug, Deserialize)]
+        struct Both {
+            size: Option<Size>,
+            time: Option<Time>,
+        }
+        let both: Both = toml::from_str("size = 4096\ntime = '10s'").unwrap();
+        assert_eq!((both.size, both.time), (Some(Size(4096)), Some(Time::secs(10))));
+        assert!(toml::from_str::<Both>("time = 10").unwrap_err().message().contains("\"10s\""));
+        assert!(toml::from_str::<Both>("size = -1").unwrap_err().message().contains("\"64MiB\""));
+    }
+
+    #[test]
+    fn a_password_is_never_shown() {
+        for (url, shown) in [
+            ("redis://127.0.0.1:6379", "redis://127.0.0.1:6379"),
+            ("redis://user@host/1", "redis://user@host/1"),
+            ("redis://user:secret@host:6379/1", "redis://user:***@host:6379/1"),
+            ("redis://:s@e:c@host", "redis://:***@host"),
+            ("redis://:se/cret@host", "redis://:***@host"),
+            ("no url: a@b", "no url: a@b"),
+        ] {
+            assert_eq!(without_password(url), shown);
+        }
     }
 }
