@@ -10,7 +10,9 @@
 //! and everything that can fail stands around them. Nothing on the right is ever waited for by anything on the left.
 
 pub mod aggregate;
+pub mod cli;
 pub mod clock;
+pub mod config;
 pub mod sample;
 pub mod store;
 pub mod telemetry;

@@ -1,0 +1,469 @@
+//! The configuration: the parts' own `Config` types composed, and the layers that a value may come from.
+//!
+//! Built-in defaults < TOML file < environment < `--set`. Every layer is turned into settings (a key, a value, an
+//! [`Origin`]), each is tried by itself against the defaults, so that a wrong one is reported with its own place and
+//! all of them are reported at once. It is pure: text and environment come as arguments, no file is opened here.
+//! [`KEYS`] is the single definition of what a key means and whether a reload may change it; `packaging/tallyd.toml`
+//! is printed from it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use toml::{Table, Value};
+
+use crate::units::without_password;
+
+mod layers;
+mod provisional;
+#[cfg(test)]
+mod tests;
+pub use provisional::{flush, http, listen, prometheus, protocol, store};
+
+/// Everything an operator can set.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Config {
+    /// The directory of the journal.
+    pub state_dir: PathBuf,
+    /// Where lines come in.
+    pub listen: listen::Config,
+    /// Where requests come in.
+    pub http: http::Config,
+    /// How a line is read.
+    pub protocol: protocol::Config,
+    /// When shards are sealed, and the figures of a window.
+    pub flush: flush::Config,
+    /// Where batches go.
+    pub store: store::Config,
+    /// What a scrape shows.
+    pub prometheus: prometheus::Config,
+    /// What is written to standard error.
+    pub log: Log,
+    /// The parts' limits, one table for the operator.
+    pub limits: Limits,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            state_dir: PathBuf::from("tallyd-data"),
+            listen: listen::Config::default(),
+            http: http::Config::default(),
+            protocol: protocol::Config::default(),
+            flush: flush::Config::default(),
+            store: store::Config::default(),
+            prometheus: prometheus::Config::default(),
+            log: Log::default(),
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// `[limits]`: each part declares its own, here they lie side by side.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Limits {
+    /// Those of the line protocol.
+    #[serde(flatten)]
+    pub protocol: protocol::Limits,
+}
+
+/// `[log]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Log {
+    /// The least severe level that is written.
+    pub level: Level,
+}
+
+/// Severity of what is logged.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// What an operator must act on.
+    Error,
+    /// What an operator should know.
+    Warn,
+    /// Starts, stops, reloads.
+    #[default]
+    Info,
+    /// For finding faults.
+    Debug,
+    /// For developers.
+    Trace,
+}
+
+/// Whether a running agent takes a key's new value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reload {
+    /// From the reload on.
+    Now,
+    /// At the next start.
+    Restart,
+}
+
+/// What an operator reads about a key or a section.
+#[derive(Debug)]
+pub struct Key {
+    /// `section.key`, or a section's name.
+    pub name: &'static str,
+    /// What it does; a section's stands above the section.
+    pub help: &'static str,
+    /// Whether a reload may change it.
+    pub reload: Reload,
+}
+
+macro_rules! keys {
+    ($($name:literal, $reload:ident, $help:literal;)*) => {
+        /// Every key and section in the order in which they are printed.
+        pub const KEYS: &[Key] = &[$(Key { name: $name, help: $help, reload: Reload::$reload }),*];
+    };
+}
+
+keys! {
+    "state_dir", Restart, "Directory of the journal. Unset: the first of $STATE_DIRECTORY (systemd sets it), else ./tallyd-data.";
+
+    "listen", Restart, "Where lines come in: StatsD and its dialects, any mix on any socket. A unix socket is a path.";
+    "listen.udp", Restart, "Addresses. Both loopbacks, because localhost is often ::1. Port 0 picks a free one.";
+    "listen.tcp", Restart, "Addresses of streams of lines.";
+    "listen.unixgram", Restart, "Datagram sockets, as DogStatsD clients use them.";
+    "listen.unix", Restart, "Stream sockets; each packet is preceded by its length, 4 bytes little-endian.";
+    "listen.workers", Restart, "Threads that read UDP. 0: one per core.";
+    "listen.receive_buffer", Restart, "Asked of the kernel for each UDP socket.";
+    "listen.linger", Restart, "Rest of a worker that has emptied its socket while traffic flows: fewer wake-ups, as much latency.";
+
+    "http", Restart, "Where requests come in.";
+    "http.ingest", Restart, "POST /ingest/metrics.";
+    "http.api", Restart, "The read API, /metrics and /-/ready.";
+    "http.scrape", Restart, "/metrics on a listener of its own, usually \":9102\" of an address that Prometheus reaches.";
+    "http.hosts", Restart, "Host names by which a loopback listener may be asked, besides localhost and loopback addresses.";
+    "http.insecure", Restart, "true: ingest and api may listen beyond loopback though whoever reaches them may write.";
+
+    "protocol", Now, "How a line is read.";
+    "protocol.name_policy", Now, "\"etsy\": blanks to _, / to -, other characters outside A-Za-z0-9_.- dropped; \"none\": as sent.";
+    "protocol.gauge_sign", Now, "\"relative\": +3 and -3 change a gauge; \"absolute\": they set it.";
+    "protocol.tag_dialects", Now, "Dialects whose tags are recognised.";
+
+    "flush", Restart, "When deltas go to the journal and the store, and the figures of a window.";
+    "flush.interval", Restart, "Time between flushes; it divides the window.";
+    "flush.window", Restart, "Length of a window of statistics.";
+    "flush.percentiles", Now, "Percentiles of Etsy's figures (upper_90, mean_90 ...); negative ones count from the top.";
+
+    "store", Restart, "Where totals are kept.";
+    "store.kind", Restart, "\"memory\": nowhere; \"embedded\": the journal in state_dir; \"redis\": shared by many agents, and the journal.";
+    "store.redis", Restart, "Redis or Valkey, alone or as a cluster.";
+    "store.redis.url", Restart, "Address, and user and password where needed.";
+    "store.redis.prefix", Restart, "Beginning of every key.";
+
+    "prometheus", Now, "What a scrape shows.";
+    "prometheus.observer_type", Now, "\"summary\" or \"histogram\": timers, histograms and distributions.";
+    "prometheus.quantiles", Now, "Of summaries.";
+    "prometheus.buckets", Now, "Upper bounds of histograms, in seconds for timers.";
+    "prometheus.openmetrics", Now, "true: OpenMetrics for whoever accepts it. Prometheus then stores counters as NAME_total.";
+
+    "log", Now, "What is written to standard error.";
+    "log.level", Now, "error, warn, info, debug or trace.";
+
+    "limits", Now, "Bounds; each past-due event is counted, and none ends a neighbour's work.";
+    "limits.line", Now, "Length of a line.";
+    "limits.name", Now, "Length of a name.";
+}
+
+/// Keys that hold addresses to bind, whether HTTP writes or administration come in there.
+const ADDRESSES: [(&str, Access); 5] = [
+    ("listen.udp", Access::Lines),
+    ("listen.tcp", Access::Lines),
+    ("http.ingest", Access::Writes),
+    ("http.api", Access::Writes),
+    ("http.scrape", Access::Reads),
+];
+
+/// What a peer can do at a listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Access {
+    Lines,
+    Writes,
+    Reads,
+}
+
+/// Where a value comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// Nobody set it.
+    BuiltIn,
+    /// The configuration file; lines and columns count from 1.
+    File {
+        /// The file's name as given.
+        name: String,
+        /// The line of the key or value.
+        line: usize,
+        /// Its column, in characters.
+        column: usize,
+    },
+    /// This variable.
+    Environment(String),
+    /// A `--set`.
+    Argument,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::BuiltIn => f.write_str("built in"),
+            Self::File { name, line, column } => write!(f, "{name}:{line}:{column}"),
+            Self::Environment(name) => write!(f, "environment {name}"),
+            Self::Argument => f.write_str("--set"),
+        }
+    }
+}
+
+/// What is wrong with a setting, and where it stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// Its place.
+    pub origin: Origin,
+    /// The fault.
+    pub fault: Fault,
+}
+
+/// What is wrong with a setting.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fault {
+    /// The file is not TOML.
+    Syntax(String),
+    /// No such key, section or variable, and the nearest one there is.
+    Unknown {
+        /// As written.
+        name: String,
+        /// In the same notation.
+        nearest: Option<String>,
+    },
+    /// The value does not fit.
+    Value {
+        /// `section.key`, or the variable of the seed system.
+        key: String,
+        /// The value, without passwords.
+        value: String,
+        /// The reason and the remedy.
+        remedy: String,
+    },
+    /// A `--set` without `=`.
+    Argument(String),
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: ", self.origin)?;
+        match &self.fault {
+            Fault::Syntax(message) => write!(f, "no TOML: {message}"),
+            Fault::Unknown { name, nearest: Some(nearest) } => {
+                write!(f, "unknown key {name:?}; did you mean {nearest:?}?")
+            }
+            Fault::Unknown { name, nearest: None } => {
+                write!(f, "unknown key {name:?}; `tallyd check --print-defaults` lists all keys")
+            }
+            Fault::Value { key, value, remedy } => write!(f, "{key} = {value}: {remedy}"),
+            Fault::Argument(text) => write!(f, "{text:?} lacks a value; write section.key=value"),
+        }
+    }
+}
+
+/// What a configuration is made of, lowest layer first.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Sources<'a> {
+    /// Name and text of the configuration file.
+    pub file: Option<(&'a str, &'a str)>,
+    /// All variables; those that are not ours are passed over.
+    pub environment: &'a [(String, String)],
+    /// `section.key=value`, the last one of a key wins.
+    pub set: &'a [String],
+}
+
+/// A configuration and where each key that somebody set comes from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Loaded {
+    /// The values.
+    pub config: Config,
+    /// By key; what is missing is built in.
+    pub origins: BTreeMap<String, Origin>,
+}
+
+impl Config {
+    /// Merges the layers and checks the whole. On failure all problems are told, in the order of the layers.
+    pub fn load(sources: &Sources<'_>) -> Result<Loaded, Vec<Problem>> {
+        layers::merge(sources, Self::default().tree())
+    }
+
+    /// The keys in which `new` differs, if a running agent can take them all; else those that need a restart.
+    pub fn reload(&self, new: &Self) -> Result<Vec<&'static str>, Vec<&'static str>> {
+        let (old, new) = (self.tree(), new.tree());
+        let changed = || {
+            KEYS.iter().filter(|key| {
+                get(&old, key.name).is_some_and(|value| !value.is_table()) && get(&old, key.name) != get(&new, key.name)
+            })
+        };
+        let restart: Vec<_> = changed().filter(|key| key.reload == Reload::Restart).map(|key| key.name).collect();
+        if restart.is_empty() { Ok(changed().map(|key| key.name).collect()) } else { Err(restart) }
+    }
+
+    /// The configuration file that says this, passwords included.
+    pub fn to_toml(&self) -> String {
+        print(&self.tree(), |_| String::new(), |key, value| format!("{} = {}\n", last(key.name), literal(value)))
+    }
+
+    /// The default configuration file with a comment on every key: `packaging/tallyd.toml`.
+    pub fn defaults() -> String {
+        let help = |key: &Key| format!("# {}\n", key.help);
+        let line = |key: &Key, value: &Value| {
+            // Written out, the default would hide the directory that systemd names.
+            let off = if key.name == "state_dir" { "# " } else { "" };
+            format!("# {}\n{off}{} = {}\n", key.help, last(key.name), literal(value))
+        };
+        format!(
+            "# tallyd's configuration: every key with its default.\n\n{}",
+            print(&Self::default().tree(), help, line)
+        )
+    }
+
+    /// As nested tables. A test holds that every configuration can be written so.
+    fn tree(&self) -> Table {
+        Table::try_from(self).unwrap_or_default()
+    }
+}
+
+impl Loaded {
+    /// The merged configuration, each key with its origin, without passwords.
+    pub fn print(&self) -> String {
+        let line =
+            |key: &Key, value: &Value| format!("{} = {}  # {}\n", last(key.name), shown(value), self.origin(key.name));
+        print(&self.config.tree(), |_| String::new(), line)
+    }
+
+    fn origin(&self, key: &str) -> Origin {
+        self.origins.get(key).cloned().unwrap_or(Origin::BuiltIn)
+    }
+
+    fn wrong(&self, key: &str, value: &Value, remedy: &str) -> Problem {
+        let fault = Fault::Value { key: key.to_owned(), value: shown(value), remedy: remedy.to_owned() };
+        Problem { origin: self.origin(key), fault }
+    }
+
+    /// What no key shows by itself.
+    fn problems(&self) -> Vec<Problem> {
+        let mut problems = self.addresses();
+        problems.extend(self.interval());
+        match self.config.store.kind {
+            store::Kind::Memory | store::Kind::Embedded | store::Kind::Redis => {}
+            store::Kind::Kafka => {
+                let remedy = "this build has no Kafka; write \"memory\", \"embedded\" or \"redis\"";
+                problems.push(self.wrong("store.kind", &Value::from("kafka"), remedy));
+            }
+        }
+        problems
+    }
+
+    fn addresses(&self) -> Vec<Problem> {
+        let tree = self.config.tree();
+        let lists = ADDRESSES.iter().filter_map(|(key, access)| Some((*key, *access, get(&tree, key)?.as_array()?)));
+        let mut problems = Vec::new();
+        let mut taken: Vec<(&str, &str)> = Vec::new();
+        for (key, access, value) in
+            lists.flat_map(|(key, access, list)| list.iter().map(move |item| (key, access, item)))
+        {
+            let text = value.as_str().unwrap_or_default();
+            let Ok(address) = text.parse::<SocketAddr>() else {
+                let remedy = "no address with a port; write one such as \"127.0.0.1:8125\" or \"[::1]:8125\"";
+                problems.push(self.wrong(key, value, remedy));
+                continue;
+            };
+            if access == Access::Writes && !address.ip().to_canonical().is_loopback() && !self.config.http.insecure {
+                let remedy = "other machines reach it and could write without a token; \
+                              take a loopback address or set http.insecure = true";
+                problems.push(self.wrong(key, value, remedy));
+            }
+            // UDP and TCP have ports of their own.
+            let clash =
+                taken.iter().find(|(other, at)| *at == text && (*other == "listen.udp") == (key == "listen.udp"));
+            match clash {
+                Some((other, _)) if address.port() != 0 => {
+                    let remedy = format!("{other} has this address already; take another port");
+                    problems.push(self.wrong(key, value, &remedy));
+                }
+                Some(_) | None => taken.push((key, text)),
+            }
+        }
+        problems
+    }
+
+    fn interval(&self) -> Option<Problem> {
+        let flush::Config { interval, window, .. } = self.config.flush;
+        let divides = window.0.as_nanos().checked_rem(interval.0.as_nanos()) == Some(0) && !window.0.is_zero();
+        // The one that somebody set is the one to change.
+        let key = if self.origins.contains_key("flush.interval") { "flush.interval" } else { "flush.window" };
+        let value = if key == "flush.interval" { interval } else { window };
+        let remedy = || format!("the interval ({interval}) must divide the window ({window}), as 1s divides 10s");
+        (!divides).then(|| self.wrong(key, &Value::from(value.to_string()), &remedy()))
+    }
+}
+
+/// All keys and sections of the table in the order of [`KEYS`], a section by `head`, a key by `line`.
+fn print(tree: &Table, head: impl Fn(&Key) -> String, line: impl Fn(&Key, &Value) -> String) -> String {
+    KEYS.iter()
+        .filter_map(|key| {
+            let value = get(tree, key.name)?;
+            Some(if value.is_table() { format!("\n{}[{}]\n", head(key), key.name) } else { line(key, value) })
+        })
+        .collect()
+}
+
+/// The value as TOML, on one line.
+fn literal(value: &Value) -> String {
+    match value {
+        // `90` rather than `90.0`: a key that holds fractions reads both.
+        Value::Float(number) if number.fract() == 0.0 && number.abs() < 1e15 => format!("{number:.0}"),
+        Value::Array(items) => format!("[{}]", items.iter().map(literal).collect::<Vec<_>>().join(", ")),
+        Value::String(_)
+        | Value::Integer(_)
+        | Value::Float(_)
+        | Value::Boolean(_)
+        | Value::Datetime(_)
+        | Value::Table(_) => value.to_string(),
+    }
+}
+
+/// As [`literal`], without passwords.
+fn shown(value: &Value) -> String {
+    match value {
+        Value::String(text) => literal(&Value::from(without_password(text).into_owned())),
+        Value::Array(items) => format!("[{}]", items.iter().map(shown).collect::<Vec<_>>().join(", ")),
+        Value::Integer(_) | Value::Float(_) | Value::Boolean(_) | Value::Datetime(_) | Value::Table(_) => {
+            literal(value)
+        }
+    }
+}
+
+/// The last word of `section.key`.
+fn last(key: &str) -> &str {
+    key.rsplit('.').next().unwrap_or(key)
+}
+
+fn get<'a>(tree: &'a Table, key: &str) -> Option<&'a Value> {
+    match key.split_once('.') {
+        None => tree.get(key),
+        Some((section, rest)) => get(tree.get(section)?.as_table()?, rest),
+    }
+}
+
+fn put(tree: &mut Table, key: &str, value: Value) {
+    match key.split_once('.') {
+        None => drop(tree.insert(key.to_owned(), value)),
+        Some((section, rest)) => {
+            if let Some(Value::Table(table)) = tree.get_mut(section) {
+                put(table, rest, value);
+            }
+        }
+    }
+}
