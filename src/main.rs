@@ -1,1 +1,24 @@
-fn main() {}
+//! Arguments in, exit code out; what happens between stands in the library.
+
+use std::io;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tallyd::cli::{Cli, Code, Command, Failure, Layers, check, send};
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().chosen() {
+        Command::Run(layers) => run(&layers),
+        Command::Check(args) => check::run(&args, &mut io::stdout().lock()),
+        Command::Send(args) => send::run(&args, io::stdin().lock(), &mut io::stderr()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(&mut io::stderr()),
+    }
+}
+
+fn run(layers: &Layers) -> Result<(), Failure> {
+    let _loaded = layers.load().map_err(Failure::first)?;
+    Err(Failure::told(Code::Unavailable, "this build has no agent yet"))
+}

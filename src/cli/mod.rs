@@ -1,1 +1,226 @@
+//! The commands and what they share: arguments, exit codes, and one way to end.
+//!
+//! A command writes its answer to the stream it is given and returns a [`Failure`]; only [`Failure::report`] writes to
+//! standard error. A reader that went away (`tallyd check --print | head`) is no failure.
 
+pub mod check;
+pub mod send;
+
+use std::ffi::OsString;
+use std::io::{self, ErrorKind, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::{env, fs};
+
+use clap::{Parser, Subcommand};
+
+use crate::config::{Config, Loaded, Problem, Sources};
+
+/// A StatsD-compatible metrics agent: every dialect on one port, exact aggregates, JSON and Prometheus out.
+#[derive(Debug, Parser)]
+#[command(name = "tallyd", version, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    #[command(flatten)]
+    layers: Layers,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+/// What to do; without a word, run.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the agent (as does `tallyd` alone)
+    Run(Layers),
+    /// Say what is wrong with the configuration, each problem with file, line and key
+    Check(check::Args),
+    /// Send lines to an agent
+    Send(send::Args),
+}
+
+/// The layers of the configuration that stand on the command line.
+#[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args)]
+pub struct Layers {
+    /// Configuration file (TOML); none is read without it
+    // Empty is none, as compose files pass on what is not set; a path argument would not take it.
+    #[arg(
+        long,
+        env = "TALLYD_CONFIG",
+        hide_env_values = true,
+        value_name = "FILE",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub config: OsString,
+    /// One key's value, above file and environment; may be repeated
+    #[arg(long, value_name = "SECTION.KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+impl Cli {
+    /// The command; without a word it is `run`.
+    pub fn chosen(self) -> Command {
+        self.command.unwrap_or(Command::Run(self.layers))
+    }
+}
+
+impl Layers {
+    /// Reads the file and the environment and merges all layers.
+    pub fn load(&self) -> Result<Loaded, Failure> {
+        let name = self.config.display().to_string();
+        let text = if self.config.is_empty() { None } else { Some(read(Path::new(&self.config))?) };
+        // A name or value that is not UTF-8 is wrong as any other wrong text, if the name is ours.
+        let lossy = |text: OsString| text.to_string_lossy().into_owned();
+        let environment: Vec<_> = env::vars_os().map(|(name, value)| (lossy(name), lossy(value))).collect();
+        let file = text.as_deref().map(|text| (name.as_str(), text));
+        let sources = Sources { file, environment: &environment, set: &self.set };
+        Config::load(&sources).map_err(Failure::Configuration)
+    }
+}
+
+fn read(path: &Path) -> Result<String, Failure> {
+    fs::read_to_string(path).map_err(|error| {
+        let kind = error.kind();
+        let (code, remedy) = if kind == ErrorKind::NotFound {
+            (Code::NoInput, "name an existing file with --config")
+        } else if kind == ErrorKind::PermissionDenied {
+            (Code::Permission, "make it readable for this user")
+        } else if kind == ErrorKind::InvalidData {
+            (Code::Configuration, "write it in UTF-8")
+        } else {
+            (Code::Io, "name a readable file with --config")
+        };
+        Failure::told(code, format!("{}: {error}; {remedy}", path.display()))
+    })
+}
+
+/// How a command ends otherwise than well, as sysexits(3) numbers it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Code {
+    /// The line is rejected.
+    Data = 65,
+    /// A named file is missing.
+    NoInput = 66,
+    /// A needed service or address is not there.
+    Unavailable = 69,
+    /// Input or output failed.
+    Io = 74,
+    /// The system forbids it.
+    Permission = 77,
+    /// The configuration is wrong.
+    Configuration = 78,
+}
+
+/// Why a command could not do its work.
+#[derive(Debug)]
+pub enum Failure {
+    /// In one line, with the remedy.
+    Told(Code, String),
+    /// What is wrong with the configuration; never empty.
+    Configuration(Vec<Problem>),
+    /// The answer could not be written.
+    Output(io::Error),
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Output(error)
+    }
+}
+
+impl Failure {
+    /// A failure and the one line that explains it.
+    pub fn told(code: Code, line: impl Into<String>) -> Self {
+        Self::Told(code, line.into())
+    }
+
+    /// The code that the process ends with.
+    pub fn code(&self) -> u8 {
+        match self {
+            Self::Told(code, _) => *code as u8,
+            Self::Configuration(_) => Code::Configuration as u8,
+            Self::Output(error) if error.kind() == ErrorKind::BrokenPipe => 0,
+            Self::Output(_) => Code::Io as u8,
+        }
+    }
+
+    /// Explains itself on `stderr`, in one line unless each of several problems has its own.
+    pub fn report(&self, stderr: &mut impl Write) -> ExitCode {
+        let written = match self {
+            Self::Told(_, line) => writeln!(stderr, "tallyd: {line}"),
+            Self::Configuration(problems) => {
+                problems.iter().try_for_each(|problem| writeln!(stderr, "tallyd: {problem}"))
+            }
+            Self::Output(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+            Self::Output(error) => writeln!(stderr, "tallyd: cannot write the answer: {error}"),
+        };
+        // With standard error gone as well, the code is all that is left to say.
+        drop(written);
+        ExitCode::from(self.code())
+    }
+
+    /// The same with the first problem alone: for a start, where one line is read.
+    pub fn first(self) -> Self {
+        match self {
+            Self::Configuration(mut problems) => {
+                problems.truncate(1);
+                Self::Configuration(problems)
+            }
+            Self::Told(..) | Self::Output(_) => self,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn layers(arguments: &[&str]) -> Layers {
+        match Cli::try_parse_from(arguments).unwrap().chosen() {
+            Command::Run(layers) => layers,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn failure(path: &Path) -> (u8, String) {
+        let layers = Layers { config: path.into(), set: Vec::new() };
+        let failure = layers.load().unwrap_err();
+        let mut stderr = Vec::new();
+        failure.report(&mut stderr);
+        (failure.code(), String::from_utf8(stderr).unwrap())
+    }
+
+    #[test]
+    fn without_a_word_the_agent_runs() {
+        Cli::command().debug_assert();
+        let expected = Layers { config: "f".into(), set: vec!["a=1".to_owned(), "b=2".to_owned()] };
+        assert_eq!(layers(&["tallyd", "--config", "f", "--set", "a=1", "--set", "b=2"]), expected);
+        assert_eq!(layers(&["tallyd", "run", "--set", "a=1", "--set", "b=2", "--config", "f"]), expected);
+        assert!(Cli::try_parse_from(["tallyd", "--set", "a=1", "send", "line"]).is_err());
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_named_with_the_code_for_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("tallyd.toml");
+        let (code, line) = failure(&path);
+        assert!(code == 66 && line.contains("tallyd.toml: ") && line.lines().count() == 1, "{line}");
+        fs::write(&path, b"[log]\nlevel = '\xff'").unwrap();
+        assert_eq!(failure(&path).0, 78);
+        fs::write(&path, "[log]\nlevel = 'loud'\nlvl = ''").unwrap();
+        let (code, lines) = failure(&path);
+        assert!(code == 78 && lines.lines().count() == 2, "{lines}");
+        assert!(lines.contains("tallyd.toml:2:9: log.level = \"loud\": "), "{lines}");
+        assert_eq!(failure(directory.path()).0, 74);
+    }
+
+    #[test]
+    fn a_reader_that_went_away_is_no_failure() {
+        let mut stderr = Vec::new();
+        let gone = Failure::from(io::Error::from(ErrorKind::BrokenPipe));
+        gone.report(&mut stderr);
+        assert!(gone.code() == 0 && stderr.is_empty());
+        assert_eq!(Failure::from(io::Error::from(ErrorKind::StorageFull)).code(), 74);
+    }
+}
