@@ -14,13 +14,14 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
+use crate::aggregate::shard;
 use crate::units::without_password;
 
 mod layers;
 mod provisional;
 #[cfg(test)]
 mod tests;
-pub use provisional::{flush, http, listen, prometheus, protocol, store};
+pub use provisional::{flush, http, ingest, listen, prometheus, protocol, store};
 
 /// Everything an operator can set.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -66,9 +67,27 @@ impl Default for Config {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Limits {
-    /// Those of the line protocol.
+    /// Of lines.
     #[serde(flatten)]
     pub protocol: protocol::Limits,
+    /// Of rejected lines.
+    #[serde(flatten)]
+    pub ingest: ingest::Limits,
+    /// Of sockets and streams.
+    #[serde(flatten)]
+    pub listen: listen::Limits,
+    /// Of series in memory.
+    #[serde(flatten)]
+    pub shard: shard::Limits,
+    /// Of idle series.
+    #[serde(flatten)]
+    pub flush: flush::Limits,
+    /// Of journal and store.
+    #[serde(flatten)]
+    pub store: store::Limits,
+    /// Of requests.
+    #[serde(flatten)]
+    pub http: http::Limits,
 }
 
 /// `[log]`.
@@ -168,8 +187,48 @@ keys! {
     "log.level", Now, "error, warn, info, debug or trace.";
 
     "limits", Now, "Bounds; each past-due event is counted, and none ends a neighbour's work.";
-    "limits.line", Now, "Length of a line.";
-    "limits.name", Now, "Length of a name.";
+    "limits.datagram", Restart, "Longer datagrams are dropped whole.";
+    "limits.line", Now, "Longer lines are rejected; a stream goes on at the next line.";
+    "limits.name", Now, "Longer names are rejected.";
+    "limits.identity", Now, "The same for a name with its tags.";
+    "limits.tags", Now, "Tags of a line; more are rejected.";
+    "limits.tag_key", Now, "Longer keys are rejected.";
+    "limits.tag_value", Now, "Longer values are rejected.";
+    "limits.values", Now, "Values packed in a line; more are rejected.";
+    "limits.sample_rate_min", Now, "Lower rates are rejected.";
+    "limits.series", Restart, "Further series are folded into _overflow of their type.";
+    "limits.memory", Restart, "Memory that series are charged to; beyond it the same.";
+    "limits.idle", Restart, "Time without a sample after which a series is freed from memory; the store keeps its total.";
+    "limits.idle_gauges", Restart, "The same for gauges.";
+    "limits.set_exact", Restart, "Members of a set that are counted exactly; beyond, HyperLogLog estimates.";
+    "limits.set_member", Restart, "Longer members are rejected.";
+    "limits.store_expire", Restart, "Series without update are deleted from store and journal after this time.";
+    "limits.journal", Restart, "Size of the journal; beyond it the series idle for longest are deleted.";
+    "limits.buckets", Restart, "Buckets of a distribution; beyond, its scale halves.";
+    "limits.connections", Restart, "Open streams; more are closed at once.";
+    "limits.connections_per_address", Restart, "Open streams of one address; more are closed at once.";
+    "limits.stream_buffer", Restart, "Bytes of a stream that wait for the end of their line.";
+    "limits.stream_idle", Restart, "A stream without a byte for so long is closed.";
+    "limits.partial_line", Restart, "A line that is not ended for so long closes its stream.";
+    "limits.http_connections", Restart, "Connections of the ingest and of the API, each; more are told 503.";
+    "limits.request_line", Restart, "Longer is told 414.";
+    "limits.headers", Restart, "All header lines together; more is told 431.";
+    "limits.header_time", Restart, "Slower headers are told 408.";
+    "limits.body_time", Restart, "Slower bodies are told 408.";
+    "limits.keep_alive", Restart, "Idle connections are closed.";
+    "limits.body", Restart, "A body as sent; longer is told 413.";
+    "limits.inflated", Restart, "A body once inflated; longer is told 413.";
+    "limits.bodies", Restart, "All bodies held at one time; more are told 503 with Retry-After.";
+    "limits.samples", Restart, "Samples in a request; more are told 413.";
+    "limits.page", Restart, "Metrics on a page of a list; asking for more is told 400.";
+    "limits.lists", Restart, "Lists made at one time; more are told 503.";
+    "limits.scrapes", Restart, "Scrapes answered at one time; more are told 503.";
+    "limits.idempotency_keys", Restart, "Answers remembered by their Idempotency-Key; the oldest go.";
+    "limits.redis_connect", Restart, "Time to connect.";
+    "limits.redis_reply", Restart, "Time to a reply; then the connection is dropped and the same batch sent again.";
+    "limits.outbox", Restart, "Bytes kept for the store; beyond, the oldest batches that were never sent merge.";
+    "limits.reject_log", Restart, "Rejected lines logged in a second for each reason; more are counted.";
+    "limits.stop", Restart, "Time to stop in; what is left then is in the journal.";
 }
 
 /// Keys that hold addresses to bind, whether HTTP writes or administration come in there.

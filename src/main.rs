@@ -4,11 +4,11 @@ use std::io;
 use std::process::ExitCode;
 
 use clap::Parser;
-use tallyd::cli::{Cli, Code, Command, Failure, Layers, check, send};
+use tallyd::cli::{Cli, Command, check, run, send};
 
 fn main() -> ExitCode {
     let result = match Cli::parse().chosen() {
-        Command::Run(layers) => run(&layers),
+        Command::Run(layers) => run::run(&layers),
         Command::Check(args) => check::run(&args, &mut io::stdout().lock()),
         Command::Send(args) => send::run(&args, io::stdin().lock(), &mut io::stderr()),
     };
@@ -16,9 +16,4 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(&mut io::stderr()),
     }
-}
-
-fn run(layers: &Layers) -> Result<(), Failure> {
-    let _loaded = layers.load().map_err(Failure::first)?;
-    Err(Failure::told(Code::Unavailable, "this build has no agent yet"))
 }

@@ -21,7 +21,17 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     (
         "http",
         &[
-            "sample", "protocol", "aggregate", "mapping", "flush", "ingest", "store", "view", "export", "clock", "telemetry",
+            "sample",
+            "protocol",
+            "aggregate",
+            "mapping",
+            "flush",
+            "ingest",
+            "store",
+            "view",
+            "export",
+            "clock",
+            "telemetry",
         ],
     ),
     ("export", &["aggregate", "clock", "telemetry"]),
@@ -34,8 +44,18 @@ const COMPOSE: &[&str] = &["config", "agent", "cli", "main", "lib"];
 const ANYBODY: &str = "units";
 
 const TOP: &[&str] = &[
-    "Cargo.toml", "Cargo.lock", "src", "fuzz", "benches", "tests", "packaging", "README.md", "LICENSE", "CHANGELOG.md",
-    "clippy.toml", "rustfmt.toml",
+    "Cargo.toml",
+    "Cargo.lock",
+    "src",
+    "fuzz",
+    "benches",
+    "tests",
+    "packaging",
+    "README.md",
+    "LICENSE",
+    "CHANGELOG.md",
+    "clippy.toml",
+    "rustfmt.toml",
 ];
 
 fn root() -> &'static Path {

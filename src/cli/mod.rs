@@ -4,13 +4,14 @@
 //! standard error. A reader that went away (`tallyd check --print | head`) is no failure.
 
 pub mod check;
+pub mod run;
 pub mod send;
 
 use std::ffi::OsString;
 use std::io::{self, ErrorKind, Write};
 use std::path::Path;
 use std::process::ExitCode;
-use std::{env, fs};
+use std::{env, fmt, fs};
 
 use clap::{Parser, Subcommand};
 
@@ -143,29 +144,40 @@ impl Failure {
         }
     }
 
+    /// The same in one line, for a start in a service's journal.
+    pub fn brief(self) -> Self {
+        match self {
+            Self::Configuration(_) => Self::told(Code::Configuration, self.to_string()),
+            Self::Told(..) | Self::Output(_) => self,
+        }
+    }
+
     /// Explains itself on `stderr`, in one line unless each of several problems has its own.
     pub fn report(&self, stderr: &mut impl Write) -> ExitCode {
         let written = match self {
-            Self::Told(_, line) => writeln!(stderr, "tallyd: {line}"),
             Self::Configuration(problems) => {
                 problems.iter().try_for_each(|problem| writeln!(stderr, "tallyd: {problem}"))
             }
             Self::Output(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
-            Self::Output(error) => writeln!(stderr, "tallyd: cannot write the answer: {error}"),
+            Self::Told(..) | Self::Output(_) => writeln!(stderr, "tallyd: {self}"),
         };
         // With standard error gone as well, the code is all that is left to say.
         drop(written);
         ExitCode::from(self.code())
     }
+}
 
-    /// The same with the first problem alone: for a start, where one line is read.
-    pub fn first(self) -> Self {
+/// In one line: of several problems the first.
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Configuration(mut problems) => {
-                problems.truncate(1);
-                Self::Configuration(problems)
-            }
-            Self::Told(..) | Self::Output(_) => self,
+            Self::Told(_, line) => f.write_str(line),
+            Self::Configuration(problems) => match problems.as_slice() {
+                [] => f.write_str("the configuration is wrong"),
+                [problem] => problem.fmt(f),
+                [problem, others @ ..] => write!(f, "{problem} (and {} more: see `tallyd check`)", others.len()),
+            },
+            Self::Output(error) => write!(f, "cannot write the answer: {error}"),
         }
     }
 }

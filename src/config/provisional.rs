@@ -21,6 +21,14 @@ fn texts(texts: &[&str]) -> Vec<String> {
 
 pub mod listen {
     use super::*;
+    config! { Limits {
+        datagram: Size = Size(65_535),
+        connections: usize = 1024,
+        connections_per_address: usize = 256,
+        stream_buffer: Size = Size(16 << 10),
+        stream_idle: Time = Time::secs(600),
+        partial_line: Time = Time::secs(30),
+    } }
     config! { Config {
         udp: Vec<String> = texts(&["127.0.0.1:8125", "[::1]:8125"]),
         tcp: Vec<String> = texts(&["127.0.0.1:8125", "[::1]:8125"]),
@@ -34,6 +42,22 @@ pub mod listen {
 
 pub mod http {
     use super::*;
+    config! { Limits {
+        http_connections: usize = 256,
+        request_line: Size = Size(4 << 10),
+        headers: Size = Size(16 << 10),
+        header_time: Time = Time::secs(5),
+        body_time: Time = Time::secs(10),
+        keep_alive: Time = Time::secs(60),
+        body: Size = Size(1 << 20),
+        inflated: Size = Size(8 << 20),
+        bodies: Size = Size(64 << 20),
+        samples: usize = 100_000,
+        page: usize = 10_000,
+        lists: usize = 8,
+        scrapes: usize = 2,
+        idempotency_keys: usize = 100_000,
+    } }
     config! { Config {
         ingest: Vec<String> = texts(&["127.0.0.1:8000", "[::1]:8000"]),
         api: Vec<String> = texts(&["127.0.0.1:7000", "[::1]:7000"]),
@@ -53,11 +77,22 @@ pub mod protocol {
     config! { Limits {
         line: Size = Size(8192),
         name: Size = Size(512),
+        identity: Size = Size(4096),
+        tags: usize = 32,
+        tag_key: Size = Size(128),
+        tag_value: Size = Size(512),
+        values: usize = 1024,
+        sample_rate_min: f64 = 1e-6,
+        set_member: Size = Size(512),
     } }
 }
 
 pub mod flush {
     use super::*;
+    config! { Limits {
+        idle: Time = Time::secs(3600),
+        idle_gauges: Time = Time::secs(86_400),
+    } }
     config! { Config {
         interval: Time = Time::secs(1),
         window: Time = Time::secs(10),
@@ -65,8 +100,23 @@ pub mod flush {
     } }
 }
 
+pub mod ingest {
+    use super::*;
+    config! { Limits { reject_log: u32 = 10, } }
+}
+
 pub mod store {
     use super::*;
+    config! { Limits {
+        set_exact: u32 = 1024,
+        store_expire: Time = Time::secs(30 * 86_400),
+        journal: Size = Size(4 << 30),
+        buckets: u32 = 2048,
+        redis_connect: Time = Time::secs(2),
+        redis_reply: Time = Time::secs(5),
+        outbox: Size = Size(1 << 30),
+        stop: Time = Time::secs(20),
+    } }
     #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
     #[serde(rename_all = "lowercase")]
     pub enum Kind {

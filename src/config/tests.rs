@@ -1,3 +1,5 @@
+//! What the configuration promises: layers, places, remedies, and that it is read as it was written.
+
 use std::net::{IpAddr, Ipv6Addr};
 
 use proptest::prelude::*;

@@ -1,0 +1,97 @@
+//! `tallyd run`: the configuration read, the log opened, the agent started, and what a reload reads anew.
+
+use std::io::{self, IsTerminal};
+
+use tracing_subscriber::{EnvFilter, fmt, reload};
+
+use super::{Code, Failure, Layers};
+use crate::config::{Config, Level};
+
+/// Runs the agent until it is told to stop.
+pub fn run(layers: &Layers) -> Result<(), Failure> {
+    let config = layers.load().map_err(Failure::brief)?.config;
+    let set_level = open_log(config.log.level);
+    run_agent(config.clone(), reloader(layers.clone(), config, set_level))
+}
+
+/// Reads all layers again: the new configuration if a running agent can take it, else what is wrong with it. A refused
+/// one changes nothing.
+fn reloader(
+    layers: Layers,
+    mut current: Config,
+    set_level: impl Fn(Level) + Send + 'static,
+) -> impl FnMut() -> Result<Config, String> + Send + 'static {
+    move || {
+        let new = layers.load().map_err(|failure| failure.to_string())?.config;
+        let changed = current.reload(&new).map_err(|keys| {
+            let (keys, change) = (keys.join(", "), if keys.len() == 1 { "changes" } else { "change" });
+            format!("{keys}: {change} only with a restart; restart tallyd, or take the change back")
+        })?;
+        set_level(new.log.level);
+        tracing::info!(changed = changed.join(", "), "the configuration was read again");
+        current = new.clone();
+        Ok(new)
+    }
+}
+
+/// Opens the log on standard error; what is returned changes its level.
+fn open_log(level: Level) -> impl Fn(Level) + Send + 'static {
+    let colours = io::stderr().is_terminal();
+    let log = fmt().with_writer(io::stderr).with_ansi(colours).with_env_filter(filter(level)).with_filter_reloading();
+    let handle = log.reload_handle();
+    // A test that runs two agents in one process has a log already; the first one stays.
+    drop(tracing::subscriber::set_global_default(log.finish()));
+    move |level| set(&handle, level)
+}
+
+fn set<S>(handle: &reload::Handle<EnvFilter, S>, level: Level) {
+    if let Err(error) = handle.reload(filter(level)) {
+        tracing::warn!(%error, "log.level stays as it was");
+    }
+}
+
+fn filter(level: Level) -> EnvFilter {
+    EnvFilter::new(match level {
+        Level::Error => "error",
+        Level::Warn => "warn",
+        Level::Info => "info",
+        Level::Debug => "debug",
+        Level::Trace => "trace",
+    })
+}
+
+fn run_agent(_config: Config, _reload: impl FnMut() -> Result<Config, String>) -> Result<(), Failure> {
+    Err(Failure::told(Code::Unavailable, "this build has no agent yet"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::fs;
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn a_reload_takes_the_whole_file_or_nothing_of_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("tallyd.toml");
+        let layers = Layers { config: path.clone().into(), set: Vec::new() };
+        fs::write(&path, "").unwrap();
+        let (levels, seen) = mpsc::channel();
+        let set_level = move |level| levels.send(level).unwrap();
+        let reload = RefCell::new(reloader(layers.clone(), layers.load().unwrap().config, set_level));
+        let read = |text: &str| {
+            fs::write(&path, text).unwrap();
+            (reload.borrow_mut())()
+        };
+
+        assert_eq!(read("[log]\nlevel = 'debug'").unwrap().log.level, Level::Debug);
+        let refused = read("[log]\nlevel = 'warn'\n[flush]\nwindow = '20s'").unwrap_err();
+        assert!(refused.starts_with("flush.window: changes only with a restart"), "{refused}");
+        assert!(read("[log]\nlevel = 'loud'").unwrap_err().contains("tallyd.toml:2:9: log.level"));
+        assert_eq!(read("").unwrap().log.level, Level::Info);
+        drop(reload);
+        assert_eq!(seen.iter().collect::<Vec<_>>(), [Level::Debug, Level::Info]);
+    }
+}
