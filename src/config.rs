@@ -38,7 +38,7 @@ pub struct Config {
     /// When shards are sealed, and the figures of a window.
     pub flush: flush::Config,
     /// Where batches go.
-    pub store: store::Config,
+    pub store: Store,
     /// What a scrape shows.
     pub prometheus: prometheus::Config,
     /// What is written to standard error.
@@ -55,7 +55,7 @@ impl Default for Config {
             http: http::Config::default(),
             protocol: protocol::Config::default(),
             flush: flush::Config::default(),
-            store: store::Config::default(),
+            store: Store::default(),
             prometheus: prometheus::Config::default(),
             log: Log::default(),
             limits: Limits::default(),
@@ -88,6 +88,31 @@ pub struct Limits {
     /// Of requests.
     #[serde(flatten)]
     pub http: http::Limits,
+}
+
+/// `[store]`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Store {
+    /// Which one.
+    pub kind: StoreKind,
+    /// Where Redis is, if it is that.
+    pub redis: store::redis::Config,
+}
+
+/// Where totals are kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StoreKind {
+    /// Nowhere: they end with the process.
+    Memory,
+    /// In the journal alone.
+    #[default]
+    Embedded,
+    /// In the journal and in Redis, which many agents share.
+    Redis,
+    /// On a topic; refused, as this build has no Kafka.
+    Kafka,
 }
 
 /// `[log]`.
@@ -183,6 +208,8 @@ keys! {
     "prometheus.buckets", Now, "Upper bounds of histograms, in seconds for timers.";
     "prometheus.openmetrics", Now, "true: OpenMetrics for whoever accepts it. Prometheus then stores counters as NAME_total.";
 
+    "prometheus.expire", Now, "Series without a sample for so long are not shown. \"0s\": as long as they are in memory.";
+
     "log", Now, "What is written to standard error.";
     "log.level", Now, "error, warn, info, debug or trace.";
 
@@ -210,6 +237,7 @@ keys! {
     "limits.stream_buffer", Restart, "Bytes of a stream that wait for the end of their line.";
     "limits.stream_idle", Restart, "A stream without a byte for so long is closed.";
     "limits.partial_line", Restart, "A line that is not ended for so long closes its stream.";
+    "limits.reserved_fds", Restart, "File descriptors that streams leave for journal, store and UDP.";
     "limits.http_connections", Restart, "Connections of the ingest and of the API, each; more are told 503.";
     "limits.request_line", Restart, "Longer is told 414.";
     "limits.headers", Restart, "All header lines together; more is told 431.";
@@ -219,6 +247,7 @@ keys! {
     "limits.body", Restart, "A body as sent; longer is told 413.";
     "limits.inflated", Restart, "A body once inflated; longer is told 413.";
     "limits.bodies", Restart, "All bodies held at one time; more are told 503 with Retry-After.";
+    "limits.json_depth", Now, "Objects and arrays inside each other; deeper JSON is rejected.";
     "limits.samples", Restart, "Samples in a request; more are told 413.";
     "limits.page", Restart, "Metrics on a page of a list; asking for more is told 400.";
     "limits.lists", Restart, "Lists made at one time; more are told 503.";
@@ -415,8 +444,8 @@ impl Loaded {
         let mut problems = self.addresses();
         problems.extend(self.interval());
         match self.config.store.kind {
-            store::Kind::Memory | store::Kind::Embedded | store::Kind::Redis => {}
-            store::Kind::Kafka => {
+            StoreKind::Memory | StoreKind::Embedded | StoreKind::Redis => {}
+            StoreKind::Kafka => {
                 let remedy = "this build has no Kafka; write \"memory\", \"embedded\" or \"redis\"";
                 problems.push(self.wrong("store.kind", &Value::from("kafka"), remedy));
             }

@@ -69,7 +69,7 @@ impl Layers {
     pub fn load(&self) -> Result<Loaded, Failure> {
         let name = self.config.display().to_string();
         let text = if self.config.is_empty() { None } else { Some(read(Path::new(&self.config))?) };
-        // A name or value that is not UTF-8 is wrong as any other wrong text, if the name is ours.
+        // What is not UTF-8 is nobody's key and no number, address or word of ours, so it is told as wrong by its key.
         let lossy = |text: OsString| text.to_string_lossy().into_owned();
         let environment: Vec<_> = env::vars_os().map(|(name, value)| (lossy(name), lossy(value))).collect();
         let file = text.as_deref().map(|text| (name.as_str(), text));
@@ -189,10 +189,9 @@ mod tests {
     use super::*;
 
     fn layers(arguments: &[&str]) -> Layers {
-        match Cli::try_parse_from(arguments).unwrap().chosen() {
-            Command::Run(layers) => layers,
-            other => panic!("{other:?}"),
-        }
+        let command = Cli::try_parse_from(arguments).unwrap().chosen();
+        let Command::Run(layers) = command else { panic!("{command:?}") };
+        layers
     }
 
     fn failure(path: &Path) -> (u8, String) {

@@ -28,6 +28,7 @@ pub mod listen {
         stream_buffer: Size = Size(16 << 10),
         stream_idle: Time = Time::secs(600),
         partial_line: Time = Time::secs(30),
+        reserved_fds: u64 = 64,
     } }
     config! { Config {
         udp: Vec<String> = texts(&["127.0.0.1:8125", "[::1]:8125"]),
@@ -52,7 +53,6 @@ pub mod http {
         body: Size = Size(1 << 20),
         inflated: Size = Size(8 << 20),
         bodies: Size = Size(64 << 20),
-        samples: usize = 100_000,
         page: usize = 10_000,
         lists: usize = 8,
         scrapes: usize = 2,
@@ -72,18 +72,20 @@ pub mod protocol {
     config! { Config {
         name_policy: String = "etsy".into(),
         gauge_sign: String = "relative".into(),
-        tag_dialects: Vec<String> = texts(&["dogstatsd", "influx", "librato", "signalfx", "graphite"]),
+        tag_dialects: Vec<String> = texts(&["dogstatsd", "graphite", "influx", "librato", "signalfx"]),
     } }
     config! { Limits {
-        line: Size = Size(8192),
-        name: Size = Size(512),
-        identity: Size = Size(4096),
+        line: usize = 8192,
+        name: usize = 512,
+        identity: usize = 4096,
         tags: usize = 32,
-        tag_key: Size = Size(128),
-        tag_value: Size = Size(512),
+        tag_key: usize = 128,
+        tag_value: usize = 512,
         values: usize = 1024,
         sample_rate_min: f64 = 1e-6,
-        set_member: Size = Size(512),
+        set_member: usize = 512,
+        json_depth: usize = 16,
+        samples: usize = 100_000,
     } }
 }
 
@@ -117,19 +119,6 @@ pub mod store {
         outbox: Size = Size(1 << 30),
         stop: Time = Time::secs(20),
     } }
-    #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-    #[serde(rename_all = "lowercase")]
-    pub enum Kind {
-        Memory,
-        #[default]
-        Embedded,
-        Redis,
-        Kafka,
-    }
-    config! { Config {
-        kind: Kind = Kind::default(),
-        redis: redis::Config = redis::Config::default(),
-    } }
     pub mod redis {
         use super::*;
         config! { Config {
@@ -146,5 +135,6 @@ pub mod prometheus {
         quantiles: Vec<f64> = vec![0.5, 0.9, 0.99],
         buckets: Vec<f64> = vec![0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0],
         openmetrics: bool = false,
+        expire: Time = Time::secs(0),
     } }
 }
