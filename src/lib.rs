@@ -11,6 +11,7 @@
 
 pub mod aggregate;
 pub mod clock;
+pub mod http;
 pub mod sample;
 pub mod store;
 pub mod telemetry;

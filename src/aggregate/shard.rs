@@ -269,7 +269,11 @@ impl Shard {
             }
             (Aggregate::Meter(cell), Value::Numbers(numbers)) => add_marks(cell, numbers, rate, now_ms),
             (
-                Aggregate::Counter(_) | Aggregate::Gauge(_) | Aggregate::Observed(_) | Aggregate::Set(_) | Aggregate::Meter(_),
+                Aggregate::Counter(_)
+                | Aggregate::Gauge(_)
+                | Aggregate::Observed(_)
+                | Aggregate::Set(_)
+                | Aggregate::Meter(_),
                 Value::Numbers(_) | Value::Changes(_) | Value::Member(_),
             ) => return Err(Reason::BadValue),
         };

@@ -7,14 +7,15 @@
 
 use std::borrow::Cow;
 use std::cmp::Ordering;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::hash::BuildHasher;
 use std::ops::Range;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use foldhash::fast::FixedState;
 
-use super::{Format, ObserverType, Source};
+use super::{Format, ObserverType};
+use crate::aggregate::ledger::Series;
 use crate::sample::{Kind, SeriesKey, Tags};
 use crate::telemetry;
 
@@ -120,20 +121,25 @@ const BORROWED: u32 = u32::MAX;
 
 /// All series of a scrape in the order of the exposition: by family name, then class, then labels.
 #[derive(Debug)]
-pub(super) struct Index<S> {
-    pub(super) sources: Vec<S>,
+pub(super) struct Index {
+    pub(super) sources: Vec<Arc<Series>>,
     pub(super) entries: Vec<Entry>,
     pub(super) families: Vec<Range<u32>>,
     texts: Vec<Box<str>>,
     style: Style,
 }
 
-impl<S: Source> Index<S> {
+impl Index {
     /// Names and orders the series, and resolves what collides. Series past the 2^32nd are left out.
-    pub(super) fn new(mut sources: Vec<S>, style: Style) -> Self {
+    pub(super) fn new(mut sources: Vec<Arc<Series>>, style: Style) -> Self {
         sources.truncate(u32::MAX as usize / 2);
-        let mut index =
-            Self { entries: Vec::with_capacity(sources.len()), families: Vec::new(), texts: Vec::new(), sources, style };
+        let mut index = Self {
+            entries: Vec::with_capacity(sources.len()),
+            families: Vec::new(),
+            texts: Vec::new(),
+            sources,
+            style,
+        };
         for source in 0..index.sources.len() {
             for class in Class::of(index.sources[source].kind()) {
                 index.enter(source as u32, *class);
@@ -261,7 +267,7 @@ impl<S: Source> Index<S> {
 }
 
 /// What collides, and how it is told apart.
-impl<S: Source> Index<S> {
+impl Index {
     /// Gives every family whose sample names an older family has too its type as a suffix, as often as it takes.
     fn resolve(&mut self) {
         let colliding = self.colliding();
@@ -341,7 +347,7 @@ impl<S: Source> Index<S> {
     fn same_samples(&self) -> impl Iterator<Item = usize> {
         let hasher = FixedState::default();
         let mut scratch = Vec::new();
-        let mut stems = HashSet::with_hasher(hasher);
+        let mut stems = HashSet::with_hasher(hasher.clone());
         for family in &self.families {
             scratch.clear();
             scratch.extend(self.mapped(self.first(family)));
@@ -374,9 +380,8 @@ impl<S: Source> Index<S> {
             let sample = [name, suffix].concat();
             met.extend(self.named(&sample));
             for (stem, suffix) in SUFFIXES.iter().filter_map(|suffix| Some((sample.strip_suffix(suffix)?, suffix))) {
-                let has = |family: &usize| {
-                    self.first(&self.families[*family]).class.suffixes(self.style).contains(suffix)
-                };
+                let has =
+                    |family: &usize| self.first(&self.families[*family]).class.suffixes(self.style).contains(suffix);
                 met.extend(self.named(stem).filter(has));
             }
         }
@@ -397,7 +402,7 @@ impl<S: Source> Index<S> {
         let mut by_age: Vec<_> = colliding.iter().map(|family| (self.age(*family), *family)).collect();
         by_age.sort_unstable();
         let inside: HashSet<usize> = colliding.iter().copied().collect();
-        let mut taken: HashMap<String, ()> = HashMap::new();
+        let mut taken: HashSet<String> = HashSet::new();
         let mut renamed = Vec::new();
         for (_, family) in by_age {
             let class = self.first(&self.families[family]).class;
@@ -406,10 +411,10 @@ impl<S: Source> Index<S> {
                 let samples = class.suffixes(self.style).iter().map(|suffix| [&name, *suffix].concat());
                 let samples: Vec<String> = samples.collect();
                 let meets_outsider = || self.holders(family, &name).iter().any(|other| !inside.contains(other));
-                if samples.iter().any(|sample| taken.contains_key(sample)) || meets_outsider() {
+                if samples.iter().any(|sample| taken.contains(sample)) || meets_outsider() {
                     continue;
                 }
-                taken.extend(samples.into_iter().map(|sample| (sample, ())));
+                taken.extend(samples);
                 if attempt > 0 {
                     renamed.push((family, name));
                 }
@@ -427,7 +432,8 @@ impl<S: Source> Index<S> {
 
     fn oldest(&self, family: usize) -> (u64, Kind) {
         let Range { start, end } = self.families[family];
-        let sources = self.entries[start as usize..end as usize].iter().map(|entry| &self.sources[entry.source as usize]);
+        let sources =
+            self.entries[start as usize..end as usize].iter().map(|entry| &self.sources[entry.source as usize]);
         let ages = sources.map(|source| (source.state().total.start_ms, source.kind()));
         ages.min_by_key(|(start_ms, kind)| (*start_ms, kind.letter())).unwrap_or((0, Kind::Counter))
     }
