@@ -13,6 +13,7 @@ pub mod aggregate;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod http;
 pub mod sample;
 pub mod store;
 pub mod telemetry;

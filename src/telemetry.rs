@@ -1,9 +1,15 @@
 //! Every metric tallyd exports about itself, each with its meaning. Client series never go through here.
 //!
 //! The table [`ALL`] is the single definition: the exporter takes help texts from it, and the README's list is tested
-//! against it.
+//! against it. What the system knows of the process is [`PROCESS`]. [`install`] comes before the first use of a metric;
+//! what is counted earlier is lost.
 
-use metrics::{Counter, Gauge, Histogram, Label};
+use std::fmt;
+use std::sync::Arc;
+
+use metrics::{Counter, Gauge, Histogram, Label, SharedString};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use metrics_process::Collector;
 
 /// How a metric behaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,7 +85,7 @@ table! {
     HTTP_REQUESTS = "tallyd_http_requests_total", Counter, ["listener", "route", "code"], "HTTP requests answered.";
     HTTP_SECONDS = "tallyd_http_request_seconds", Seconds, ["route"], "Time from the request's headers to the answer's headers.";
     SCRAPE_SECONDS = "tallyd_scrape_seconds", Seconds, [], "Time to write one scrape.";
-    CONFLICTS = "tallyd_scrape_conflicts", Gauge, [], "Series renamed in the last scrape because their names would collide.";
+    CONFLICTS = "tallyd_scrape_conflicts", Gauge, [], "Series renamed in the last scrape, or added to others, because their names would collide.";
     ILLEGAL_NEGATIVE_COUNTER = "tallyd_illegal_negative_counter", Gauge, [], "Counters with decrements, of which the scrape shows the increments alone.";
 }
 
@@ -107,3 +113,233 @@ impl Metric {
 }
 
 static METADATA: metrics::Metadata<'static> = metrics::Metadata::new("tallyd", metrics::Level::INFO, None);
+
+/// Upper bounds of the buckets of [`Shape::Seconds`]: from a seal's fold to a flush that outlasts its interval.
+pub const SECONDS_BUCKETS: &[f64] =
+    &[1e-5, 1e-4, 2.5e-4, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+
+/// What the system knows of the process: name, shape and meaning. Where it doesn't say, the metric is missing.
+pub const PROCESS: &[(&str, Shape, &str)] = &[
+    ("process_cpu_seconds_total", Shape::Counter, "Processor time used, in seconds."),
+    ("process_open_fds", Shape::Gauge, "Open file descriptors."),
+    ("process_max_fds", Shape::Gauge, "File descriptors that may be open."),
+    ("process_virtual_memory_bytes", Shape::Gauge, "Address space taken, in bytes."),
+    ("process_virtual_memory_max_bytes", Shape::Gauge, "Address space that may be taken, in bytes."),
+    ("process_resident_memory_bytes", Shape::Gauge, "Memory in use, in bytes."),
+    ("process_start_time_seconds", Shape::Gauge, "When the process began, in seconds since the epoch."),
+    ("process_threads", Shape::Gauge, "Threads."),
+];
+
+/// The names of all samples of our own families, in the text format and in OpenMetrics. No client's series may have one.
+pub fn sample_names() -> impl Iterator<Item = String> {
+    let all = ALL.iter().map(|metric| (metric.name, metric.shape));
+    let process = PROCESS.iter().map(|(name, shape, _)| (*name, *shape));
+    all.chain(process).flat_map(|(name, shape)| {
+        let stem = name.strip_suffix("_total").unwrap_or(name);
+        let suffixes: &[&str] = match shape {
+            Shape::Counter => &["", "_total", "_created"],
+            Shape::Gauge => &[""],
+            Shape::Seconds => &["", "_bucket", "_sum", "_count", "_created"],
+        };
+        suffixes.iter().map(move |suffix| [stem, suffix].concat())
+    })
+}
+
+/// Renders our own metrics. Clones share what they render.
+#[derive(Clone)]
+pub struct Exporter {
+    handle: PrometheusHandle,
+    process: Arc<Collector>,
+}
+
+impl fmt::Debug for Exporter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Exporter").finish_non_exhaustive()
+    }
+}
+
+/// Why our own metrics can't be exported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Error {
+    /// A recorder was installed before.
+    Installed,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Installed => f.write_str("another metrics recorder is installed in this process"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Makes every [`Metric`] of this process count, once per process, and says what was built.
+pub fn install() -> Result<Exporter, Error> {
+    let (recorder, exporter) = recorder();
+    metrics::set_global_recorder(recorder).map_err(|_| Error::Installed)?;
+    BUILD_INFO.gauge(&[env!("CARGO_PKG_VERSION")]).set(1.0);
+    Ok(exporter)
+}
+
+/// A recorder with our buckets and help texts, and what renders it. It starts no thread and no listener.
+fn recorder() -> (PrometheusRecorder, Exporter) {
+    let seconds = ALL.iter().filter(|metric| metric.shape == Shape::Seconds);
+    let builder = seconds.fold(PrometheusBuilder::new(), |builder, metric| {
+        // Refused only without bounds, and there are some; the metric would then be a summary.
+        builder.set_buckets_for_metric(Matcher::Full(metric.name.to_owned()), SECONDS_BUCKETS).unwrap_or_default()
+    });
+    let recorder = builder.build_recorder();
+    let all = ALL.iter().map(|metric| (metric.name, metric.shape, metric.help));
+    for (name, shape, help) in all.chain(PROCESS.iter().copied()) {
+        describe(&recorder, name, shape, help);
+    }
+    let exporter = Exporter { handle: recorder.handle(), process: Arc::new(Collector::default()) };
+    (recorder, exporter)
+}
+
+fn describe(recorder: &impl metrics::Recorder, name: &'static str, shape: Shape, help: &'static str) {
+    let (name, help) = (metrics::KeyName::from_const_str(name), SharedString::const_str(help));
+    match shape {
+        Shape::Counter => recorder.describe_counter(name, None, help),
+        Shape::Gauge => recorder.describe_gauge(name, None, help),
+        Shape::Seconds => recorder.describe_histogram(name, None, help),
+    }
+}
+
+impl Exporter {
+    /// Moves observations into their buckets, so that those no scrape fetches don't pile up. To be called about once a
+    /// second.
+    pub fn upkeep(&self) {
+        self.handle.run_upkeep();
+    }
+
+    /// Our own metrics as of now, families and series in order, as text or as OpenMetrics (without its last line).
+    pub fn render(&self, openmetrics: bool) -> String {
+        self.process.collect();
+        let text = self.handle.render();
+        let mut families: Vec<Family<'_>> = text.split("\n\n").filter_map(Family::parse).collect();
+        families.sort_unstable_by_key(|family| family.name);
+        let mut out = String::with_capacity(text.len());
+        for family in families {
+            family.write(openmetrics, &mut out);
+        }
+        out
+    }
+}
+
+/// A family as the recorder renders it.
+struct Family<'a> {
+    name: &'a str,
+    shape: &'a str,
+    help: &'a str,
+    samples: Vec<&'a str>,
+}
+
+impl<'a> Family<'a> {
+    fn parse(text: &'a str) -> Option<Self> {
+        let mut lines = text.lines();
+        let (_, help) = lines.next()?.strip_prefix("# HELP ")?.split_once(' ')?;
+        let (name, shape) = lines.next()?.strip_prefix("# TYPE ")?.split_once(' ')?;
+        // The collector has processor time as a gauge, because its counters hold whole numbers only.
+        let shape = if name.ends_with("_total") { "counter" } else { shape };
+        let mut samples: Vec<&str> = lines.collect();
+        if shape != "histogram" {
+            samples.sort_unstable();
+        }
+        Some(Self { name, shape, help, samples })
+    }
+
+    fn write(&self, openmetrics: bool, out: &mut String) {
+        let stem = self.name.strip_suffix("_total").filter(|_| openmetrics).unwrap_or(self.name);
+        for part in ["# HELP ", stem, " ", self.help, "\n# TYPE ", stem, " ", self.shape, "\n"] {
+            out.push_str(part);
+        }
+        for sample in &self.samples {
+            out.push_str(sample);
+            out.push('\n');
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    /// Every metric with a value of its own, rendered.
+    fn rendered(openmetrics: bool) -> String {
+        let (recorder, exporter) = recorder();
+        metrics::with_local_recorder(&recorder, || {
+            for metric in ALL {
+                let values = vec!["some \"value\""; metric.labels.len()];
+                match metric.shape {
+                    Shape::Counter => metric.counter(&values).increment(3),
+                    Shape::Gauge => metric.gauge(&values).set(0.5),
+                    Shape::Seconds => metric.histogram(&values).record(0.002),
+                }
+            }
+            exporter.upkeep();
+            exporter.render(openmetrics)
+        })
+    }
+
+    #[test]
+    fn every_metric_is_rendered_with_its_help_and_type() {
+        let text = rendered(false);
+        for metric in ALL {
+            assert!(text.contains(&format!("# HELP {} {}\n", metric.name, metric.help)), "{}", metric.name);
+            let shape = match metric.shape {
+                Shape::Counter => "counter",
+                Shape::Gauge => "gauge",
+                Shape::Seconds => "histogram",
+            };
+            assert!(text.contains(&format!("# TYPE {} {shape}\n", metric.name)), "{}", metric.name);
+        }
+        for (name, ..) in PROCESS {
+            assert!(text.contains(&format!("\n{name} ")), "{name}");
+        }
+        let names: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
+        assert!(names.is_sorted());
+    }
+
+    #[test]
+    fn names_say_what_a_metric_is() {
+        for Metric { name, shape, help, .. } in ALL {
+            assert!(name.starts_with("tallyd_"), "{name}");
+            assert_eq!(name.ends_with("_total"), *shape == Shape::Counter, "{name}");
+            assert!(*shape != Shape::Seconds || name.ends_with("_seconds"), "{name}");
+            assert!(!["_sum", "_count", "_bucket"].iter().any(|suffix| name.ends_with(suffix)), "{name}");
+            assert!(help.ends_with('.'), "{name}");
+        }
+    }
+
+    #[test]
+    fn openmetrics_names_counters_without_total_and_has_no_empty_lines() {
+        let text = rendered(true);
+        assert!(text.contains("# TYPE tallyd_flushes counter\ntallyd_flushes_total 3\n"), "{text}");
+        assert!(text.lines().all(|line| !line.is_empty()));
+    }
+
+    #[test]
+    fn observations_are_in_buckets() {
+        let text = rendered(false);
+        assert!(text.contains("tallyd_fold_seconds_bucket{le=\"0.001\"} 0\n"), "{text}");
+        assert!(text.contains("tallyd_fold_seconds_bucket{le=\"0.0025\"} 1\n"), "{text}");
+    }
+
+    #[test]
+    fn promtool_finds_nothing_to_say() {
+        let Ok(mut promtool) =
+            Command::new("promtool").args(["check", "metrics"]).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn()
+        else {
+            return; // not installed; the tests above parse what is rendered
+        };
+        promtool.stdin.take().unwrap().write_all(rendered(false).as_bytes()).unwrap();
+        let output = promtool.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+}

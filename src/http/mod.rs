@@ -1,0 +1,3 @@
+//! Requests in, pages out.
+
+pub mod scrape;

@@ -1,0 +1,582 @@
+//! What a series is called in an exposition, and the order in which series are written.
+//!
+//! [`Index`] holds 24 bytes per series and reads the names out of the series' own keys; only a key that a table can't
+//! rewrite byte by byte gets a text of its own. So a scrape never holds its text twice. The rules are at
+//! [`super`](super#names). It never reads a clock and never looks at a value, but for the start time of series that
+//! collide.
+
+use std::borrow::Cow;
+use std::cmp::Ordering;
+use std::collections::HashSet;
+use std::hash::BuildHasher;
+use std::ops::Range;
+use std::sync::{Arc, LazyLock};
+
+use foldhash::fast::FixedState;
+
+use super::{Format, ObserverType};
+use crate::aggregate::ledger::Series;
+use crate::sample::{Kind, SeriesKey, Tags};
+use crate::telemetry;
+
+/// What one family of an exposition shows. Series of different classes never share a family.
+///
+/// The numbers stand between name and labels where entries are ordered; all are below every byte of a name, so that
+/// `a` with its labels comes before `a1`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub(super) enum Class {
+    Counter = 1,
+    Gauge = 2,
+    /// Timers, histograms and distributions: one type to Prometheus, and statsd_exporter shows them as one.
+    Observed = 3,
+    Set = 4,
+    MeterTotal = 5,
+    MeterRate = 6,
+}
+
+impl Class {
+    /// The classes in which a series of a kind is shown.
+    const fn of(kind: Kind) -> &'static [Self] {
+        match kind {
+            Kind::Counter => &[Self::Counter],
+            Kind::Gauge => &[Self::Gauge],
+            Kind::Timer | Kind::Histogram | Kind::Distribution => &[Self::Observed],
+            Kind::Set => &[Self::Set],
+            Kind::Meter => &[Self::MeterTotal, Self::MeterRate],
+        }
+    }
+
+    /// What the names of a family's samples have behind the family's own name. A family also occupies its bare name.
+    const fn suffixes(self, style: Style) -> &'static [&'static str] {
+        match (self, style.format, style.observer_type) {
+            (Self::Observed, Format::Text, ObserverType::Summary) => &["", "_sum", "_count"],
+            (Self::Observed, Format::Text, ObserverType::Histogram) => &["", "_bucket", "_sum", "_count"],
+            (Self::Observed, Format::OpenMetrics, ObserverType::Summary) => &["", "_sum", "_count", "_created"],
+            (Self::Observed, Format::OpenMetrics, ObserverType::Histogram) => {
+                &["", "_bucket", "_sum", "_count", "_created"]
+            }
+            (Self::Counter | Self::MeterTotal, Format::OpenMetrics, _) => &["", "_total", "_created"],
+            (Self::Counter | Self::MeterTotal, Format::Text, _)
+            | (Self::Gauge | Self::Set | Self::MeterRate, Format::Text | Format::OpenMetrics, _) => &[""],
+        }
+    }
+}
+
+/// Every suffix of [`Class::suffixes`] but the empty one.
+const SUFFIXES: [&str; 5] = ["_bucket", "_count", "_created", "_sum", "_total"];
+
+/// What decides which sample names a family has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Style {
+    pub(super) format: Format,
+    pub(super) observer_type: ObserverType,
+}
+
+/// Why a series is not shown under the plain rewriting of its own name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Marks(u8);
+
+impl Marks {
+    /// One of our own families has the name.
+    pub(super) const OWN: Self = Self(1);
+    /// A label has a name that Prometheus or the family needs.
+    pub(super) const LABEL: Self = Self(2);
+    /// An older family has the name.
+    pub(super) const RENAMED: Self = Self(4);
+    /// Another series has the same name and labels.
+    pub(super) const MERGED: Self = Self(8);
+
+    pub(super) const fn has(self, other: Self) -> bool {
+        self.0 & other.0 != 0
+    }
+
+    const fn with(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+
+    pub(super) const fn any(self) -> bool {
+        self.0 != 0
+    }
+}
+
+/// One series in one class. `text` is [`BORROWED`] where the series' key serves, else the number of an own text of the
+/// same form.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Entry {
+    /// Eight bytes of the text, from the depth that is being sorted.
+    prefix: u64,
+    pub(super) source: u32,
+    text: u32,
+    name_len: u32,
+    pub(super) class: Class,
+    pub(super) marks: Marks,
+}
+
+const BORROWED: u32 = u32::MAX;
+
+/// All series of a scrape in the order of the exposition: by family name, then class, then labels.
+#[derive(Debug)]
+pub(super) struct Index {
+    pub(super) sources: Vec<Arc<Series>>,
+    pub(super) entries: Vec<Entry>,
+    pub(super) families: Vec<Range<u32>>,
+    texts: Vec<Box<str>>,
+    style: Style,
+}
+
+impl Index {
+    /// Names and orders the series, and resolves what collides. Series past the 2^32nd are left out.
+    pub(super) fn new(mut sources: Vec<Arc<Series>>, style: Style) -> Self {
+        sources.truncate(u32::MAX as usize / 2);
+        let mut index = Self {
+            entries: Vec::with_capacity(sources.len()),
+            families: Vec::new(),
+            texts: Vec::new(),
+            sources,
+            style,
+        };
+        for source in 0..index.sources.len() {
+            for class in Class::of(index.sources[source].kind()) {
+                index.enter(source as u32, *class);
+            }
+        }
+        let mut entries = std::mem::take(&mut index.entries);
+        index.sort(&mut entries);
+        index.entries = entries;
+        index.find_families();
+        index.resolve();
+        index
+    }
+
+    /// How many entries are not shown under the plain rewriting of their own name.
+    pub(super) fn conflicts(&self) -> usize {
+        self.entries.iter().filter(|entry| entry.marks.any()).count()
+    }
+
+    /// The family name of an entry.
+    pub(super) fn name(&self, entry: &Entry) -> Cow<'_, str> {
+        let raw = &self.raw(entry)[..entry.name_len as usize];
+        if raw.bytes().all(|byte| NAME[usize::from(byte)] == byte) {
+            return Cow::Borrowed(raw);
+        }
+        // Each byte is ASCII here: another name has a text of its own.
+        Cow::Owned(raw.bytes().map(|byte| char::from(NAME[usize::from(byte)])).collect())
+    }
+
+    /// The labels of an entry as in a key: `name=value;name=value`, names ready, values percent-encoded.
+    pub(super) fn labels(&self, entry: &Entry) -> &str {
+        self.raw(entry).get(entry.name_len as usize + 1..).unwrap_or_default()
+    }
+
+    fn raw(&self, entry: &Entry) -> &str {
+        match entry.text {
+            BORROWED => self.sources[entry.source as usize].key().as_str(),
+            text => &self.texts[text as usize],
+        }
+    }
+
+    fn enter(&mut self, source: u32, class: Class) {
+        let key = self.sources[source as usize].key();
+        let mut entry = Entry { prefix: 0, source, text: BORROWED, name_len: 0, class, marks: Marks::default() };
+        match plain_name_len(key.as_str(), class, self.style.format) {
+            Some(len) => entry.name_len = len as u32,
+            None => {
+                let (text, name_len, marks) = rewritten(key, class, self.style);
+                entry.name_len = name_len as u32;
+                entry.marks = marks;
+                entry.text = self.texts.len() as u32;
+                self.texts.push(text);
+            }
+        }
+        self.entries.push(entry);
+    }
+
+    /// Sorts by eight bytes at a time, so that a comparison seldom has to reach for a key: all entries by their first
+    /// eight, then each run of equals by the next eight. Equal texts are marked, all but one.
+    fn sort(&self, entries: &mut [Entry]) {
+        let mut runs = vec![(0..entries.len(), 0)];
+        while let Some((run, depth)) = runs.pop() {
+            let entries = &mut entries[run.clone()];
+            for entry in entries.iter_mut() {
+                entry.prefix = self.eight(entry, depth);
+            }
+            entries.sort_unstable_by_key(|entry| entry.prefix);
+            let mut start = run.start;
+            for equal in entries.chunk_by_mut(|a, b| a.prefix == b.prefix) {
+                let end = start + equal.len();
+                let ended = equal[0].prefix.to_be_bytes()[7] == 0;
+                if equal.len() > 1 && ended {
+                    for entry in &mut equal[1..] {
+                        entry.marks = entry.marks.with(Marks::MERGED);
+                    }
+                } else if equal.len() > 1 {
+                    runs.push((start..end, depth + 8));
+                }
+                start = end;
+            }
+        }
+    }
+
+    /// Eight bytes of an entry's text from `depth`, zeros behind its end: the rewritten name, the class, the labels.
+    /// No text holds a zero: keys percent-encode control characters.
+    fn eight(&self, entry: &Entry, depth: usize) -> u64 {
+        let raw = self.raw(entry).as_bytes();
+        let name_len = entry.name_len as usize;
+        let mut eight = [0; 8];
+        if depth + 8 <= name_len {
+            for (to, from) in eight.iter_mut().zip(&raw[depth..depth + 8]) {
+                *to = NAME[usize::from(*from)];
+            }
+            return u64::from_be_bytes(eight);
+        }
+        for (at, to) in (depth..).zip(&mut eight) {
+            *to = match at.cmp(&name_len) {
+                Ordering::Less => NAME[usize::from(raw[at])],
+                Ordering::Equal => entry.class as u8,
+                Ordering::Greater => raw.get(at).copied().unwrap_or(0),
+            };
+        }
+        u64::from_be_bytes(eight)
+    }
+
+    fn find_families(&mut self) {
+        let mut families = std::mem::take(&mut self.families);
+        families.clear();
+        let mut start = 0;
+        for family in self.entries.chunk_by(|a, b| a.class == b.class && self.same_name(a, b)) {
+            let end = start + family.len() as u32;
+            families.push(start..end);
+            start = end;
+        }
+        self.families = families;
+    }
+
+    fn same_name(&self, a: &Entry, b: &Entry) -> bool {
+        a.name_len == b.name_len && self.mapped(a).eq(self.mapped(b))
+    }
+
+    /// The bytes of an entry's family name.
+    fn mapped(&self, entry: &Entry) -> impl DoubleEndedIterator<Item = u8> {
+        self.raw(entry).as_bytes()[..entry.name_len as usize].iter().map(|byte| NAME[usize::from(*byte)])
+    }
+}
+
+/// What collides, and how it is told apart.
+impl Index {
+    /// Gives every family whose sample names an older family has too its type as a suffix, as often as it takes.
+    fn resolve(&mut self) {
+        let colliding = self.colliding();
+        if colliding.is_empty() {
+            return;
+        }
+        let mut renamed = self.renames(&colliding);
+        if renamed.is_empty() {
+            return;
+        }
+        renamed.sort_unstable_by_key(|(family, _)| *family);
+        let mut moved = Vec::new();
+        for (family, name) in renamed {
+            for at in self.families[family].clone() {
+                let mut entry = self.entries[at as usize];
+                let labels = &self.raw(&entry)[entry.name_len as usize..];
+                let text = [&name, labels].concat().into_boxed_str();
+                entry.name_len = name.len() as u32;
+                entry.marks = entry.marks.without(Marks::MERGED).with(Marks::RENAMED);
+                entry.text = self.texts.len() as u32;
+                self.texts.push(text);
+                moved.push(entry);
+                self.entries[at as usize].name_len = GONE;
+            }
+        }
+        self.sort(&mut moved);
+        self.entries.retain(|entry| entry.name_len != GONE);
+        self.merge(moved);
+        self.find_families();
+    }
+
+    /// Puts sorted entries between those that stayed. No moved entry shares its family with one of these.
+    fn merge(&mut self, moved: Vec<Entry>) {
+        let stayed = std::mem::take(&mut self.entries);
+        let mut merged = Vec::with_capacity(stayed.len() + moved.len());
+        let mut stayed = stayed.into_iter().peekable();
+        for entry in moved {
+            while let Some(next) = stayed.next_if(|next| self.mapped(next).le(self.mapped(&entry))) {
+                merged.push(next);
+            }
+            merged.push(entry);
+        }
+        merged.extend(stayed);
+        self.entries = merged;
+    }
+
+    /// The families that share a sample name with another, and those that a new name of theirs could meet.
+    fn colliding(&self) -> Vec<usize> {
+        let mut found: Vec<usize> = self.same_names().chain(self.same_samples()).collect();
+        let mut seen: HashSet<usize> = found.iter().copied().collect();
+        found = seen.iter().copied().collect();
+        let mut next = 0;
+        while let Some(family) = found.get(next).copied() {
+            next += 1;
+            for attempt in 0.. {
+                let met = self.holders(family, &self.candidate(family, attempt));
+                let free = met.is_empty();
+                found.extend(met.into_iter().filter(|other| seen.insert(*other)));
+                if free && attempt > 0 {
+                    break;
+                }
+            }
+        }
+        found
+    }
+
+    /// Families that stand beside one of the same name and another class.
+    fn same_names(&self) -> impl Iterator<Item = usize> {
+        self.families.windows(2).enumerate().flat_map(|(at, pair)| {
+            let same = self.same_name(self.first(&pair[0]), self.first(&pair[1]));
+            if same { at..at + 2 } else { at..at }
+        })
+    }
+
+    /// Families whose name is that of another's sample, and these others. Names of families that could be that of a
+    /// sample are few, so their stems go into a set, and only what is found there is searched for.
+    fn same_samples(&self) -> impl Iterator<Item = usize> {
+        let hasher = FixedState::default();
+        let mut scratch = Vec::new();
+        let mut stems = HashSet::with_hasher(hasher.clone());
+        for family in &self.families {
+            scratch.clear();
+            scratch.extend(self.mapped(self.first(family)));
+            for stem in SUFFIXES.iter().filter_map(|suffix| scratch.strip_suffix(suffix.as_bytes())) {
+                stems.insert(hasher.hash_one(stem));
+            }
+        }
+        let mut found = Vec::new();
+        let with_suffix = self.families.iter().enumerate().filter(|_| !stems.is_empty());
+        for (at, family) in with_suffix {
+            if self.first(family).class.suffixes(self.style).len() == 1 {
+                continue;
+            }
+            scratch.clear();
+            scratch.extend(self.mapped(self.first(family)));
+            if stems.contains(&hasher.hash_one(&scratch[..])) {
+                let met = self.holders(at, &self.candidate(at, 0));
+                found.extend((!met.is_empty()).then_some(at));
+                found.extend(met);
+            }
+        }
+        found.into_iter()
+    }
+
+    /// The other families with which one would share a sample name, were it called so.
+    fn holders(&self, family: usize, name: &str) -> Vec<usize> {
+        let class = self.first(&self.families[family]).class;
+        let mut met = Vec::new();
+        for suffix in class.suffixes(self.style) {
+            let sample = [name, suffix].concat();
+            met.extend(self.named(&sample));
+            for (stem, suffix) in SUFFIXES.iter().filter_map(|suffix| Some((sample.strip_suffix(suffix)?, suffix))) {
+                let has =
+                    |family: &usize| self.first(&self.families[*family]).class.suffixes(self.style).contains(suffix);
+                met.extend(self.named(stem).filter(has));
+            }
+        }
+        met.retain(|other| *other != family);
+        met
+    }
+
+    /// The families of a name, one for each class.
+    fn named(&self, name: &str) -> Range<usize> {
+        let cmp = |family: &Range<u32>| self.mapped(self.first(family)).cmp(name.bytes());
+        let start = self.families.partition_point(|family| cmp(family) == Ordering::Less);
+        let len = self.families[start..].iter().take_while(|family| cmp(family) == Ordering::Equal).count();
+        start..start + len
+    }
+
+    /// The new names of those that need one: the oldest keep theirs, the later give way.
+    fn renames(&self, colliding: &[usize]) -> Vec<(usize, String)> {
+        let mut by_age: Vec<_> = colliding.iter().map(|family| (self.age(*family), *family)).collect();
+        by_age.sort_unstable();
+        let inside: HashSet<usize> = colliding.iter().copied().collect();
+        let mut taken: HashSet<String> = HashSet::new();
+        let mut renamed = Vec::new();
+        for (_, family) in by_age {
+            let class = self.first(&self.families[family]).class;
+            for attempt in 0.. {
+                let name = self.candidate(family, attempt);
+                let samples = class.suffixes(self.style).iter().map(|suffix| [&name, *suffix].concat());
+                let samples: Vec<String> = samples.collect();
+                let meets_outsider = || self.holders(family, &name).iter().any(|other| !inside.contains(other));
+                if samples.iter().any(|sample| taken.contains(sample)) || meets_outsider() {
+                    continue;
+                }
+                taken.extend(samples);
+                if attempt > 0 {
+                    renamed.push((family, name));
+                }
+                break;
+            }
+        }
+        renamed
+    }
+
+    /// What orders colliding families: the start of their oldest series, its type letter, the name.
+    fn age(&self, family: usize) -> (u64, &'static str, Cow<'_, str>) {
+        let (start_ms, kind) = self.oldest(family);
+        (start_ms, kind.letter(), self.name(self.first(&self.families[family])))
+    }
+
+    fn oldest(&self, family: usize) -> (u64, Kind) {
+        let Range { start, end } = self.families[family];
+        let sources =
+            self.entries[start as usize..end as usize].iter().map(|entry| &self.sources[entry.source as usize]);
+        let ages = sources.map(|source| (source.state().total.start_ms, source.kind()));
+        ages.min_by_key(|(start_ms, kind)| (*start_ms, kind.letter())).unwrap_or((0, Kind::Counter))
+    }
+
+    /// The name of a family with its type behind it, `attempt` times.
+    fn candidate(&self, family: usize, attempt: usize) -> String {
+        let mut name = self.name(self.first(&self.families[family])).into_owned();
+        if attempt > 0 {
+            let suffix = ["_", &self.oldest(family).1.json().to_ascii_lowercase()].concat();
+            name.push_str(&suffix.repeat(attempt));
+        }
+        name
+    }
+
+    fn first(&self, family: &Range<u32>) -> &Entry {
+        &self.entries[family.start as usize]
+    }
+}
+
+/// The name length of an entry that has moved elsewhere.
+const GONE: u32 = u32::MAX;
+
+/// What stands for each byte of a name. Bytes of longer characters never come here.
+static NAME: [u8; 256] = {
+    let mut table = [b'_'; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        if (byte as u8).is_ascii_alphanumeric() {
+            table[byte] = byte as u8;
+        }
+        byte += 1;
+    }
+    table
+};
+
+/// The length of the name of a key that needs no text of its own: its name can be rewritten byte by byte and is not
+/// near one of our own families, and its labels stand as they must be shown.
+fn plain_name_len(key: &str, class: Class, format: Format) -> Option<usize> {
+    let (name, tags) = match memchr::memchr(b';', key.as_bytes()) {
+        Some(at) => (&key[..at], Some(&key[at + 1..])),
+        None => (key, None),
+    };
+    let plain_class = match class {
+        Class::Counter => format == Format::Text || !name.ends_with("total"),
+        Class::Gauge | Class::Observed | Class::Set => true,
+        Class::MeterTotal | Class::MeterRate => false,
+    };
+    (plain_class && is_plain_name(name) && tags.is_none_or(are_plain_tags)).then_some(name.len())
+}
+
+fn is_plain_name(name: &str) -> bool {
+    let bytes = name.as_bytes();
+    let plain = |byte: &u8| byte.is_ascii() && *byte != b'%';
+    let dashes = || bytes.windows(2).any(|pair| pair == b"--");
+    let starts = !bytes.is_empty() && !bytes[0].is_ascii_digit();
+    starts && bytes.iter().all(plain) && !dashes() && !name.starts_with("tallyd") && !name.starts_with("process")
+}
+
+fn are_plain_tags(tags: &str) -> bool {
+    let mut last = "";
+    tags.split(';').all(|tag| {
+        let Some((name, value)) = tag.split_once('=') else { return false };
+        let in_order = name > last;
+        last = name;
+        let valid = || name.bytes().all(|byte| byte == NAME[usize::from(byte)]) && !name.as_bytes()[0].is_ascii_digit();
+        in_order && !value.is_empty() && valid() && !is_reserved(name)
+    })
+}
+
+/// Labels that Prometheus or a family gives itself.
+fn is_reserved(label: &str) -> bool {
+    matches!(label, "le" | "quantile") || label.starts_with("__")
+}
+
+/// The text of an entry: name and labels as shown, in the form of a key; the length of the name; what was changed.
+///
+/// The mapping rules' own name and labels take the place of the key's here, before anything else is decided.
+fn rewritten(key: &SeriesKey, class: Class, style: Style) -> (Box<str>, usize, Marks) {
+    let mut marks = Marks::default();
+    let mut name = family_name(&escaped(&key.name()), class, style.format);
+    if is_own(&name, class, style) {
+        name.push_str("_client");
+        marks = marks.with(Marks::OWN);
+    }
+    let mut labels: Vec<(String, String)> = Vec::new();
+    for (tag, value) in key.tags() {
+        let Some(value) = value.filter(|value| !value.is_empty() && !tag.is_empty()) else { continue };
+        let mut label = escaped(&tag);
+        if is_reserved(&label) || (class == Class::MeterRate && label == "window") {
+            label.insert_str(0, "exported_");
+            marks = marks.with(Marks::LABEL);
+        }
+        labels.push((label, value.into_owned()));
+    }
+    labels.sort_by(|a, b| a.0.cmp(&b.0));
+    labels.dedup_by(|next, first| {
+        let same = next.0 == first.0;
+        if same {
+            first.1.push(',');
+            first.1.push_str(&next.1);
+        }
+        same
+    });
+    let labels = labels.into_iter().map(|(label, value)| (label, Some(value))).collect();
+    let text = SeriesKey::new(&name, &Tags::new(labels));
+    (text.as_str().into(), name.len(), marks)
+}
+
+/// A name or label as statsd_exporter rewrites it: characters outside `[a-zA-Z0-9_]` become `_`, a run of dashes a
+/// single one, and a digit at the beginning gets `_` before it.
+fn escaped(name: &str) -> String {
+    let mut escaped = String::with_capacity(name.len() + 1);
+    if name.as_bytes().first().is_none_or(u8::is_ascii_digit) {
+        escaped.push('_');
+    }
+    let mut last = None;
+    for c in name.chars() {
+        if c != '-' || last != Some('-') {
+            escaped.push(if c.is_ascii_alphanumeric() { c } else { '_' });
+        }
+        last = Some(c);
+    }
+    escaped
+}
+
+/// The name of the family in which a series of this name is shown. OpenMetrics gives a counter's sample the suffix
+/// `_total` and its family the name without it.
+fn family_name(name: &str, class: Class, format: Format) -> String {
+    match (class, format) {
+        (Class::Counter, Format::OpenMetrics) => match name.strip_suffix("_total") {
+            Some(stem) if !stem.is_empty() => stem.to_owned(),
+            Some(_) | None => name.to_owned(),
+        },
+        (Class::MeterTotal, Format::Text) => [name, "_total"].concat(),
+        (Class::MeterRate, Format::Text | Format::OpenMetrics) => [name, "_rate"].concat(),
+        (Class::MeterTotal, Format::OpenMetrics)
+        | (Class::Counter, Format::Text)
+        | (Class::Gauge | Class::Observed | Class::Set, Format::Text | Format::OpenMetrics) => name.to_owned(),
+    }
+}
+
+/// Whether a family of this name would share a sample name with one of our own.
+fn is_own(name: &str, class: Class, style: Style) -> bool {
+    static OWN: LazyLock<HashSet<String>> = LazyLock::new(|| telemetry::sample_names().collect());
+    class.suffixes(style).iter().any(|suffix| OWN.contains(&[name, suffix].concat()))
+}
