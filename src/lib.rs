@@ -11,6 +11,7 @@
 
 pub mod aggregate;
 pub mod clock;
+pub mod protocol;
 pub mod sample;
 pub mod store;
 pub mod telemetry;
