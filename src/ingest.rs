@@ -232,7 +232,7 @@ struct Port {
 }
 
 /// What became of the records of one HTTP body.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Answer {
     /// The form of the body.
     pub form: Body,
@@ -242,6 +242,12 @@ pub struct Answer {
     pub rejected: u64,
     /// The first of the records that were rejected, with their index from 0.
     pub errors: Vec<RecordError>,
+}
+
+impl Default for Answer {
+    fn default() -> Self {
+        Self { form: Body::Invalid, accepted: 0, rejected: 0, errors: Vec::new() }
+    }
 }
 
 /// Why a record of an HTTP body was rejected.

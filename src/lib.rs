@@ -14,6 +14,8 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod http;
+pub mod ingest;
+pub mod protocol;
 pub mod sample;
 pub mod store;
 pub mod telemetry;

@@ -137,7 +137,8 @@ pub struct Sample<'a> {
     pub rate: f64,
     /// The time of the reading as sent, 0 for none: seconds on a line, seconds or milliseconds in JSON.
     pub timestamp: u64,
-    /// The optional fields behind the type, from their first `|`, as on the line.
+    /// The optional fields behind the type, from their first `|`, as on the line; for one of several samples of a line
+    /// those that hold for all of them; of JSON input, the record.
     pub fields: &'a [u8],
 }
 
@@ -303,8 +304,14 @@ impl SeriesKey {
     /// The key of a name with tags.
     pub fn new(name: &str, tags: &Tags) -> Self {
         let mut text = String::with_capacity(name.len() + 16 * tags.len());
+        Self::write(&mut text, name, tags.iter());
+        Self(text.into_boxed_str())
+    }
+
+    /// Appends the key of a name with tags, which are sorted and there once, to a text.
+    pub fn write<'a>(text: &mut String, name: &str, tags: impl Iterator<Item = (&'a str, Option<&'a str>)>) {
         text.extend(utf8_percent_encode(name, ENCODED));
-        for (key, value) in tags.iter() {
+        for (key, value) in tags {
             text.push(';');
             text.extend(utf8_percent_encode(key, ENCODED));
             if let Some(value) = value {
@@ -312,7 +319,6 @@ impl SeriesKey {
                 text.extend(utf8_percent_encode(value, ENCODED));
             }
         }
-        Self(text.into_boxed_str())
     }
 
     /// Reads a key as a person or a URL spells it: tags in any order, anything percent-encoded that need not be.
