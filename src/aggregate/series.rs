@@ -1,7 +1,7 @@
 //! What a series keeps of its samples, by kind.
 //!
 //! Counts and sums of whole numbers are exact, min and max too; quantiles are exact while the values are kept as they
-//! came, then within the error of [`histogram`](super::histogram). A merge whose sums would not stay finite is refused
+//! came, then within the error of [`Histogram`]. A merge whose sums would not stay finite is refused
 //! as a whole. Bounds: [`Limits`], and [`EXACT_MAX`].
 
 use std::borrow::Cow;
