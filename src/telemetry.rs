@@ -86,7 +86,7 @@ table! {
     HTTP_SECONDS = "tallyd_http_request_seconds", Seconds, ["route"], "Time from the request's headers to the answer's headers.";
     SCRAPE_SECONDS = "tallyd_scrape_seconds", Seconds, [], "Time to write one scrape.";
     CONFLICTS = "tallyd_scrape_conflicts", Gauge, [], "Series renamed in the last scrape, or added to others, because their names would collide.";
-    ILLEGAL_NEGATIVE_COUNTER = "tallyd_illegal_negative_counter", Gauge, [], "Counters with decrements, of which the scrape shows the increments alone.";
+    SCRAPE_PARTIAL = "tallyd_scrape_partial", Gauge, ["reason"], "Series of which the last scrape does not show all; illegal_negative_counter: the decrements of a counter.";
 }
 
 impl Metric {

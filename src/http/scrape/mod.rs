@@ -1,7 +1,7 @@
 //! `GET /metrics`: every series of the ledger in Prometheus' text format 0.0.4 or in OpenMetrics 1.0, then our own
 //! metrics. Reads the ledger alone, takes no lock, and writes as the client reads, 64 KiB at a time, so that its text is
 //! never in memory at once. It always answers, whatever clients call their series. Metrics: `SCRAPE_SECONDS`,
-//! `CONFLICTS`, `ILLEGAL_NEGATIVE_COUNTER`.
+//! `CONFLICTS`, `SCRAPE_PARTIAL`.
 //!
 //! # Names
 //!
@@ -295,7 +295,7 @@ impl Page {
     fn write_own(&mut self, out: &mut Vec<u8>) {
         if let Some(own) = self.own.take() {
             telemetry::CONFLICTS.gauge(&[]).set(self.conflicts as f64);
-            telemetry::ILLEGAL_NEGATIVE_COUNTER.gauge(&[]).set(self.writer.negative as f64);
+            telemetry::SCRAPE_PARTIAL.gauge(&["illegal_negative_counter"]).set(self.writer.negative as f64);
             telemetry::SCRAPE_SECONDS.histogram(&[]).record(self.spent.as_secs_f64());
             out.extend_from_slice(own.render(self.format == Format::OpenMetrics).as_bytes());
         }

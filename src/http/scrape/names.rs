@@ -197,7 +197,8 @@ impl Index {
     }
 
     /// Sorts by eight bytes at a time, so that a comparison seldom has to reach for a key: all entries by their first
-    /// eight, then each run of equals by the next eight. Equal texts are marked, all but one.
+    /// eight, then each run of equals by the next eight. Equal texts are ordered by what they are the texts of, so that
+    /// rounding lets no sum of theirs fall from one scrape to the next, and marked, all but the first.
     fn sort(&self, entries: &mut [Entry]) {
         let mut runs = vec![(0..entries.len(), 0)];
         while let Some((run, depth)) = runs.pop() {
@@ -211,6 +212,7 @@ impl Index {
                 let end = start + equal.len();
                 let ended = equal[0].prefix.to_be_bytes()[7] == 0;
                 if equal.len() > 1 && ended {
+                    equal.sort_unstable_by_key(|entry| self.identity(entry));
                     for entry in &mut equal[1..] {
                         entry.marks = entry.marks.with(Marks::MERGED);
                     }
@@ -220,6 +222,11 @@ impl Index {
                 start = end;
             }
         }
+    }
+
+    fn identity(&self, entry: &Entry) -> (Kind, &str) {
+        let series = &self.sources[entry.source as usize];
+        (series.kind(), series.key().as_str())
     }
 
     /// Eight bytes of an entry's text from `depth`, zeros behind its end: the rewritten name, the class, the labels.

@@ -18,10 +18,10 @@ const CURRENT_MS: u64 = 1_764_000_010_000;
 const CLOSED_MS: u64 = 1_764_000_000_000;
 
 /// A series with all its samples in the current window.
-fn series(kind: Kind, key: &str, start_ms: u64, aggregate: Aggregate) -> Arc<Series> {
+fn series(kind: Kind, key: &str, start_ms: u64, aggregate: &Aggregate) -> Arc<Series> {
     let window = Arc::new(Window { start_ms: CURRENT_MS, aggregate: aggregate.clone() });
     let mut total = Total::new(kind, start_ms);
-    assert!(total.add(&aggregate, start_ms));
+    assert!(total.add(aggregate, start_ms));
     let state = State { window: Some(window), ..State::new(total) };
     made(kind, SeriesKey::parse(key), state)
 }
@@ -31,7 +31,7 @@ fn made(kind: Kind, key: SeriesKey, state: State) -> Arc<Series> {
 }
 
 fn counter(key: &str, values: &[f64]) -> Arc<Series> {
-    series(Kind::Counter, key, 1_000, counted(values))
+    series(Kind::Counter, key, 1_000, &counted(values))
 }
 
 fn counted(values: &[f64]) -> Aggregate {
@@ -46,7 +46,7 @@ fn counted(values: &[f64]) -> Aggregate {
 
 fn gauge(key: &str, start_ms: u64, value: f64) -> Arc<Series> {
     let gauge = Gauge { set: Some((value, start_ms)), samples: 1, ..Gauge::default() };
-    series(Kind::Gauge, key, start_ms, Aggregate::Gauge(gauge))
+    series(Kind::Gauge, key, start_ms, &Aggregate::Gauge(gauge))
 }
 
 fn seen(values: &[(f64, f64)]) -> Aggregate {
@@ -60,7 +60,9 @@ fn seen(values: &[(f64, f64)]) -> Aggregate {
 fn members(names: &[&str]) -> Aggregate {
     let mut aggregate = Aggregate::new(Kind::Set);
     if let Aggregate::Set(members) = &mut aggregate {
-        names.iter().for_each(|name| drop(members.insert(name.as_bytes())));
+        for name in names {
+            members.insert(name.as_bytes());
+        }
     }
     aggregate
 }
@@ -175,8 +177,10 @@ fn is_name(name: &str) -> bool {
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
 }
 
+type Sample = (String, Vec<(String, String)>, f64);
+
 /// Name, labels and value of a line.
-fn sample(line: &str) -> Result<(String, Vec<(String, String)>, f64), String> {
+fn sample(line: &str) -> Result<Sample, String> {
     let error = || format!("bad sample {line:?}");
     let end = line.find(['{', ' ']).ok_or_else(error)?;
     let name = line[..end].to_owned();
@@ -304,7 +308,7 @@ fn equal_labels_join_and_bare_tags_are_none() {
 
 #[test]
 fn reserved_labels_get_exported_before_them() {
-    let all = || vec![series(Kind::Timer, "a;le=x;quantile=y;__name__=z", 1_000, seen(&[(1.0, 1.0)]))];
+    let all = || vec![series(Kind::Timer, "a;le=x;quantile=y;__name__=z", 1_000, &seen(&[(1.0, 1.0)]))];
     let text = page(all(), Format::Text, &histogram_config(&[1.0]));
     assert_eq!(
         lines(&text)[1],
@@ -317,7 +321,7 @@ fn reserved_labels_get_exported_before_them() {
 
 #[test]
 fn a_timer_is_a_summary_in_seconds() {
-    let text = text(vec![series(Kind::Timer, "m.obs", 1_000, seen(&[(3.0, 1.0)]))]);
+    let text = text(vec![series(Kind::Timer, "m.obs", 1_000, &seen(&[(3.0, 1.0)]))]);
     let expected = [
         "# TYPE m_obs summary",
         "m_obs{quantile=\"0.5\"} 0.003",
@@ -352,7 +356,7 @@ fn quantiles_are_of_the_last_closed_and_the_current_window() {
 fn quantiles_of_many_values_are_within_one_percent() {
     let values: Vec<(f64, f64)> = (1..=1_000).map(|value| (f64::from(value), 1.0)).collect();
     let other: Vec<(f64, f64)> = (1..=1_000).map(|value| (f64::from(value) / 1_000.0, 1.0)).collect();
-    let all = vec![series(Kind::Timer, "a", 1_000, seen(&values)), series(Kind::Histogram, "a", 1_000, seen(&other))];
+    let all = vec![series(Kind::Timer, "a", 1_000, &seen(&values)), series(Kind::Histogram, "a", 1_000, &seen(&other))];
     let samples = parsed(&text(all)).samples;
     for (name, exact) in [("0.5", 0.5), ("0.9", 0.9), ("0.99", 0.99)] {
         let shown = samples[&format!("a{{quantile=\"{name}\"}}")];
@@ -365,7 +369,7 @@ fn quantiles_of_many_values_are_within_one_percent() {
 #[test]
 fn buckets_hold_what_lies_on_their_bounds() {
     let values: Vec<_> = [5.0, 10.0, 50.0, 300.0, 1200.0].map(|value| (value, 1.0)).to_vec();
-    let all = vec![series(Kind::Timer, "req", 1_000, seen(&values))];
+    let all = vec![series(Kind::Timer, "req", 1_000, &seen(&values))];
     let text = page(all, Format::Text, &histogram_config(&[0.005, 0.01, 0.1, 1.0]));
     let expected = [
         "# TYPE req histogram",
@@ -382,7 +386,7 @@ fn buckets_hold_what_lies_on_their_bounds() {
 
 #[test]
 fn a_sampled_value_counts_by_its_weight() {
-    let all = vec![series(Kind::Timer, "req", 1_000, seen(&[(50.0, 10.0), (500.0, 1.0)]))];
+    let all = vec![series(Kind::Timer, "req", 1_000, &seen(&[(50.0, 10.0), (500.0, 1.0)]))];
     let samples = parsed(&page(all, Format::Text, &histogram_config(&[0.1, 1.0]))).samples;
     let expected = [
         ("req_bucket{le=\"0.1\"}", 10.0),
@@ -399,8 +403,8 @@ fn a_sampled_value_counts_by_its_weight() {
 #[test]
 fn histogram_and_distribution_share_a_family_without_a_unit() {
     let all = vec![
-        series(Kind::Histogram, "size", 1_000, seen(&[(50.0, 1.0)])),
-        series(Kind::Distribution, "size", 1_000, seen(&[(2000.0, 1.0)])),
+        series(Kind::Histogram, "size", 1_000, &seen(&[(50.0, 1.0)])),
+        series(Kind::Distribution, "size", 1_000, &seen(&[(2000.0, 1.0)])),
     ];
     let text = page(all, Format::Text, &histogram_config(&[100.0]));
     let expected = ["size_bucket{le=\"100\"} 1", "size_bucket{le=\"+Inf\"} 2", "size_sum 2050", "size_count 2"];
@@ -409,7 +413,7 @@ fn histogram_and_distribution_share_a_family_without_a_unit() {
 
 #[test]
 fn default_buckets_are_those_of_statsd_exporter() {
-    let all = vec![series(Kind::Timer, "t", 1_000, seen(&[(30.0, 1.0)]))];
+    let all = vec![series(Kind::Timer, "t", 1_000, &seen(&[(30.0, 1.0)]))];
     let config = Config { observer_type: ObserverType::Histogram, ..Config::default() };
     let text = page(all, Format::Text, &config);
     let counts: Vec<&str> = lines(&text)[1..13].iter().map(|line| line.rsplit_once(' ').unwrap().1).collect();
@@ -435,7 +439,7 @@ proptest! {
         let values: Vec<(f64, f64)> =
             values.into_iter().map(|(value, weight)| (f64::from(value), f64::from(weight))).collect();
         let bounds: Vec<f64> = bounds.into_iter().map(f64::from).collect();
-        let text = page(vec![series(Kind::Histogram, "a", 1_000, seen(&values))], Format::Text, &histogram_config(&bounds));
+        let text = page(vec![series(Kind::Histogram, "a", 1_000, &seen(&values))], Format::Text, &histogram_config(&bounds));
         let samples = parsed(&text).samples;
         let at_most = |bound: f64| values.iter().filter(|(value, _)| *value <= bound).map(|(_, weight)| weight).sum::<f64>();
         let mut last = 0.0;
@@ -461,7 +465,7 @@ fn of_gauges_that_fall_together_the_newest_is_shown() {
 #[test]
 fn a_set_shows_the_larger_of_the_last_two_windows() {
     let shown = |current: &[&str], closed: &[&str], closed_ms| {
-        let window = |start_ms, names| Some(Arc::new(Window { start_ms, aggregate: members(names) }));
+        let window = |start_ms, names: &[&str]| Some(Arc::new(Window { start_ms, aggregate: members(names) }));
         let state = State {
             window: window(CURRENT_MS, current),
             before: window(closed_ms, closed),
@@ -478,14 +482,14 @@ fn a_set_shows_the_larger_of_the_last_two_windows() {
 #[test]
 fn sets_that_fall_together_are_united() {
     let all =
-        vec![series(Kind::Set, "s.x", 1, members(&["a", "b"])), series(Kind::Set, "s_x", 1, members(&["b", "c"]))];
+        vec![series(Kind::Set, "s.x", 1, &members(&["a", "b"])), series(Kind::Set, "s_x", 1, &members(&["b", "c"]))];
     assert_eq!(lines(&text(all)), ["# TYPE s_x gauge", "s_x 3"]);
 }
 
 fn meter(key: &str) -> Arc<Series> {
     let mut marks = MeterMarks::default();
     marks.count.add(6.0);
-    series(Kind::Meter, key, NOW.now_ms - 3_000, Aggregate::Meter(marks))
+    series(Kind::Meter, key, NOW.now_ms - 3_000, &Aggregate::Meter(marks))
 }
 
 #[test]
@@ -504,8 +508,8 @@ fn a_meter_is_a_total_and_rates() {
 
 #[test]
 fn of_two_types_the_later_gets_its_type_as_a_suffix() {
-    let timer = |start_ms| series(Kind::Timer, "a", start_ms, seen(&[(1.0, 1.0)]));
-    let count = |start_ms| series(Kind::Counter, "a", start_ms, counted(&[1.0]));
+    let timer = |start_ms| series(Kind::Timer, "a", start_ms, &seen(&[(1.0, 1.0)]));
+    let count = |start_ms| series(Kind::Counter, "a", start_ms, &counted(&[1.0]));
     for (all, families) in [
         (vec![timer(5), count(6), gauge("a", 7, 1.0)], ["a summary", "a_counter counter", "a_gauge gauge"]),
         (vec![gauge("a", 5, 1.0), count(5), timer(5)], ["a counter", "a_gauge gauge", "a_timer summary"]),
@@ -518,7 +522,7 @@ fn of_two_types_the_later_gets_its_type_as_a_suffix() {
 
 #[test]
 fn samples_of_a_summary_and_a_series_of_their_name_are_told_apart() {
-    let timer = |start_ms| series(Kind::Timer, "a", start_ms, seen(&[(1.0, 1.0)]));
+    let timer = |start_ms| series(Kind::Timer, "a", start_ms, &seen(&[(1.0, 1.0)]));
     let families = |all| parsed(&text(all)).families.into_keys().collect::<Vec<_>>();
     assert_eq!(families(vec![timer(1), gauge("a.count", 2, 1.0)]), ["a", "a_count_gauge"]);
     assert_eq!(families(vec![timer(2), gauge("a.count", 1, 1.0)]), ["a_count", "a_timer"]);
@@ -547,7 +551,7 @@ fn our_own_names_are_ours() {
         counter("tallyd_client_thing", &[1.0]),
         gauge("process_threads", 1, 1.0),
         gauge("tallyd.fold_seconds.sum", 1, 1.0),
-        series(Kind::Timer, "process.cpu_seconds_total", 1, seen(&[(1.0, 1.0)])),
+        series(Kind::Timer, "process.cpu_seconds_total", 1, &seen(&[(1.0, 1.0)])),
     ];
     let families: Vec<String> = parsed(&text(all)).families.into_keys().collect();
     let expected = [
@@ -575,7 +579,7 @@ fn openmetrics_counters_end_in_total_and_the_page_in_eof() {
 
 #[test]
 fn openmetrics_bounds_look_like_floats() {
-    let all = vec![series(Kind::Histogram, "h", 1_000, seen(&[(1.0, 1.0)]))];
+    let all = vec![series(Kind::Histogram, "h", 1_000, &seen(&[(1.0, 1.0)]))];
     let text = page(all, Format::OpenMetrics, &histogram_config(&[0.5, 1.0]));
     assert!(text.contains("h_bucket{le=\"0.5\"} 0\nh_bucket{le=\"1.0\"} 1\nh_bucket{le=\"+Inf\"} 1\n"), "{text}");
 }
@@ -669,11 +673,13 @@ fn any_series() -> impl Strategy<Value = Arc<Series>> {
         let mut aggregate = Aggregate::new(kind);
         for (value, weight) in values {
             match &mut aggregate {
-                Aggregate::Counter(counter) => drop(counter.increments.add(value.abs() * weight)),
+                Aggregate::Counter(counter) => assert!(counter.increments.add(value.abs() * weight)),
                 Aggregate::Gauge(gauge) => gauge.set = Some((value, start_ms)),
-                Aggregate::Observed(observed) => drop(observed.observe(value, weight, start_ms)),
-                Aggregate::Set(members) => drop(members.insert(&value.to_le_bytes())),
-                Aggregate::Meter(marks) => drop(marks.count.add(value.abs())),
+                Aggregate::Observed(observed) => assert!(observed.observe(value, weight, start_ms)),
+                Aggregate::Set(members) => {
+                    members.insert(&value.to_le_bytes());
+                }
+                Aggregate::Meter(marks) => assert!(marks.count.add(value.abs())),
             }
         }
         let mut total = Total::new(kind, start_ms);
@@ -709,7 +715,7 @@ proptest! {
         let sent: f64 = all.iter().filter_map(|series| match &series.state().total.aggregate {
             Aggregate::Counter(counter) => Some(counter.increments.value()),
             Aggregate::Meter(marks) => Some(marks.count.value()),
-            _ => None,
+            Aggregate::Gauge(_) | Aggregate::Observed(_) | Aggregate::Set(_) => None,
         }).sum();
         let counters: BTreeSet<&String> =
             parsed.families.iter().filter(|(_, kind)| *kind == "counter").map(|(name, _)| name).collect();

@@ -119,11 +119,8 @@ impl Writer {
     }
 
     fn gauge(&self, same: Range<usize>, out: &mut Vec<u8>) {
-        let newest = self.sources(same).map(|series| (series.state(), series)).max_by(|a, b| {
-            let update_ms = |state: &State| state.total.update_ms;
-            update_ms(&a.0).cmp(&update_ms(&b.0)).then_with(|| a.1.key().cmp(b.1.key()))
-        });
-        if let Some(Aggregate::Gauge(gauge)) = newest.as_ref().map(|(state, _)| &state.total.aggregate) {
+        let newest = self.sources(same).map(|series| series.state()).max_by_key(|state| state.total.update_ms);
+        if let Some(Aggregate::Gauge(gauge)) = newest.as_ref().map(|state| &state.total.aggregate) {
             self.sample(out, "", "", gauge.value());
         }
     }
@@ -183,11 +180,8 @@ impl Writer {
             ObserverType::Summary => self.quantiles(&states, out),
             ObserverType::Histogram => self.buckets(&states, out),
         }
-        let (mut sum, mut count) = (0.0, 0.0);
-        for (observed, unit) in totals(&states) {
-            sum += observed.weighted_sum.value() / unit;
-            count += observed.count.value();
-        }
+        let sum = totals(&states).map(|(observed, unit)| observed.weighted_sum.value() / unit).sum();
+        let count = totals(&states).map(|(observed, _)| observed.count.value()).sum();
         self.sample(out, "_sum", "", sum);
         self.sample(out, "_count", "", count);
     }
