@@ -149,7 +149,7 @@ fn the_seeds_names_work() {
     assert_eq!(
         problems("", &[("STORE", "KAFKA")], &[]),
         [
-            "environment STORE: store.kind = \"kafka\": this build has no Kafka; write \"memory\", \"embedded\" or \"redis\""
+            "environment STORE: store.kind = \"kafka\": this build has no Kafka; write \"memory\", \"embedded\" or \"redis\"; the default is \"embedded\""
         ]
     );
     assert_eq!(
@@ -209,7 +209,7 @@ fn a_wrong_value_is_named_with_its_place_and_the_remedy() {
         ("[listen]\nworkers = -1", "t.toml:2:11: listen.workers = -1: "),
         ("listen = 1", "t.toml:1:10: listen = ...: it is a section; write [listen] and its keys below"),
         ("[listen.udp]\na = 1", "t.toml:1:1: listen.udp = "),
-        ("[store]\nkind = 'disk'", "expected one of `memory`, `embedded`, `redis`, `kafka`"),
+        ("[store]\nkind = 'disk'", "no store; write \"memory\", \"embedded\" or \"redis\""),
         ("[flush]\n\nwindow = ", "t.toml:3:10: no TOML: "),
         ("[flush]\nwindow = '1s'\nwindow = '2s'", "t.toml:3:1: no TOML: "),
     ] {
