@@ -16,13 +16,14 @@ use serde::{Deserialize, Deserializer, Serialize};
 use toml::{Table, Value};
 
 use crate::aggregate::shard;
+use crate::http::scrape;
 use crate::units::without_password;
 
 mod layers;
 mod provisional;
 #[cfg(test)]
 mod tests;
-pub use provisional::{agent, flush, http, ingest, journal, listen, prometheus, protocol, redis};
+pub use provisional::{agent, flush, http, ingest, journal, listen, protocol, redis};
 
 /// Everything an operator can set.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -41,7 +42,7 @@ pub struct Config {
     /// Where batches go.
     pub store: Store,
     /// What a scrape shows.
-    pub prometheus: prometheus::Config,
+    pub prometheus: scrape::Config,
     /// What is written to standard error.
     pub log: Log,
     /// The parts' limits, one table for the operator.
@@ -57,7 +58,7 @@ impl Default for Config {
             protocol: protocol::Config::default(),
             flush: flush::Config::default(),
             store: Store::default(),
-            prometheus: prometheus::Config::default(),
+            prometheus: scrape::Config::default(),
             log: Log::default(),
             limits: Limits::default(),
         }
@@ -352,6 +353,8 @@ pub enum Fault {
         /// The reason and the remedy.
         remedy: String,
     },
+    /// A part does not take its values; it names key, value and remedy itself.
+    Refused(String),
     /// A `--set` without `=`.
     Argument(String),
 }
@@ -368,6 +371,7 @@ impl fmt::Display for Problem {
                 write!(f, "unknown key {name:?}; `tallyd check --print-defaults` lists all keys")
             }
             Fault::Value { key, value, remedy } => write!(f, "{key} = {value}: {remedy}"),
+            Fault::Refused(text) => f.write_str(text),
             Fault::Argument(text) => write!(f, "{text:?} lacks a value; write section.key=value"),
         }
     }
@@ -453,11 +457,25 @@ impl Loaded {
         Problem { origin: self.origin(key), fault }
     }
 
+    fn refused(&self, key: &str, error: &impl fmt::Display) -> Problem {
+        Problem { origin: self.origin(key), fault: Fault::Refused(error.to_string()) }
+    }
+
     /// What no key shows by itself.
     fn problems(&self) -> Vec<Problem> {
         let mut problems = self.addresses();
         problems.extend(self.interval());
+        problems.extend(self.prometheus());
         problems
+    }
+
+    fn prometheus(&self) -> Option<Problem> {
+        let error = self.config.prometheus.check().err()?;
+        let key = match error {
+            scrape::Error::Quantile(_) => "prometheus.quantiles",
+            scrape::Error::InfiniteBucket(_) | scrape::Error::BucketOrder(_) => "prometheus.buckets",
+        };
+        Some(self.refused(key, &error))
     }
 
     fn addresses(&self) -> Vec<Problem> {

@@ -131,14 +131,3 @@ pub mod redis {
         store_expire: Time = Time::secs(30 * 86_400),
     } }
 }
-
-pub mod prometheus {
-    use super::*;
-    config! { Config {
-        observer_type: String = "summary".into(),
-        quantiles: Vec<f64> = vec![0.5, 0.9, 0.99],
-        buckets: Vec<f64> = vec![0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0],
-        openmetrics: bool = false,
-        expire: Time = Time::secs(0),
-    } }
-}

@@ -270,6 +270,18 @@ fn writes_from_other_machines_are_refused_unless_asked_for() {
 }
 
 #[test]
+fn what_a_part_refuses_is_told_with_its_place() {
+    for (file, expected) in [
+        ("quantiles = [0.5, 2]", "t.toml:2:13: prometheus.quantiles: 2 is no quantile; "),
+        ("buckets = [inf]", "t.toml:2:11: prometheus.buckets: inf is not finite; "),
+        ("buckets = [1, 1]", "t.toml:2:11: prometheus.buckets: 1 is not above the bound before it; "),
+    ] {
+        let problems = problems(&format!("[prometheus]\n{file}"), &[], &[]);
+        assert!(problems.len() == 1 && problems[0].starts_with(expected), "{problems:?}");
+    }
+}
+
+#[test]
 fn a_password_is_not_printed() {
     let set = ["store.redis.url=redis://u:hunter2@h"];
     assert!(!load("", &[], &set).unwrap().print().contains("hunter2"));
@@ -307,6 +319,13 @@ fn another(key: &str, default: &Value) -> BoxedStrategy<Value> {
         ("log.level", _) => either(&["error", "warn", "info", "debug", "trace"]),
         ("protocol.name_policy", _) => either(&["etsy", "none"]),
         ("protocol.gauge_sign", _) => either(&["relative", "absolute"]),
+        ("prometheus.quantiles", _) => {
+            proptest::collection::vec((0.0..=1.0_f64).prop_map(Value::Float), 0..4).prop_map(Value::Array).boxed()
+        }
+        ("prometheus.buckets", _) => proptest::collection::btree_set(-1_000_000..1_000_000, 0..9)
+            .prop_map(|bounds| bounds.into_iter().map(|bound| Value::Float(f64::from(bound) / 1024.0)).collect())
+            .prop_map(Value::Array)
+            .boxed(),
         ("prometheus.observer_type", _) => either(&["summary", "histogram"]),
         ("protocol.tag_dialects", Value::Array(all)) => {
             proptest::sample::subsequence(all.clone(), 0..=all.len()).prop_map(Value::Array).boxed()
