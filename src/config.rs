@@ -225,7 +225,6 @@ keys! {
     "prometheus.quantiles", Restart, "Of summaries.";
     "prometheus.buckets", Restart, "Upper bounds of histograms, in seconds for timers.";
     "prometheus.openmetrics", Restart, "true: OpenMetrics for whoever accepts it. Prometheus then stores counters as NAME_total.";
-
     "prometheus.expire", Restart, "Series without a sample for so long are not shown. \"0s\": as long as they are in memory.";
 
     "log", Now, "What is written to standard error.";

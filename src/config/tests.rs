@@ -205,7 +205,10 @@ fn a_wrong_value_is_named_with_its_place_and_the_remedy() {
     for (file, message) in [
         ("[flush]\ninterval = 10", "t.toml:2:12: flush.interval = 10: "),
         ("[flush]\ninterval = 10", "write a duration such as \"10s\"; the default is \"1s\""),
-        ("[listen]\nworkers = 'all'", "t.toml:2:11: listen.workers = \"all\": invalid type: string \"all\""),
+        (
+            "[listen]\nworkers = 'all'",
+            "t.toml:2:11: listen.workers = \"all\": invalid type: string \"all\", expected a whole number; the default is 0",
+        ),
         ("[listen]\nworkers = -1", "t.toml:2:11: listen.workers = -1: "),
         ("listen = 1", "t.toml:1:10: listen = ...: it is a section; write [listen] and its keys below"),
         ("[listen.udp]\na = 1", "t.toml:1:1: listen.udp = "),
