@@ -123,7 +123,8 @@ fn main() {
 
 fn row(load: &Load, rounds: usize) {
     let mut limit = Limit::default();
-    let limit_ns = measure(rounds, load.lines, || load.packets.iter().for_each(|packet| limit.datagram(black_box(packet))));
+    let limit_ns =
+        measure(rounds, load.lines, || load.packets.iter().for_each(|packet| limit.datagram(black_box(packet))));
     let (workers, deliveries, mut worker) = worker();
     let source = Source { listener: Listener::Udp, address: None };
     let mut seals = Vec::new();

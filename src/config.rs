@@ -11,17 +11,19 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 use toml::{Table, Value};
 
 use crate::aggregate::shard;
+use crate::http::scrape;
 use crate::units::without_password;
 
 mod layers;
 mod provisional;
 #[cfg(test)]
 mod tests;
-pub use provisional::{flush, http, ingest, listen, prometheus, protocol, store};
+pub use provisional::{agent, flush, http, ingest, journal, listen, protocol, redis};
 
 /// Everything an operator can set.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -40,7 +42,7 @@ pub struct Config {
     /// Where batches go.
     pub store: Store,
     /// What a scrape shows.
-    pub prometheus: prometheus::Config,
+    pub prometheus: scrape::Config,
     /// What is written to standard error.
     pub log: Log,
     /// The parts' limits, one table for the operator.
@@ -56,7 +58,7 @@ impl Default for Config {
             protocol: protocol::Config::default(),
             flush: flush::Config::default(),
             store: Store::default(),
-            prometheus: prometheus::Config::default(),
+            prometheus: scrape::Config::default(),
             log: Log::default(),
             limits: Limits::default(),
         }
@@ -78,16 +80,22 @@ pub struct Limits {
     pub listen: listen::Limits,
     /// Of series in memory.
     #[serde(flatten)]
-    pub shard: shard::Limits,
+    pub aggregate: shard::Limits,
     /// Of idle series.
     #[serde(flatten)]
     pub flush: flush::Limits,
-    /// Of journal and store.
+    /// Of the journal.
     #[serde(flatten)]
-    pub store: store::Limits,
+    pub journal: journal::Limits,
+    /// Of Redis.
+    #[serde(flatten)]
+    pub redis: redis::Limits,
     /// Of requests.
     #[serde(flatten)]
     pub http: http::Limits,
+    /// Of a stop.
+    #[serde(flatten)]
+    pub agent: agent::Limits,
 }
 
 /// `[store]`.
@@ -95,15 +103,15 @@ pub struct Limits {
 #[serde(default)]
 pub struct Store {
     /// Which one.
-    pub kind: StoreKind,
+    pub kind: Kind,
     /// Where Redis is, if it is that.
-    pub redis: store::redis::Config,
+    pub redis: redis::Config,
 }
 
 /// Where totals are kept.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum StoreKind {
+pub enum Kind {
     /// Nowhere: they end with the process.
     Memory,
     /// In the journal alone.
@@ -111,8 +119,18 @@ pub enum StoreKind {
     Embedded,
     /// In the journal and in Redis, which many agents share.
     Redis,
-    /// On a topic; refused, as this build has no Kafka.
-    Kafka,
+}
+
+impl<'de> Deserialize<'de> for Kind {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match String::deserialize(deserializer)?.as_str() {
+            "memory" => Ok(Self::Memory),
+            "embedded" => Ok(Self::Embedded),
+            "redis" => Ok(Self::Redis),
+            "kafka" => Err(D::Error::custom("this build has no Kafka; write \"memory\", \"embedded\" or \"redis\"")),
+            _ => Err(D::Error::custom("no store; write \"memory\", \"embedded\" or \"redis\"")),
+        }
+    }
 }
 
 /// `[log]`.
@@ -194,7 +212,7 @@ keys! {
     "flush", Restart, "When deltas go to the journal and the store, and the figures of a window.";
     "flush.interval", Restart, "Time between flushes; it divides the window.";
     "flush.window", Restart, "Length of a window of statistics.";
-    "flush.percentiles", Now, "Percentiles of Etsy's figures (upper_90, mean_90 ...); negative ones count from the top.";
+    "flush.percentiles", Restart, "Percentiles of Etsy's figures (upper_90, mean_90 ...); negative ones count from the top.";
 
     "store", Restart, "Where totals are kept.";
     "store.kind", Restart, "\"memory\": nowhere; \"embedded\": the journal in state_dir; \"redis\": shared by many agents, and the journal.";
@@ -202,18 +220,17 @@ keys! {
     "store.redis.url", Restart, "Address, and user and password where needed.";
     "store.redis.prefix", Restart, "Beginning of every key.";
 
-    "prometheus", Now, "What a scrape shows.";
-    "prometheus.observer_type", Now, "\"summary\" or \"histogram\": timers, histograms and distributions.";
-    "prometheus.quantiles", Now, "Of summaries.";
-    "prometheus.buckets", Now, "Upper bounds of histograms, in seconds for timers.";
-    "prometheus.openmetrics", Now, "true: OpenMetrics for whoever accepts it. Prometheus then stores counters as NAME_total.";
-
-    "prometheus.expire", Now, "Series without a sample for so long are not shown. \"0s\": as long as they are in memory.";
+    "prometheus", Restart, "What a scrape shows.";
+    "prometheus.observer_type", Restart, "\"summary\" or \"histogram\": timers, histograms and distributions.";
+    "prometheus.quantiles", Restart, "Of summaries.";
+    "prometheus.buckets", Restart, "Upper bounds of histograms, in seconds for timers.";
+    "prometheus.openmetrics", Restart, "true: OpenMetrics for whoever accepts it. Prometheus then stores counters as NAME_total.";
+    "prometheus.expire", Restart, "Series without a sample for so long are not shown. \"0s\": as long as they are in memory.";
 
     "log", Now, "What is written to standard error.";
     "log.level", Now, "error, warn, info, debug or trace.";
 
-    "limits", Now, "Bounds; each past-due event is counted, and none ends a neighbour's work.";
+    "limits", Restart, "Bounds; each past-due event is counted, and none ends a neighbour's work.";
     "limits.datagram", Restart, "Longer datagrams are dropped whole.";
     "limits.line", Now, "Longer lines are rejected; a stream goes on at the next line.";
     "limits.name", Now, "Longer names are rejected.";
@@ -227,11 +244,9 @@ keys! {
     "limits.memory", Restart, "Memory that series are charged to; beyond it the same.";
     "limits.idle", Restart, "Time without a sample after which a series is freed from memory; the store keeps its total.";
     "limits.idle_gauges", Restart, "The same for gauges.";
-    "limits.set_exact", Restart, "Members of a set that are counted exactly; beyond, HyperLogLog estimates.";
-    "limits.set_member", Restart, "Longer members are rejected.";
+    "limits.set_member", Now, "Longer members are rejected.";
     "limits.store_expire", Restart, "Series without update are deleted from store and journal after this time.";
     "limits.journal", Restart, "Size of the journal; beyond it the series idle for longest are deleted.";
-    "limits.buckets", Restart, "Buckets of a distribution; beyond, its scale halves.";
     "limits.connections", Restart, "Open streams; more are closed at once.";
     "limits.connections_per_address", Restart, "Open streams of one address; more are closed at once.";
     "limits.stream_buffer", Restart, "Bytes of a stream that wait for the end of their line.";
@@ -248,10 +263,9 @@ keys! {
     "limits.inflated", Restart, "A body once inflated; longer is told 413.";
     "limits.bodies", Restart, "All bodies held at one time; more are told 503 with Retry-After.";
     "limits.json_depth", Now, "Objects and arrays inside each other; deeper JSON is rejected.";
-    "limits.samples", Restart, "Samples in a request; more are told 413.";
+    "limits.samples", Now, "Samples in a request; more are told 413.";
     "limits.page", Restart, "Metrics on a page of a list; asking for more is told 400.";
     "limits.lists", Restart, "Lists made at one time; more are told 503.";
-    "limits.scrapes", Restart, "Scrapes answered at one time; more are told 503.";
     "limits.idempotency_keys", Restart, "Answers remembered by their Idempotency-Key; the oldest go.";
     "limits.redis_connect", Restart, "Time to connect.";
     "limits.redis_reply", Restart, "Time to a reply; then the connection is dropped and the same batch sent again.";
@@ -338,6 +352,8 @@ pub enum Fault {
         /// The reason and the remedy.
         remedy: String,
     },
+    /// A part does not take its values; it names key, value and remedy itself.
+    Refused(String),
     /// A `--set` without `=`.
     Argument(String),
 }
@@ -354,6 +370,7 @@ impl fmt::Display for Problem {
                 write!(f, "unknown key {name:?}; `tallyd check --print-defaults` lists all keys")
             }
             Fault::Value { key, value, remedy } => write!(f, "{key} = {value}: {remedy}"),
+            Fault::Refused(text) => f.write_str(text),
             Fault::Argument(text) => write!(f, "{text:?} lacks a value; write section.key=value"),
         }
     }
@@ -439,18 +456,25 @@ impl Loaded {
         Problem { origin: self.origin(key), fault }
     }
 
+    fn refused(&self, key: &str, error: &impl fmt::Display) -> Problem {
+        Problem { origin: self.origin(key), fault: Fault::Refused(error.to_string()) }
+    }
+
     /// What no key shows by itself.
     fn problems(&self) -> Vec<Problem> {
         let mut problems = self.addresses();
         problems.extend(self.interval());
-        match self.config.store.kind {
-            StoreKind::Memory | StoreKind::Embedded | StoreKind::Redis => {}
-            StoreKind::Kafka => {
-                let remedy = "this build has no Kafka; write \"memory\", \"embedded\" or \"redis\"";
-                problems.push(self.wrong("store.kind", &Value::from("kafka"), remedy));
-            }
-        }
+        problems.extend(self.prometheus());
         problems
+    }
+
+    fn prometheus(&self) -> Option<Problem> {
+        let error = self.config.prometheus.check().err()?;
+        let key = match error {
+            scrape::Error::Quantile(_) => "prometheus.quantiles",
+            scrape::Error::InfiniteBucket(_) | scrape::Error::BucketOrder(_) => "prometheus.buckets",
+        };
+        Some(self.refused(key, &error))
     }
 
     fn addresses(&self) -> Vec<Problem> {

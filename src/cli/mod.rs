@@ -114,12 +114,18 @@ pub enum Code {
 /// Why a command could not do its work.
 #[derive(Debug)]
 pub enum Failure {
-    /// In one line, with the remedy.
-    Told(Code, String),
+    /// An exit code and the one line that explains it, with the remedy.
+    Told(u8, String),
     /// What is wrong with the configuration; never empty.
     Configuration(Vec<Problem>),
     /// The answer could not be written.
     Output(io::Error),
+}
+
+impl From<Code> for u8 {
+    fn from(code: Code) -> Self {
+        code as Self
+    }
 }
 
 impl From<io::Error> for Failure {
@@ -130,17 +136,17 @@ impl From<io::Error> for Failure {
 
 impl Failure {
     /// A failure and the one line that explains it.
-    pub fn told(code: Code, line: impl Into<String>) -> Self {
-        Self::Told(code, line.into())
+    pub fn told(code: impl Into<u8>, line: impl Into<String>) -> Self {
+        Self::Told(code.into(), line.into())
     }
 
     /// The code that the process ends with.
     pub fn code(&self) -> u8 {
         match self {
-            Self::Told(code, _) => *code as u8,
-            Self::Configuration(_) => Code::Configuration as u8,
+            Self::Told(code, _) => *code,
+            Self::Configuration(_) => Code::Configuration.into(),
             Self::Output(error) if error.kind() == ErrorKind::BrokenPipe => 0,
-            Self::Output(_) => Code::Io as u8,
+            Self::Output(_) => Code::Io.into(),
         }
     }
 

@@ -75,7 +75,7 @@ impl Reader {
                 let default = get(&self.known, &setting.key).map(literal).unwrap_or_default();
                 let text = setting.value.as_str().unwrap_or_default();
                 // What a type says of a text often quotes it.
-                let message = error.message().replace(text, &without_password(text));
+                let message = plain(error.message()).replace(text, &without_password(text));
                 self.problems.push(setting.wrong(format!("{message}; the default is {default}")));
             }
         }
@@ -248,6 +248,16 @@ impl Reader {
         let ranked = names.map(|name| (name, likeness(name))).max_by(|a, b| a.1.total_cmp(&b.1));
         ranked.filter(|(_, likeness)| *likeness > 0.5).map(|(name, _)| name)
     }
+}
+
+/// What serde says of a type, in the words of whoever writes a configuration.
+fn plain(message: &str) -> String {
+    let words =
+        [("usize", "a whole number"), ("u64", "a whole number"), ("u32", "a whole number"), ("f64", "a number")];
+    let replace = |message: String, (name, word): (&str, &str)| {
+        message.replace(&format!("expected {name}"), &format!("expected {word}"))
+    };
+    words.into_iter().fold(message.replace("a sequence", "a list"), replace)
 }
 
 /// A file's name and text, for places in it.

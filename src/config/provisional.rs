@@ -55,7 +55,6 @@ pub mod http {
         bodies: Size = Size(64 << 20),
         page: usize = 10_000,
         lists: usize = 8,
-        scrapes: usize = 2,
         idempotency_keys: usize = 100_000,
     } }
     config! { Config {
@@ -107,34 +106,28 @@ pub mod ingest {
     config! { Limits { reject_log: u32 = 10, } }
 }
 
-pub mod store {
+pub mod journal {
     use super::*;
     config! { Limits {
-        set_exact: u32 = 1024,
-        store_expire: Time = Time::secs(30 * 86_400),
         journal: Size = Size(4 << 30),
-        buckets: u32 = 2048,
-        redis_connect: Time = Time::secs(2),
-        redis_reply: Time = Time::secs(5),
         outbox: Size = Size(1 << 30),
-        stop: Time = Time::secs(20),
     } }
-    pub mod redis {
-        use super::*;
-        config! { Config {
-            url: String = "redis://127.0.0.1:6379".into(),
-            prefix: String = "tallyd".into(),
-        } }
-    }
 }
 
-pub mod prometheus {
+pub mod agent {
+    use super::*;
+    config! { Limits { stop: Time = Time::secs(20), } }
+}
+
+pub mod redis {
     use super::*;
     config! { Config {
-        observer_type: String = "summary".into(),
-        quantiles: Vec<f64> = vec![0.5, 0.9, 0.99],
-        buckets: Vec<f64> = vec![0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0],
-        openmetrics: bool = false,
-        expire: Time = Time::secs(0),
+        url: String = "redis://127.0.0.1:6379".into(),
+        prefix: String = "tallyd".into(),
+    } }
+    config! { Limits {
+        redis_connect: Time = Time::secs(2),
+        redis_reply: Time = Time::secs(5),
+        store_expire: Time = Time::secs(30 * 86_400),
     } }
 }

@@ -149,7 +149,7 @@ fn the_seeds_names_work() {
     assert_eq!(
         problems("", &[("STORE", "KAFKA")], &[]),
         [
-            "environment STORE: store.kind = \"kafka\": this build has no Kafka; write \"memory\", \"embedded\" or \"redis\""
+            "environment STORE: store.kind = \"kafka\": this build has no Kafka; write \"memory\", \"embedded\" or \"redis\"; the default is \"embedded\""
         ]
     );
     assert_eq!(
@@ -205,11 +205,14 @@ fn a_wrong_value_is_named_with_its_place_and_the_remedy() {
     for (file, message) in [
         ("[flush]\ninterval = 10", "t.toml:2:12: flush.interval = 10: "),
         ("[flush]\ninterval = 10", "write a duration such as \"10s\"; the default is \"1s\""),
-        ("[listen]\nworkers = 'all'", "t.toml:2:11: listen.workers = \"all\": invalid type: string \"all\""),
+        (
+            "[listen]\nworkers = 'all'",
+            "t.toml:2:11: listen.workers = \"all\": invalid type: string \"all\", expected a whole number; the default is 0",
+        ),
         ("[listen]\nworkers = -1", "t.toml:2:11: listen.workers = -1: "),
         ("listen = 1", "t.toml:1:10: listen = ...: it is a section; write [listen] and its keys below"),
         ("[listen.udp]\na = 1", "t.toml:1:1: listen.udp = "),
-        ("[store]\nkind = 'disk'", "expected one of `memory`, `embedded`, `redis`, `kafka`"),
+        ("[store]\nkind = 'disk'", "no store; write \"memory\", \"embedded\" or \"redis\""),
         ("[flush]\n\nwindow = ", "t.toml:3:10: no TOML: "),
         ("[flush]\nwindow = '1s'\nwindow = '2s'", "t.toml:3:1: no TOML: "),
     ] {
@@ -270,6 +273,18 @@ fn writes_from_other_machines_are_refused_unless_asked_for() {
 }
 
 #[test]
+fn what_a_part_refuses_is_told_with_its_place() {
+    for (file, expected) in [
+        ("quantiles = [0.5, 2]", "t.toml:2:13: prometheus.quantiles: 2 is no quantile; "),
+        ("buckets = [inf]", "t.toml:2:11: prometheus.buckets: inf is not finite; "),
+        ("buckets = [1, 1]", "t.toml:2:11: prometheus.buckets: 1 is not above the bound before it; "),
+    ] {
+        let problems = problems(&format!("[prometheus]\n{file}"), &[], &[]);
+        assert!(problems.len() == 1 && problems[0].starts_with(expected), "{problems:?}");
+    }
+}
+
+#[test]
 fn a_password_is_not_printed() {
     let set = ["store.redis.url=redis://u:hunter2@h"];
     assert!(!load("", &[], &set).unwrap().print().contains("hunter2"));
@@ -307,6 +322,13 @@ fn another(key: &str, default: &Value) -> BoxedStrategy<Value> {
         ("log.level", _) => either(&["error", "warn", "info", "debug", "trace"]),
         ("protocol.name_policy", _) => either(&["etsy", "none"]),
         ("protocol.gauge_sign", _) => either(&["relative", "absolute"]),
+        ("prometheus.quantiles", _) => {
+            proptest::collection::vec((0.0..=1.0_f64).prop_map(Value::Float), 0..4).prop_map(Value::Array).boxed()
+        }
+        ("prometheus.buckets", _) => proptest::collection::btree_set(-1_000_000..1_000_000, 0..9)
+            .prop_map(|bounds| bounds.into_iter().map(|bound| Value::Float(f64::from(bound) / 1024.0)).collect())
+            .prop_map(Value::Array)
+            .boxed(),
         ("prometheus.observer_type", _) => either(&["summary", "histogram"]),
         ("protocol.tag_dialects", Value::Array(all)) => {
             proptest::sample::subsequence(all.clone(), 0..=all.len()).prop_map(Value::Array).boxed()
