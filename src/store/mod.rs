@@ -3,11 +3,14 @@
 //! [`journal`] is the agent's own file and holds the outbox; [`redis`] is a place that many agents share. A batch is
 //! applied at most once: its sequence is compared in the same atomic unit that applies it.
 
+pub mod journal;
+
 use std::hash::Hasher;
 
 use serde::{Deserialize, Serialize};
 
 use crate::aggregate::Aggregate;
+use crate::aggregate::meter::Rates;
 use crate::sample::{Kind, SeriesKey};
 
 /// One of the 256 logical parts of the key space, each with its own sequence.
@@ -34,6 +37,8 @@ pub struct Operation {
     pub update_ms: u64,
     /// The samples since the flush before.
     pub delta: Aggregate,
+    /// The agent's own rates as of the flush, for a meter: they decay, so they can't be added up from deltas.
+    pub rates: Option<Rates>,
 }
 
 /// Operations of one partition that are applied together, once. At most 1,000 of them and 512 KiB encoded.
