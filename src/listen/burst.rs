@@ -314,7 +314,9 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_marked() {
         let (sender, receiver) = pair("127.0.0.1:0");
-        [&b"12345678"[..], b"123456789", b""].iter().for_each(|payload| drop(sender.send(payload).unwrap()));
+        for payload in ["12345678", "123456789", ""] {
+            assert_eq!(sender.send(payload.as_bytes()).unwrap(), payload.len());
+        }
         let mut burst = Burst::new(8);
         assert_eq!(burst.receive(receiver.as_fd()).unwrap(), 3);
         let seen: Vec<_> = burst.datagrams().map(|datagram| (datagram.bytes, datagram.truncated)).collect();
