@@ -15,6 +15,7 @@ pub mod clock;
 pub mod config;
 pub mod http;
 pub mod ingest;
+pub mod listen;
 pub mod protocol;
 pub mod sample;
 pub mod store;

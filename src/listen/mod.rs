@@ -1,0 +1,353 @@
+//! Sockets into workers. [`start`] binds what is configured and gives every worker its thread: UDP workers, each with
+//! sockets of its own ([`udp`]), and one worker for all that comes in streams ([`stream`]), whose runtime serves HTTP
+//! ingest too. Nothing here reads a line; nothing here waits for a store, a scraper or a reader.
+//!
+//! A receive or accept error never ends a listener: it is counted, the listener pauses 100 ms and goes on.
+//!
+//! Metrics: `tallyd_datagrams_total`, `tallyd_datagrams_truncated_total`, `tallyd_received_bytes_total`,
+//! `tallyd_kernel_drops_total`, `tallyd_receive_buffer_bytes`, `tallyd_connections`,
+//! `tallyd_connections_refused_total`, `tallyd_accept_errors_total`.
+
+mod burst;
+mod lines;
+mod sockets;
+mod stream;
+#[cfg(test)]
+mod tests;
+mod udp;
+
+use std::cell::RefCell;
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use crate::ingest::{Worker, Workers};
+use crate::units::{Size, Time};
+use burst::Wake;
+
+/// `[listen]`: where lines come in.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Config {
+    /// Addresses for datagrams. Port 0 picks a free one.
+    pub udp: Vec<String>,
+    /// Addresses for streams of lines.
+    pub tcp: Vec<String>,
+    /// Threads that read UDP; 0 is one for each core.
+    pub workers: usize,
+    /// What is asked of the kernel for each UDP socket.
+    pub receive_buffer: Size,
+    /// How long a UDP worker that has emptied its sockets rests while traffic flows; 0 for not at all.
+    pub linger: Time,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        // Both families, because localhost is often ::1, and what goes there would be lost silently.
+        let loopbacks = || vec!["127.0.0.1:8125".to_owned(), "[::1]:8125".to_owned()];
+        Self { udp: loopbacks(), tcp: loopbacks(), workers: 0, receive_buffer: Size(8 << 20), linger: Time::millis(1) }
+    }
+}
+
+/// The rows of `[limits]` that bound datagrams and streams.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Limits {
+    /// Longer datagrams are counted and dropped whole.
+    pub datagram: Size,
+    /// Open streams; those beyond are accepted and closed.
+    pub connections: usize,
+    /// Open streams of one address.
+    pub connections_per_address: usize,
+    /// How much is read of one stream before the others have their turn; a line cannot be longer.
+    pub stream_buffer: Size,
+    /// A stream that is silent for so long is closed.
+    pub stream_idle: Time,
+    /// A stream that does not end a line it began within this time is closed.
+    pub partial_line: Time,
+    /// Descriptors that streams leave for journal, store and UDP.
+    pub reserved_fds: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            datagram: Size(DATAGRAM_MAX),
+            connections: 1_024,
+            connections_per_address: 256,
+            stream_buffer: Size(16 << 10),
+            stream_idle: Time::secs(600),
+            partial_line: Time::secs(30),
+            reserved_fds: 64,
+        }
+    }
+}
+
+/// No UDP datagram is longer.
+const DATAGRAM_MAX: u64 = 65_535;
+
+/// How often a worker reads what its sockets hold before it answers a reader who asked for a seal.
+const SEAL_BURSTS: usize = 8;
+
+/// The pause after an error of a receive or accept call.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Why listeners could not start.
+#[derive(Debug)]
+pub enum Error {
+    /// No address.
+    Address {
+        /// The key in the configuration.
+        key: &'static str,
+        /// What stands there.
+        value: String,
+    },
+    /// Somebody else listens there.
+    InUse {
+        /// The key in the configuration.
+        key: &'static str,
+        /// The address.
+        address: SocketAddr,
+    },
+    /// This process may not listen there.
+    Denied {
+        /// The key in the configuration.
+        key: &'static str,
+        /// The address.
+        address: SocketAddr,
+    },
+    /// This host has no such address.
+    NotHere {
+        /// The key in the configuration.
+        key: &'static str,
+        /// The address.
+        address: SocketAddr,
+    },
+    /// Another error at an address.
+    Bind {
+        /// The key in the configuration.
+        key: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// The system refused a thread, an event or a runtime.
+    System(io::Error),
+}
+
+impl Error {
+    fn bind(key: &'static str, address: SocketAddr, error: io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::EADDRINUSE) => Self::InUse { key, address },
+            Some(libc::EACCES | libc::EPERM) => Self::Denied { key, address },
+            Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT) => Self::NotHere { key, address },
+            Some(_) | None => Self::Bind { key, address, error },
+        }
+    }
+
+    /// The exit code of a start that failed so, after sysexits.
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::Address { .. } => 78,
+            Self::InUse { .. } | Self::NotHere { .. } => 69,
+            Self::Denied { .. } => 77,
+            Self::Bind { .. } | Self::System(_) => 74,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address { key, value } => {
+                write!(f, "{key} = {value:?}: no address with a port; write one such as \"127.0.0.1:8125\"")
+            }
+            Self::InUse { key, address } => {
+                write!(f, "{key} = \"{address}\": in use; stop the other program there, or take another port")
+            }
+            Self::Denied { key, address } => {
+                write!(f, "{key} = \"{address}\": not permitted; take a port above 1023, or grant CAP_NET_BIND_SERVICE")
+            }
+            Self::NotHere { key, address } => {
+                write!(f, "{key} = \"{address}\": no address of this host; name one that it has")
+            }
+            Self::Bind { key, address, error } => {
+                write!(f, "{key} = \"{address}\": {error}; mend that, or name another address")
+            }
+            Self::System(error) => write!(f, "listeners: {error}; raise the limit of threads or open files"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// What did not turn out as configured, but is no reason not to start.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Warning {
+    /// The kernel granted a smaller receive buffer.
+    ReceiveBuffer {
+        /// Of the sockets there.
+        address: SocketAddr,
+        /// `listen.receive_buffer`.
+        asked: Size,
+        /// What there is.
+        granted: Size,
+    },
+    /// A built-in address was left out because the host has no IPv6.
+    NoIpv6 {
+        /// The key in the configuration.
+        key: &'static str,
+        /// The address.
+        address: SocketAddr,
+    },
+}
+
+impl fmt::Display for Warning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ReceiveBuffer { address, asked, granted } => write!(
+                f,
+                "listen.receive_buffer = \"{asked}\": the kernel granted {granted} at {address}; \
+                 raise net.core.rmem_max, or grant CAP_NET_ADMIN"
+            ),
+            Self::NoIpv6 { key, address } => {
+                write!(f, "{key}: this host has no IPv6, so nothing listens at {address}")
+            }
+        }
+    }
+}
+
+/// Running listeners.
+#[derive(Debug)]
+pub struct Listeners {
+    udp: Vec<SocketAddr>,
+    tcp: Vec<SocketAddr>,
+    warnings: Vec<Warning>,
+    stop: Arc<Stop>,
+    wakes: Vec<Wake>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// How the threads learn that they shall end.
+#[derive(Debug)]
+struct Stop {
+    /// How long a worker may still read what the kernel holds; unset while there is no reason to end.
+    grace: OnceLock<Duration>,
+    /// The same for tasks: true when they shall end.
+    ends: watch::Sender<bool>,
+}
+
+/// Binds what is configured and starts the workers' threads. When this returns, all of them are registered and every
+/// address takes data.
+///
+/// `beside` is what else runs on the stream worker's thread with its worker, until the second argument says true: HTTP
+/// ingest. It may spawn local tasks; a task that outlasts the grace of [`Listeners::stop`] is dropped.
+pub fn start<F>(
+    config: &Config,
+    limits: &Limits,
+    workers: &Arc<Workers>,
+    beside: impl FnOnce(Rc<RefCell<Worker>>, watch::Receiver<bool>) -> F + Send + 'static,
+) -> Result<Listeners, Error>
+where
+    F: Future<Output = ()> + 'static,
+{
+    let count = match config.workers {
+        0 => thread::available_parallelism().map_or(1, Into::into),
+        count => count,
+    };
+    let sockets = sockets::bind(config, count)?;
+    let mut listeners = Listeners {
+        udp: sockets.udp.iter().map(|shared| shared.address).collect(),
+        tcp: sockets.tcp.iter().filter_map(|listener| listener.local_addr().ok()).collect(),
+        warnings: sockets.warnings,
+        stop: Arc::new(Stop { grace: OnceLock::new(), ends: watch::Sender::new(false) }),
+        wakes: Vec::new(),
+        threads: Vec::new(),
+    };
+    let started = listeners
+        .start_udp(&sockets.udp, count, config, limits, workers)
+        .and_then(|()| listeners.start_streams(sockets.tcp, limits, workers, beside));
+    match started {
+        Ok(()) => Ok(listeners),
+        Err(error) => {
+            listeners.stop(Duration::ZERO);
+            Err(Error::System(error))
+        }
+    }
+}
+
+impl Listeners {
+    /// The addresses that take datagrams, as bound.
+    pub fn udp(&self) -> &[SocketAddr] {
+        &self.udp
+    }
+
+    /// The addresses that take streams, as bound.
+    pub fn tcp(&self) -> &[SocketAddr] {
+        &self.tcp
+    }
+
+    /// What did not turn out as configured.
+    pub fn warnings(&self) -> &[Warning] {
+        &self.warnings
+    }
+
+    /// Stops reading once all that the kernel held is read, or after `grace`, and closes the workers. Blocks until all
+    /// of that is done.
+    pub fn stop(self, grace: Duration) {
+        self.stop.grace.get_or_init(|| grace);
+        self.stop.ends.send_replace(true);
+        self.wakes.iter().for_each(Wake::wake);
+        // A thread that panicked has nothing left to close.
+        self.threads.into_iter().for_each(|thread| drop(thread.join()));
+    }
+
+    fn start_udp(
+        &mut self,
+        shared: &[sockets::Shared],
+        count: usize,
+        config: &Config,
+        limits: &Limits,
+        workers: &Arc<Workers>,
+    ) -> io::Result<()> {
+        if shared.is_empty() {
+            return Ok(());
+        }
+        let datagram = limits.datagram.0.min(DATAGRAM_MAX) as usize;
+        for (number, inlets) in udp::inlets(shared, count)?.into_iter().enumerate() {
+            let wake = Wake::new()?;
+            let caller = wake.clone();
+            let worker = workers.register(move || caller.wake());
+            self.wakes.push(wake.clone());
+            let stop = Arc::clone(&self.stop);
+            let linger = config.linger.0;
+            let run = move || udp::Receiver::new(worker, number, inlets, wake, stop, datagram, linger).run();
+            self.threads.push(thread::Builder::new().name(format!("udp-{number}")).spawn(run)?);
+        }
+        Ok(())
+    }
+
+    fn start_streams<F>(
+        &mut self,
+        listeners: Vec<std::net::TcpListener>,
+        limits: &Limits,
+        workers: &Arc<Workers>,
+        beside: impl FnOnce(Rc<RefCell<Worker>>, watch::Receiver<bool>) -> F + Send + 'static,
+    ) -> io::Result<()>
+    where
+        F: Future<Output = ()> + 'static,
+    {
+        let streams = stream::Streams::new(listeners, limits.clone(), workers, Arc::clone(&self.stop))?;
+        self.threads.push(thread::Builder::new().name("streams".to_owned()).spawn(|| streams.run(beside))?);
+        Ok(())
+    }
+}

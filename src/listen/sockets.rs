@@ -1,0 +1,238 @@
+//! Addresses into bound sockets. Nothing is read here.
+//!
+//! Every UDP worker has a socket of its own at each address, joined by SO_REUSEPORT, so that the kernel spreads the
+//! senders over them. That option would also let a second agent join and take half of the traffic: each address is
+//! first probed without it. Whatever binds or inherits sockets ends in [`Sockets`], from which all listeners start.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsFd;
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::{Config, Error, Warning, burst};
+use crate::units::Size;
+
+/// Connections that wait to be accepted; the kernel's own bound is `net.core.somaxconn`.
+const BACKLOG: i32 = 1_024;
+
+/// Bound sockets, and what an operator should know about them.
+#[derive(Debug, Default)]
+pub(super) struct Sockets {
+    pub(super) udp: Vec<Shared>,
+    pub(super) tcp: Vec<TcpListener>,
+    /// What did not turn out as configured.
+    pub(super) warnings: Vec<Warning>,
+}
+
+/// The sockets that share one address.
+#[derive(Debug)]
+pub(super) struct Shared {
+    /// As bound.
+    pub(super) address: SocketAddr,
+    /// One for each worker.
+    pub(super) sockets: Vec<Socket>,
+    /// The receive buffer that the kernel granted to each.
+    pub(super) receive_buffer: Size,
+}
+
+/// Binds all that is configured, with sockets for so many UDP workers.
+pub(super) fn bind(config: &Config, workers: usize) -> Result<Sockets, Error> {
+    let defaults = Config::default();
+    let mut bound = Sockets::default();
+    let udp = |place| shared(place, workers, config.receive_buffer);
+    bound.udp = bind_each("listen.udp", &config.udp, &defaults.udp, udp, &mut bound.warnings)?;
+    bound.tcp = bind_each("listen.tcp", &config.tcp, &defaults.tcp, stream, &mut bound.warnings)?;
+    let asked = config.receive_buffer;
+    let small = bound.udp.iter().filter(|shared| shared.receive_buffer < asked);
+    let warning =
+        |shared: &Shared| Warning::ReceiveBuffer { address: shared.address, asked, granted: shared.receive_buffer };
+    bound.warnings.extend(small.map(warning));
+    Ok(bound)
+}
+
+/// An address to bind.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    address: SocketAddr,
+    /// An IPv6 socket must leave IPv4 alone, because the list has that port there too.
+    only_v6: bool,
+}
+
+fn bind_each<T>(
+    key: &'static str,
+    texts: &[String],
+    defaults: &[String],
+    bind: impl Fn(Place) -> io::Result<T>,
+    warnings: &mut Vec<Warning>,
+) -> Result<Vec<T>, Error> {
+    let mut bound = Vec::with_capacity(texts.len());
+    for place in places(key, texts)? {
+        match bind(place) {
+            Ok(socket) => bound.push(socket),
+            // Nobody asked for IPv6 where the list is the built-in one.
+            Err(error) if texts == defaults && lacks_family(place, &error) => {
+                warnings.push(Warning::NoIpv6 { key, address: place.address });
+            }
+            Err(error) => return Err(Error::bind(key, place.address, error)),
+        }
+    }
+    Ok(bound)
+}
+
+fn places(key: &'static str, texts: &[String]) -> Result<Vec<Place>, Error> {
+    let parse = |text: &String| text.parse().map_err(|_| Error::Address { key, value: text.clone() });
+    let addresses = texts.iter().map(parse).collect::<Result<Vec<SocketAddr>, _>>()?;
+    let v4_has = |port| addresses.iter().any(|other| other.is_ipv4() && other.port() == port);
+    Ok(addresses.iter().map(|&address| Place { address, only_v6: v4_has(address.port()) }).collect())
+}
+
+/// A host without IPv6 either knows no such sockets or has no such address.
+fn lacks_family(place: Place, error: &io::Error) -> bool {
+    place.address.is_ipv6() && matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
+}
+
+/// One socket for each worker, all at the same address; where the port is 0, at the one that the first got.
+fn shared(place: Place, workers: usize, buffer: Size) -> io::Result<Shared> {
+    if place.address.port() != 0 {
+        let probe = socket(place, Type::DGRAM, Protocol::UDP)?;
+        probe.bind(&place.address.into())?;
+    }
+    let mut address = place.address;
+    let mut sockets = Vec::with_capacity(workers);
+    for _ in 0..workers.max(1) {
+        let socket = socket(place, Type::DGRAM, Protocol::UDP)?;
+        socket.set_reuse_port(true)?;
+        set_receive_buffer(&socket, buffer)?;
+        socket.bind(&address.into())?;
+        address = local(&socket)?;
+        sockets.push(socket);
+    }
+    let granted = sockets.iter().map(receive_buffer).collect::<io::Result<Vec<_>>>()?;
+    Ok(Shared { address, sockets, receive_buffer: granted.into_iter().min().unwrap_or(Size(0)) })
+}
+
+/// A listening TCP socket. SO_REUSEADDR passes over what is left of closed connections, not over another listener.
+fn stream(place: Place) -> io::Result<TcpListener> {
+    let socket = socket(place, Type::STREAM, Protocol::TCP)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&place.address.into())?;
+    socket.listen(BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket.into())
+}
+
+fn socket(place: Place, kind: Type, protocol: Protocol) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(place.address), kind, Some(protocol))?;
+    if place.address.is_ipv6() {
+        socket.set_only_v6(place.only_v6)?;
+    }
+    Ok(socket)
+}
+
+fn local(socket: &Socket) -> io::Result<SocketAddr> {
+    socket.local_addr()?.as_socket().ok_or_else(|| io::ErrorKind::InvalidInput.into())
+}
+
+/// Asks for a receive buffer, beyond the system's maximum where this process may.
+fn set_receive_buffer(socket: &Socket, size: Size) -> io::Result<()> {
+    // The kernel takes a C int and doubles it.
+    let bytes = size.bytes().min(i32::MAX as usize / 2);
+    burst::force_receive_buffer(socket.as_fd(), bytes).or_else(|_| socket.set_recv_buffer_size(bytes))
+}
+
+/// What the kernel granted, in the measure in which it was asked: it reports the double.
+fn receive_buffer(socket: &Socket) -> io::Result<Size> {
+    Ok(Size(socket.recv_buffer_size()? as u64 / 2))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+
+    use super::*;
+
+    fn config(udp: &[&str], tcp: &[&str]) -> Config {
+        let texts = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect();
+        Config { udp: texts(udp), tcp: texts(tcp), ..Config::default() }
+    }
+
+    #[test]
+    fn workers_share_the_free_port_that_the_first_one_got() {
+        let bound = bind(&config(&["127.0.0.1:0", "[::1]:0"], &["127.0.0.1:0"]), 3).unwrap();
+        assert_eq!(bound.udp.len(), 2);
+        for shared in &bound.udp {
+            assert_ne!(shared.address.port(), 0);
+            assert_eq!(shared.sockets.len(), 3);
+            assert!(shared.sockets.iter().all(|socket| local(socket).unwrap() == shared.address));
+            assert!(shared.receive_buffer > Size(0));
+        }
+        assert_ne!(bound.tcp[0].local_addr().unwrap().port(), 0);
+    }
+
+    #[test]
+    fn an_address_that_another_agent_shares_is_in_use() {
+        let first = bind(&config(&["127.0.0.1:0"], &["127.0.0.1:0"]), 2).unwrap();
+        let udp = first.udp[0].address.to_string();
+        let tcp = first.tcp[0].local_addr().unwrap().to_string();
+        for (second, address) in [(config(&[&udp], &[]), &udp), (config(&[], &[&tcp]), &tcp)] {
+            let error = bind(&second, 2).unwrap_err();
+            assert!(matches!(error, Error::InUse { .. }), "{error}");
+            assert!(error.to_string().contains(address.as_str()), "{error}");
+            assert_eq!(error.exit_code(), 69);
+        }
+        drop(first);
+        assert!(bind(&config(&[&udp], &[&tcp]), 2).is_ok());
+    }
+
+    #[test]
+    fn an_address_of_a_plain_server_is_in_use() {
+        let other = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let address = other.local_addr().unwrap().to_string();
+        assert!(matches!(bind(&config(&[&address], &[]), 1), Err(Error::InUse { .. })));
+    }
+
+    #[test]
+    fn both_families_may_be_named_with_one_port() {
+        let free = UdpSocket::bind("0.0.0.0:0").unwrap().local_addr().unwrap().port();
+        let addresses = [format!("0.0.0.0:{free}"), format!("[::]:{free}")];
+        let bound = bind(&config(&[&addresses[0], &addresses[1]], &[]), 2).unwrap();
+        assert_eq!(bound.udp.len(), 2);
+    }
+
+    #[test]
+    fn a_missing_family_is_an_error_only_for_who_asked() {
+        let no_such = || Err::<(), _>(io::Error::from_raw_os_error(libc::EADDRNOTAVAIL));
+        let only_v4 = |place: Place| if place.address.is_ipv6() { no_such() } else { Ok(()) };
+        let texts = ["127.0.0.1:8125".to_owned(), "[::1]:8125".to_owned()];
+        let mut warnings = Vec::new();
+        assert_eq!(bind_each("listen.udp", &texts, &texts, only_v4, &mut warnings).unwrap(), [()]);
+        let address = "[::1]:8125".parse().unwrap();
+        assert_eq!(warnings, [Warning::NoIpv6 { key: "listen.udp", address }]);
+        let error = bind_each("listen.udp", &texts[1..], &texts, only_v4, &mut warnings).unwrap_err();
+        assert!(matches!(error, Error::NotHere { .. }), "{error}");
+        let error = bind_each("listen.udp", &texts, &texts, |_| no_such(), &mut warnings).unwrap_err();
+        assert!(matches!(error, Error::NotHere { .. }), "{error}");
+    }
+
+    #[test]
+    fn errors_name_key_value_and_remedy() {
+        let error = bind(&config(&["localhost"], &[]), 1).unwrap_err();
+        assert_eq!(error.exit_code(), 78);
+        assert!(error.to_string().starts_with("listen.udp = \"localhost\": "), "{error}");
+        let address = "127.0.0.1:80".parse().unwrap();
+        let denied = Error::bind("listen.tcp", address, io::Error::from_raw_os_error(libc::EACCES));
+        assert_eq!(denied.exit_code(), 77);
+        assert!(denied.to_string().starts_with("listen.tcp = \"127.0.0.1:80\": "), "{denied}");
+    }
+
+    #[test]
+    fn a_buffer_that_the_kernel_cut_down_is_a_warning() {
+        let huge = Config { receive_buffer: Size(1 << 40), ..config(&["127.0.0.1:0"], &[]) };
+        let bound = bind(&huge, 1).unwrap();
+        let granted = bound.udp[0].receive_buffer;
+        assert!(granted < huge.receive_buffer);
+        let expected = Warning::ReceiveBuffer { address: bound.udp[0].address, asked: huge.receive_buffer, granted };
+        assert_eq!(bound.warnings, [expected]);
+    }
+}

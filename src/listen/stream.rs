@@ -1,0 +1,427 @@
+//! Streams of lines: TCP connections into the stream worker, on the one thread whose runtime serves HTTP ingest too.
+//!
+//! A connection reads at most `limits.stream_buffer` before the others have their turn, and holds at most one partial
+//! line. Lines that are too long are refused and the stream goes on; an HTTP client's request line is counted and the
+//! stream closed, as is one that stays silent for `limits.stream_idle`, or inside a line for `limits.partial_line`.
+//! Connections beyond `limits.connections`, `limits.connections_per_address` or what `limits.reserved_fds` leaves are
+//! accepted and closed.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::future::{Future, poll_fn};
+use std::io::{self, Read};
+use std::net::{IpAddr, SocketAddr};
+use std::ops::ControlFlow;
+use std::os::fd::AsRawFd;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use metrics::{Counter, Gauge};
+use socket2::SockRef;
+use tokio::io::{AsyncRead, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::Runtime;
+use tokio::sync::{Notify, watch};
+use tokio::task::{JoinSet, LocalSet, spawn_local, yield_now};
+use tokio::time::sleep;
+
+use super::lines::{Lines, Piece};
+use super::{Limits, PAUSE, SEAL_BURSTS, Stop, burst};
+use crate::clock::Clock;
+use crate::ingest::{Listener, Source, Worker, Workers};
+use crate::sample::Reason;
+use crate::telemetry;
+
+/// Tasks that run before the runtime looks at sockets and timers again, so that a seal is not late under load.
+const TASKS_A_LOOK: u32 = 16;
+
+/// What the stream worker's thread needs.
+pub(super) struct Streams {
+    runtime: Runtime,
+    listeners: Vec<TcpListener>,
+    worker: Worker,
+    workers: Arc<Workers>,
+    limits: Limits,
+    stop: Arc<Stop>,
+    wake: Arc<Notify>,
+}
+
+impl Streams {
+    /// A worker for these listeners and all that runs beside them.
+    pub(super) fn new(
+        listeners: Vec<std::net::TcpListener>,
+        limits: Limits,
+        workers: &Arc<Workers>,
+        stop: Arc<Stop>,
+    ) -> io::Result<Self> {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().event_interval(TASKS_A_LOOK).build()?;
+        let listeners = {
+            let _inside = runtime.enter();
+            listeners.into_iter().map(TcpListener::from_std).collect::<io::Result<_>>()?
+        };
+        let wake = Arc::new(Notify::new());
+        let caller = Arc::clone(&wake);
+        let worker = workers.register(move || caller.notify_one());
+        Ok(Self { runtime, listeners, worker, workers: Arc::clone(workers), limits, stop, wake })
+    }
+
+    /// Serves until it is told to stop, and `beside` too.
+    pub(super) fn run<F>(self, beside: impl FnOnce(Rc<RefCell<Worker>>, watch::Receiver<bool>) -> F)
+    where
+        F: Future<Output = ()> + 'static,
+    {
+        let Self { runtime, listeners, worker, workers, limits, stop, wake } = self;
+        let worker = Rc::new(RefCell::new(worker));
+        let ends = stop.ends.subscribe();
+        let tasks = LocalSet::new();
+        tasks.block_on(&runtime, async {
+            let lines = serve(listeners, Rc::clone(&worker), workers, limits, ends.clone());
+            let beside = beside(Rc::clone(&worker), ends.clone());
+            let mut until = ends.clone();
+            // Readers wait for every worker, so this one stays even if it has nothing to serve.
+            let all = async { tokio::join!(lines, beside, stopped(&mut until)) };
+            tokio::select! {
+                _ = all => {}
+                () = overdue(ends.clone(), &stop) => {}
+                () = turns(&worker, &wake) => {}
+            }
+        });
+        // What outlasted the grace goes here, and with it every other owner of the worker.
+        drop(tasks);
+        drop(runtime);
+        if let Some(worker) = Rc::into_inner(worker) {
+            worker.into_inner().close();
+        }
+    }
+}
+
+/// Ends when the grace of a stop is over.
+async fn overdue(mut ends: watch::Receiver<bool>, stop: &Stop) {
+    stopped(&mut ends).await;
+    sleep(stop.grace.get().copied().unwrap_or_default()).await;
+}
+
+/// Ends when a stop is asked for, or nobody is left who could ask.
+async fn stopped(ends: &mut watch::Receiver<bool>) {
+    drop(ends.wait_for(|ends| *ends).await);
+}
+
+/// Gives the worker its turns: when something is due, and when a reader asks. It never ends.
+async fn turns(worker: &RefCell<Worker>, wake: &Notify) {
+    loop {
+        let asked = worker.borrow().seal_asked();
+        if asked {
+            // What the sockets hold came before the question: let the connections read it.
+            for _ in 0..SEAL_BURSTS {
+                yield_now().await;
+            }
+        }
+        let wait = worker.borrow_mut().turn();
+        tokio::select! {
+            () = wake.notified() => {}
+            () = sleep(wait) => {}
+        }
+    }
+}
+
+/// Serves streams of lines until `ends` says true; then it reads what the kernel holds, and returns.
+async fn serve(
+    listeners: Vec<TcpListener>,
+    worker: Rc<RefCell<Worker>>,
+    workers: Arc<Workers>,
+    limits: Limits,
+    ends: watch::Receiver<bool>,
+) {
+    let intake = Rc::new(Intake::new(worker, workers, limits));
+    let accepting = listeners.into_iter().map(|listener| spawn_local(accept(listener, intake.clone(), ends.clone())));
+    for task in accepting.collect::<Vec<_>>() {
+        // A task that panicked has ended too.
+        drop(task.await);
+    }
+}
+
+/// Accepts connections until `ends` says true, and returns when the last of them has ended.
+async fn accept(listener: TcpListener, intake: Rc<Intake>, mut ends: watch::Receiver<bool>) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            () = stopped(&mut ends) => break,
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept() => {
+                let begun = accepted.map(|(stream, peer)| Connection::begin(stream, peer, &intake));
+                match begun {
+                    Ok(Ok(connection)) => drop(connections.spawn_local(connection.run(ends.clone()))),
+                    Ok(Err(refusal)) => intake.refused(refusal).await,
+                    Err(_) => intake.failed().await,
+                }
+            }
+        }
+    }
+    for connection in waiting(&listener, &intake) {
+        connections.spawn_local(connection.run(ends.clone()));
+    }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+}
+
+/// Connections that the kernel has accepted and nobody has taken. The runtime may not have looked yet; this does.
+fn waiting(listener: &TcpListener, intake: &Rc<Intake>) -> Vec<Connection> {
+    let listener = SockRef::from(listener);
+    let taken = std::iter::from_fn(|| listener.accept().ok());
+    let begun = taken.filter_map(|(socket, peer)| {
+        socket.set_nonblocking(true).ok()?;
+        let stream = TcpStream::from_std(socket.into()).ok()?;
+        Connection::begin(stream, peer.as_socket()?, intake).ok()
+    });
+    begun.collect()
+}
+
+/// What all connections share.
+struct Intake {
+    worker: Rc<RefCell<Worker>>,
+    workers: Arc<Workers>,
+    limits: Limits,
+    descriptors_max: u64,
+    clock: Clock,
+    /// Where bytes stand between the kernel and the worker: never across an await, so one is enough for all.
+    buffer: RefCell<Box<[u8]>>,
+    by_address: RefCell<HashMap<IpAddr, usize>>,
+    connections: Cell<usize>,
+    open: Gauge,
+    bytes: Counter,
+    errors: Counter,
+}
+
+/// Why a connection is closed at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Refusal {
+    Connections,
+    PerAddress,
+    Descriptors,
+}
+
+impl Refusal {
+    /// The limit, as a label.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Connections => "connections",
+            Self::PerAddress => "connections_per_address",
+            Self::Descriptors => "reserved_fds",
+        }
+    }
+}
+
+impl Intake {
+    fn new(worker: Rc<RefCell<Worker>>, workers: Arc<Workers>, limits: Limits) -> Self {
+        let tcp = [Listener::Tcp.name()];
+        Self {
+            worker,
+            workers,
+            descriptors_max: burst::descriptors_max(),
+            clock: Clock::default(),
+            buffer: RefCell::new(vec![0; limits.stream_buffer.bytes().max(1)].into_boxed_slice()),
+            by_address: RefCell::default(),
+            connections: Cell::new(0),
+            open: telemetry::CONNECTIONS.gauge(&tcp),
+            bytes: telemetry::RECEIVED_BYTES.counter(&tcp),
+            errors: telemetry::ACCEPT_ERRORS.counter(&tcp),
+            limits,
+        }
+    }
+
+    /// A seat for a connection from this address, if there is one. The kernel numbers descriptors from below, so a
+    /// connection's own says how many there are.
+    fn admit(self: &Rc<Self>, ip: IpAddr, descriptor: u64) -> Result<Seat, Refusal> {
+        let reserved = self.limits.reserved_fds.min(self.descriptors_max / 2);
+        if descriptor >= self.descriptors_max - reserved {
+            return Err(Refusal::Descriptors);
+        }
+        if self.connections.get() >= self.limits.connections {
+            return Err(Refusal::Connections);
+        }
+        let mut by_address = self.by_address.borrow_mut();
+        if by_address.get(&ip).is_some_and(|count| *count >= self.limits.connections_per_address) {
+            return Err(Refusal::PerAddress);
+        }
+        *by_address.entry(ip).or_default() += 1;
+        self.connections.set(self.connections.get() + 1);
+        self.open.increment(1.0);
+        Ok(Seat { intake: Rc::clone(self), ip })
+    }
+
+    async fn refused(&self, refusal: Refusal) {
+        telemetry::CONNECTIONS_REFUSED.counter(&[Listener::Tcp.name(), refusal.name()]).increment(1);
+        if refusal == Refusal::Descriptors {
+            sleep(PAUSE).await;
+        }
+    }
+
+    async fn failed(&self) {
+        self.errors.increment(1);
+        sleep(PAUSE).await;
+    }
+
+    /// Gives a line to the worker; a request line ends the stream.
+    fn give(&self, piece: Piece<'_>, source: Source) -> ControlFlow<()> {
+        let mut worker = self.worker.borrow_mut();
+        match piece {
+            Piece::Line(line) => worker.line(line, source),
+            Piece::TooLong(beginning) => worker.refuse(Reason::LineTooLong, beginning, source),
+            Piece::Request(line) => {
+                worker.refuse(Reason::HttpRequest, line, source);
+                return ControlFlow::Break(());
+            }
+        }
+        ControlFlow::Continue(())
+    }
+}
+
+/// The right of a connection to be there, given back when it ends.
+struct Seat {
+    intake: Rc<Intake>,
+    ip: IpAddr,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.intake.connections.set(self.intake.connections.get() - 1);
+        self.intake.open.decrement(1.0);
+        let mut by_address = self.intake.by_address.borrow_mut();
+        if let Some(count) = by_address.get_mut(&self.ip) {
+            *count -= 1;
+            if *count == 0 {
+                by_address.remove(&self.ip);
+            }
+        }
+    }
+}
+
+/// One stream of lines.
+struct Connection {
+    stream: TcpStream,
+    source: Source,
+    lines: Lines,
+    /// When something came last, and when the line began that has not ended.
+    heard: Duration,
+    begun: Option<Duration>,
+    seat: Seat,
+}
+
+/// How a stream ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// The peer had no more to send: its last line needs no line feed.
+    Closed,
+    /// It broke, or was silent for too long: what is left of a line is none.
+    Broken,
+    /// A client of HTTP.
+    Request,
+}
+
+impl Connection {
+    fn begin(stream: TcpStream, peer: SocketAddr, intake: &Rc<Intake>) -> Result<Self, Refusal> {
+        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+        let seat = intake.admit(peer.ip(), u64::from(stream.as_raw_fd().unsigned_abs()))?;
+        let line = intake.workers.settings().limits.line;
+        let source = Source { listener: Listener::Tcp, address: Some(peer) };
+        let lines = Lines::new(line.min(intake.limits.stream_buffer.bytes()));
+        let heard = intake.clock.monotonic();
+        Ok(Self { stream, source, lines, heard, begun: None, seat })
+    }
+
+    async fn run(mut self, mut ends: watch::Receiver<bool>) {
+        let end = loop {
+            let patience = self.patience();
+            if patience.is_zero() {
+                break End::Broken;
+            }
+            tokio::select! {
+                biased;
+                () = stopped(&mut ends) => break self.drain(),
+                read = poll_fn(|context| self.poll_read(context)) => match read {
+                    ControlFlow::Continue(Fill::Part) => {}
+                    // There is more: let the other connections have their turn first.
+                    ControlFlow::Continue(Fill::Whole) => yield_now().await,
+                    ControlFlow::Break(end) => break end,
+                },
+                () = sleep(patience) => {}
+            }
+        };
+        self.finish(end);
+    }
+
+    /// How long the peer may still be silent.
+    fn patience(&self) -> Duration {
+        let limits = &self.seat.intake.limits;
+        let idle = self.heard + limits.stream_idle.0;
+        let until = self.begun.map_or(idle, |begun| idle.min(begun + limits.partial_line.0));
+        until.saturating_sub(self.seat.intake.clock.monotonic())
+    }
+
+    /// Reads at most one buffer.
+    fn poll_read(&mut self, context: &mut Context<'_>) -> Poll<ControlFlow<End, Fill>> {
+        let intake = Rc::clone(&self.seat.intake);
+        let mut buffer = intake.buffer.borrow_mut();
+        let mut buffer = ReadBuf::new(&mut buffer);
+        let read = ready!(Pin::new(&mut self.stream).poll_read(context, &mut buffer));
+        Poll::Ready(self.take(read.map(|()| buffer.filled()), buffer.remaining()))
+    }
+
+    /// Reads what the kernel holds, but no more than it can hold, so that a fast peer puts no stop off.
+    fn drain(&mut self) -> End {
+        let intake = Rc::clone(&self.seat.intake);
+        let mut buffer = intake.buffer.borrow_mut();
+        let mut left = SockRef::from(&self.stream).recv_buffer_size().unwrap_or(0);
+        while left > 0 {
+            let read = (&*SockRef::from(&self.stream)).read(&mut buffer);
+            left = left.saturating_sub(*read.as_ref().unwrap_or(&0));
+            if let ControlFlow::Break(end) = self.take(read.map(|length| &buffer[..length]), 0) {
+                return end;
+            }
+        }
+        End::Broken
+    }
+
+    fn take(&mut self, read: io::Result<&[u8]>, room: usize) -> ControlFlow<End, Fill> {
+        let bytes = match read {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return ControlFlow::Continue(Fill::Part),
+            Err(_) => return ControlFlow::Break(End::Broken),
+            Ok([]) => return ControlFlow::Break(End::Closed),
+            Ok(bytes) => bytes,
+        };
+        let Self { seat, source, lines, .. } = self;
+        seat.intake.bytes.increment(bytes.len() as u64);
+        if lines.feed(bytes, |piece| seat.intake.give(piece, *source)).is_break() {
+            return ControlFlow::Break(End::Request);
+        }
+        self.heard = seat.intake.clock.monotonic();
+        if !self.lines.is_inside() {
+            self.begun = None;
+        } else if self.begun.is_none() || memchr::memchr(b'\n', bytes).is_some() {
+            self.begun = Some(self.heard);
+        }
+        ControlFlow::Continue(if room == 0 { Fill::Whole } else { Fill::Part })
+    }
+
+    fn finish(mut self, end: End) {
+        let Self { seat, source, lines, .. } = &mut self;
+        match end {
+            End::Closed => lines.end(|piece| seat.intake.give(piece, *source)),
+            End::Broken if !lines.partial().is_empty() => {
+                seat.intake.worker.borrow_mut().refuse(Reason::PartialLine, lines.partial(), *source);
+            }
+            End::Broken | End::Request => {}
+        }
+    }
+}
+
+/// Whether a read filled the buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fill {
+    Part,
+    Whole,
+}
