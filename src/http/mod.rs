@@ -1,3 +1,246 @@
-//! Requests in, pages out.
+//! Requests in, pages out: HTTP/1.1 on hyper, without a framework.
+//!
+//! [`start_ingest`] takes samples (`POST /ingest/metrics`) and runs on the stream worker's own thread, because it writes to
+//! that worker's shard. [`start_api`] answers reads and scrapes on a thread of its own and owns no shard, so that no reader
+//! ever delays a sample. Both need a `tokio::task::LocalSet` around them.
+//!
+//! Nothing a client sends ends a listener or is answered with 500. Limits: [`Limits`]. Metrics: `tallyd_http_requests_total`,
+//! `tallyd_http_request_seconds`, `tallyd_connections`, `tallyd_connections_refused_total`, `tallyd_accept_errors_total`.
 
+use std::cell::RefCell;
+use std::fmt;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use crate::ingest::Worker;
+use crate::telemetry;
+use crate::units::{Size, Time};
+use crate::view::View;
+
+mod connection;
+pub mod data;
+pub mod health;
+mod idempotency;
+pub mod ingest;
+mod json;
+pub mod problem;
 pub mod scrape;
+pub mod server;
+#[cfg(test)]
+mod tests;
+
+pub use health::{Health, Reload};
+pub use server::{Body, Server};
+
+/// The section `[http]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Config {
+    /// Where samples are taken.
+    pub ingest: Vec<String>,
+    /// Where the read API answers.
+    pub api: Vec<String>,
+    /// Where `/metrics` is answered besides the API.
+    pub scrape: Vec<String>,
+    /// Names, besides `localhost` and loopback addresses, that a `Host` header may have on a loopback listener, and whose
+    /// pages may send requests.
+    pub hosts: Vec<String>,
+    /// Whether listeners that are reachable from elsewhere may do without a token.
+    pub insecure: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let loopback = |port: u16| vec![format!("127.0.0.1:{port}"), format!("[::1]:{port}")];
+        Self { ingest: loopback(8000), api: loopback(7000), scrape: Vec::new(), hosts: Vec::new(), insecure: false }
+    }
+}
+
+/// Lines of headers in one request. Not configurable: no client of ours has a reason to send more.
+pub const HEADER_LINES_MAX: usize = 64;
+
+/// The rows of `[limits]` that concern HTTP.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Limits {
+    /// Connections of one server, the ingest or the API; more are told 503.
+    pub http_connections: usize,
+    /// Method, target and version; longer is told 414.
+    pub request_line: Size,
+    /// All header lines together, of which there may be [`HEADER_LINES_MAX`]; more is told 431.
+    pub headers: Size,
+    /// From the first byte of a request to the end of its headers; longer is told 408.
+    pub header_time: Time,
+    /// From there to the end of its body; longer is told 408.
+    pub body_time: Time,
+    /// How long a connection may be idle between requests, or an answer go unread.
+    pub keep_alive: Time,
+    /// A body as sent; longer is told 413.
+    pub body: Size,
+    /// A body once inflated; longer is told 413.
+    pub inflated: Size,
+    /// All bodies held at one time, inflated ones too; more are told 503.
+    pub bodies: Size,
+    /// Metrics on one page of a list; asking for more is told 400.
+    pub page: usize,
+    /// Lists made at one time; more are told 503.
+    pub lists: usize,
+    /// Scrapes answered at one time; more are told 503.
+    pub scrapes: usize,
+    /// Answers remembered by their `Idempotency-Key`; the oldest go.
+    pub idempotency_keys: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            http_connections: 256,
+            request_line: Size(4 << 10),
+            headers: Size(16 << 10),
+            header_time: Time::secs(5),
+            body_time: Time::secs(10),
+            keep_alive: Time::secs(60),
+            body: Size(1 << 20),
+            inflated: Size(8 << 20),
+            bodies: Size(64 << 20),
+            page: 10_000,
+            lists: 8,
+            scrapes: 2,
+            idempotency_keys: 100_000,
+        }
+    }
+}
+
+/// Why a listener did not come up.
+#[derive(Debug)]
+pub enum Error {
+    /// The text is no address.
+    Address {
+        /// The configuration key.
+        key: &'static str,
+        /// What stands there.
+        text: String,
+    },
+    /// The address could not be bound; `AddrInUse` when another process has it.
+    Bind {
+        /// The configuration key.
+        key: &'static str,
+        /// Which address.
+        address: SocketAddr,
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// A bound socket could not be given to the runtime.
+    Register(io::Error),
+}
+
+impl Error {
+    /// The exit code of a process that can't start for it, after sysexits.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Address { .. } => 78,
+            Self::Bind { error, .. } => match error.kind() {
+                io::ErrorKind::AddrInUse => 69,
+                io::ErrorKind::PermissionDenied => 77,
+                io::ErrorKind::AddrNotAvailable => 78,
+                _ => 74,
+            },
+            Self::Register(_) => 74,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address { key, text } => {
+                write!(f, "http.{key}: {text:?} is no address; write one such as \"127.0.0.1:8000\"")
+            }
+            Self::Bind { key, address, error } if error.kind() == io::ErrorKind::AddrInUse => {
+                write!(f, "http.{key}: {address} is in use; stop what listens there or set another address")
+            }
+            Self::Bind { key, address, error } => {
+                write!(f, "http.{key}: {address} can't be bound: {error}; set an address of this host")
+            }
+            Self::Register(error) => write!(f, "http: a listener can't be watched: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Binds the addresses of `http.<key>`. Without SO_REUSEPORT, so an address that another process has is an error. An
+/// address of the default that this host has no family for is left out.
+pub fn bind(key: &'static str, addresses: &[String]) -> Result<Vec<TcpListener>, Error> {
+    let defaults = Config::default();
+    let optional = |text: &String| defaults.ingest.contains(text) || defaults.api.contains(text);
+    let mut listeners = Vec::with_capacity(addresses.len());
+    for text in addresses {
+        let address: SocketAddr = text.parse().map_err(|_| Error::Address { key, text: text.clone() })?;
+        match TcpListener::bind(address) {
+            Ok(listener) => listeners.push(listener),
+            Err(error) if address.is_ipv6() && optional(text) && is_no_such_family(&error) => {}
+            Err(error) => return Err(Error::Bind { key, address, error }),
+        }
+    }
+    Ok(listeners)
+}
+
+fn is_no_such_family(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::AddrNotAvailable || error.raw_os_error() == Some(libc::EAFNOSUPPORT)
+}
+
+/// What the API answers from.
+pub struct Api {
+    /// The figures.
+    pub view: View,
+    /// `flush.percentiles`.
+    pub percentiles: Vec<f64>,
+    /// Whether the agent is ready.
+    pub health: Arc<Health>,
+    /// Where `POST /-/reload` is heard.
+    pub reload: mpsc::Sender<Reload>,
+    /// `[prometheus]`: what a scrape shows.
+    pub prometheus: scrape::Config,
+    /// Our own metrics, shown by a scrape behind all others.
+    pub exporter: telemetry::Exporter,
+}
+
+/// Takes samples on these listeners into the worker's shard. To be called inside a `LocalSet` on the worker's thread; the
+/// worker is borrowed only while a body is parsed, never across an await.
+pub fn start_ingest(
+    listeners: Vec<TcpListener>,
+    worker: Rc<RefCell<Worker>>,
+    config: &Config,
+    limits: &Limits,
+) -> Result<Server, Error> {
+    let site = Rc::new(ingest::Ingest::new(worker, limits));
+    let mut server = Server::new(config, limits);
+    server.listen(listeners, &site)?;
+    Ok(server)
+}
+
+/// Answers reads on the listeners of `http.api`, and scrapes there and on those of `http.scrape`. To be called inside a
+/// `LocalSet`.
+pub fn start_api(
+    listeners: Vec<TcpListener>,
+    scrape: Vec<TcpListener>,
+    api: Api,
+    config: &Config,
+    limits: &Limits,
+) -> Result<Server, Error> {
+    let site = Rc::new(data::Data::new(api, limits));
+    let mut server = Server::new(config, limits);
+    server.listen(scrape, &Rc::new(data::Scrape(Rc::clone(&site))))?;
+    server.listen(listeners, &site)?;
+    Ok(server)
+}
+
+/// How long requests under way have, from [`Server::stop`] on, unless the agent says otherwise.
+pub const GRACE: Duration = Duration::from_secs(5);

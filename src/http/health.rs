@@ -1,0 +1,84 @@
+//! Whether the agent lives, whether it is ready, and the order to read its configuration again.
+
+use std::collections::BTreeMap;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use hyper::{Response, StatusCode};
+use serde_json::json;
+use tokio::sync::{mpsc, oneshot};
+
+use super::problem::Problem;
+use super::server::{Body, JSON, On, TEXT, ok};
+
+/// The addresses really bound, by configuration key: `listen.udp`, `http.api` ...
+pub type Bound = BTreeMap<String, Vec<String>>;
+
+/// How far the agent has come. Shared by the agent, which writes it, and the API.
+#[derive(Debug, Default)]
+pub struct Health {
+    bound: OnceLock<Bound>,
+    stopping: AtomicBool,
+}
+
+impl Health {
+    /// All listeners are up, on these addresses. Only the first call counts.
+    pub fn started(&self, bound: Bound) {
+        self.bound.get_or_init(|| bound);
+    }
+
+    /// The agent has begun to stop.
+    pub fn stopping(&self) {
+        self.stopping.store(true, Ordering::Release);
+    }
+
+    fn reasons(&self) -> impl Iterator<Item = String> {
+        let starting = self.bound.get().is_none().then(|| "starting: not all listeners are up".to_owned());
+        let stopping = self.stopping.load(Ordering::Acquire).then(|| "stopping".to_owned());
+        starting.into_iter().chain(stopping)
+    }
+}
+
+/// An order to reload; what comes back is empty when the new configuration is in force, else what is wrong with it.
+pub type Reload = oneshot::Sender<Vec<String>>;
+
+pub(super) fn ping(on: On) -> Response<Body> {
+    let text = match on {
+        On::Ingest => "pong (metrics-ingest service)",
+        On::Api | On::Scrape => "pong (metrics-api service)",
+    };
+    ok(TEXT, text)
+}
+
+/// An agent that answers lives.
+pub(super) fn healthy() -> Response<Body> {
+    ok(JSON, json!({ "healthy": true, "reasons": [] }).to_string())
+}
+
+/// `others` are the reasons that are not the agent's own.
+pub(super) fn ready(health: &Health, others: Vec<String>) -> Response<Body> {
+    let reasons: Vec<String> = health.reasons().chain(others).collect();
+    let ready = reasons.is_empty();
+    let text = json!({ "ready": ready, "reasons": reasons, "addresses": health.bound.get() }).to_string();
+    let mut response = ok(JSON, text);
+    if !ready {
+        *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+    }
+    response
+}
+
+pub(super) async fn reload(orders: &mpsc::Sender<Reload>) -> Result<Response<Body>, Problem> {
+    let gone = |()| Problem::busy("the agent is stopping");
+    let (order, outcome) = oneshot::channel();
+    // One order at a time waits; the others would only repeat it.
+    orders.try_send(order).map_err(|error| match error {
+        mpsc::error::TrySendError::Full(_) => Problem::busy("a reload is under way"),
+        mpsc::error::TrySendError::Closed(_) => gone(()),
+    })?;
+    let wrong = outcome.await.map_err(|_| gone(()))?;
+    if wrong.is_empty() {
+        return Ok(ok(JSON, json!({ "reloaded": true }).to_string()));
+    }
+    let detail = "the configuration is refused as a whole, and the one before stays in force";
+    Err(Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail).member("errors", wrong))
+}
