@@ -16,14 +16,15 @@ use serde::{Deserialize, Deserializer, Serialize};
 use toml::{Table, Value};
 
 use crate::aggregate::shard;
-use crate::http::{self, scrape};
+use crate::http::scrape;
+use crate::protocol;
 use crate::units::without_password;
 
 mod layers;
 mod provisional;
 #[cfg(test)]
 mod tests;
-pub use provisional::{agent, flush, ingest, journal, listen, protocol, redis};
+pub use provisional::{agent, flush, http, ingest, journal, listen, redis};
 
 /// Everything an operator can set.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -266,7 +267,6 @@ keys! {
     "limits.samples", Now, "Samples in a request; more are told 413.";
     "limits.page", Restart, "Metrics on a page of a list; asking for more is told 400.";
     "limits.lists", Restart, "Lists made at one time; more are told 503.";
-    "limits.scrapes", Restart, "Scrapes answered at one time; more are told 503.";
     "limits.idempotency_keys", Restart, "Answers remembered by their Idempotency-Key; the oldest go.";
     "limits.redis_connect", Restart, "Time to connect.";
     "limits.redis_reply", Restart, "Time to a reply; then the connection is dropped and the same batch sent again.";

@@ -4,6 +4,7 @@
 //! standard error. A reader that went away (`tallyd check --print | head`) is no failure.
 
 pub mod check;
+pub mod explain;
 pub mod run;
 pub mod send;
 
@@ -34,6 +35,8 @@ pub enum Command {
     Run(Layers),
     /// Say what is wrong with the configuration, each problem with file, line and key
     Check(check::Args),
+    /// Show how lines are understood, or why they are rejected
+    Explain(explain::Args),
     /// Send lines to an agent
     Send(send::Args),
 }

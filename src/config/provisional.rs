@@ -41,25 +41,28 @@ pub mod listen {
     } }
 }
 
-pub mod protocol {
+pub mod http {
     use super::*;
-    config! { Config {
-        name_policy: String = "etsy".into(),
-        gauge_sign: String = "relative".into(),
-        tag_dialects: Vec<String> = texts(&["dogstatsd", "graphite", "influx", "librato", "signalfx"]),
-    } }
     config! { Limits {
-        line: usize = 8192,
-        name: usize = 512,
-        identity: usize = 4096,
-        tags: usize = 32,
-        tag_key: usize = 128,
-        tag_value: usize = 512,
-        values: usize = 1024,
-        sample_rate_min: f64 = 1e-6,
-        set_member: usize = 512,
-        json_depth: usize = 16,
-        samples: usize = 100_000,
+        http_connections: usize = 256,
+        request_line: Size = Size(4 << 10),
+        headers: Size = Size(16 << 10),
+        header_time: Time = Time::secs(5),
+        body_time: Time = Time::secs(10),
+        keep_alive: Time = Time::secs(60),
+        body: Size = Size(1 << 20),
+        inflated: Size = Size(8 << 20),
+        bodies: Size = Size(64 << 20),
+        page: usize = 10_000,
+        lists: usize = 8,
+        idempotency_keys: usize = 100_000,
+    } }
+    config! { Config {
+        ingest: Vec<String> = texts(&["127.0.0.1:8000", "[::1]:8000"]),
+        api: Vec<String> = texts(&["127.0.0.1:7000", "[::1]:7000"]),
+        scrape: Vec<String> = Vec::new(),
+        hosts: Vec<String> = Vec::new(),
+        insecure: bool = false,
     } }
 }
 

@@ -299,7 +299,7 @@ pub fn tag_list(field: &str) -> impl Iterator<Item = &str> {
 }
 
 /// What an HTTP body was.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Body {
     /// One record.
     Object,
@@ -308,6 +308,7 @@ pub enum Body {
     /// So many lines that are not blank, each of them a record.
     Lines(usize),
     /// No JSON at all; it was rejected as a whole.
+    #[default]
     Invalid,
     /// More than `limits.samples` records, so many; nothing of it was handed over.
     TooMany(usize),

@@ -1,0 +1,379 @@
+//! `tallyd explain`: how a line is understood, or why it is rejected, where, and what was probably meant.
+//!
+//! It goes the way that an agent's worker goes, parser and then series key, and keeps what it finds. `--json` prints one
+//! object for each line, or one for all of standard input as a datagram or an HTTP body.
+
+#[cfg(test)]
+mod tests;
+mod text;
+
+use std::ffi::OsString;
+use std::io::{Read, Write};
+use std::os::unix::ffi::OsStrExt;
+
+use serde::{Serialize, Serializer};
+
+use super::{Code, Failure, Layers};
+use crate::protocol::{self, Config, Event, Extras, Limits, Parser, Reject, ServiceCheck, Sink};
+use crate::sample::{Identity, Kind, Sample, Value, WireType};
+
+/// Arguments of `explain`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The configuration to read by; of it, [protocol] and [limits] matter.
+    #[command(flatten)]
+    pub layers: Layers,
+    /// Print JSON, one object for each input
+    #[arg(long)]
+    pub json: bool,
+    /// Take all of standard input as one datagram
+    #[arg(long, conflicts_with = "body")]
+    pub datagram: bool,
+    /// Take all of standard input as the body of POST /ingest/metrics
+    #[arg(long)]
+    pub body: bool,
+    /// Lines such as 'page.views:1|c'; without any, those of standard input
+    #[arg(value_name = "LINE", conflicts_with_all = ["datagram", "body"])]
+    pub lines: Vec<OsString>,
+}
+
+/// Explains what it is given. Where something is rejected it says so and fails with [`Code::Data`].
+pub fn run(args: &Args, mut stdin: impl Read, out: &mut impl Write) -> Result<(), Failure> {
+    let config = args.layers.load()?.config;
+    let mut reader = Reader::new(&config.protocol, &config.limits.protocol);
+    let mut input = Vec::new();
+    if args.lines.is_empty() {
+        stdin.read_to_end(&mut input).map_err(|error| Failure::told(Code::Io, format!("standard input: {error}")))?;
+    }
+    let form = match (args.datagram, args.body) {
+        (true, _) => Form::Datagram,
+        (_, true) => Form::Body,
+        (false, false) => Form::Line,
+    };
+    let inputs: Vec<&[u8]> = match form {
+        Form::Line if !args.lines.is_empty() => args.lines.iter().map(|line| line.as_bytes()).collect(),
+        Form::Line => input.strip_suffix(b"\n").unwrap_or(&input).split(|byte| *byte == b'\n').collect(),
+        Form::Datagram | Form::Body => vec![&input],
+    };
+    let mut rejected = 0;
+    for bytes in inputs {
+        let found = reader.read(bytes, form);
+        rejected += found.errors.len();
+        if args.json {
+            serde_json::to_writer(&mut *out, &found).map_err(std::io::Error::from)?;
+            writeln!(out)?;
+        } else {
+            text::write(&found, bytes, out)?;
+        }
+    }
+    out.flush()?;
+    match rejected {
+        0 => Ok(()),
+        1 => Err(Failure::told(Code::Data, "rejected; correct the client, or see --set protocol.KEY=VALUE")),
+        more => Err(Failure::told(
+            Code::Data,
+            format!("{more} rejected; correct the clients, or see --set protocol.KEY=VALUE"),
+        )),
+    }
+}
+
+/// What bytes are read as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// One line, which is a datagram of its own.
+    Line,
+    /// Lines, or one JSON document.
+    Datagram,
+    /// The body of a request.
+    Body,
+}
+
+/// Reads bytes by a configuration.
+struct Reader {
+    config: Config,
+    limits: Limits,
+    parser: Parser,
+}
+
+/// What was found in some bytes.
+#[derive(Debug, Default, PartialEq, Serialize)]
+struct Found {
+    metrics: Vec<Metric>,
+    events: Vec<EventFound>,
+    service_checks: Vec<CheckFound>,
+    errors: Vec<Rejected>,
+    tag_errors: u32,
+}
+
+#[derive(Debug, Default, PartialEq, Serialize)]
+struct Metric {
+    name: String,
+    #[serde(rename = "type")]
+    wire: &'static str,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    values: Vec<Number>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    set_values: Vec<String>,
+    rate: Number,
+    tags: Vec<String>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    relative: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timestamp: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    container_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    external_data: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cardinality: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    level: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    key: Option<String>,
+    series: String,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+struct EventFound {
+    title: String,
+    text: String,
+    priority: &'static str,
+    alert_type: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timestamp: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    host: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    aggregation_key: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source_type: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tags: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    container_id: Option<String>,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+struct CheckFound {
+    name: String,
+    status: u8,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timestamp: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    host: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tags: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    message: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    container_id: Option<String>,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+struct Rejected {
+    line: u32,
+    reason: &'static str,
+    #[serde(skip)]
+    column: usize,
+    #[serde(skip)]
+    bytes: Vec<u8>,
+    #[serde(skip)]
+    hint: Option<String>,
+}
+
+/// A number that is printed whole when it is.
+#[derive(Debug, Default, Clone, Copy, PartialEq)]
+struct Number(f64);
+
+impl Serialize for Number {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if self.0.fract() == 0.0 && self.0.abs() < 1e15 {
+            serializer.serialize_i64(self.0 as i64)
+        } else {
+            serializer.serialize_f64(self.0)
+        }
+    }
+}
+
+impl Reader {
+    fn new(config: &Config, limits: &Limits) -> Self {
+        Self { config: config.clone(), limits: limits.clone(), parser: Parser::new(config, limits) }
+    }
+
+    fn read(&mut self, bytes: &[u8], form: Form) -> Found {
+        let Self { config, limits, parser } = self;
+        let mut finding = Finding { config, limits, bytes, found: Found::default(), tag_errors_of_line: 0 };
+        match form {
+            Form::Line | Form::Datagram => parser.datagram(bytes, &mut finding),
+            Form::Body => {
+                let body = parser.body(bytes, &mut finding);
+                if let protocol::Body::TooMany(records) = body {
+                    let hint = format!("{records} records, more than limits.samples: answered 413");
+                    let rejected =
+                        Rejected { line: 1, reason: "too_many_samples", column: 0, bytes: vec![], hint: Some(hint) };
+                    finding.found.errors.push(rejected);
+                }
+            }
+        }
+        finding.found
+    }
+}
+
+/// Keeps what the parser hands over.
+struct Finding<'a> {
+    config: &'a Config,
+    limits: &'a Limits,
+    bytes: &'a [u8],
+    found: Found,
+    /// The samples of a line share its tags.
+    tag_errors_of_line: u32,
+}
+
+impl Finding<'_> {
+    /// The line of the input in which a part of it stands, and its number.
+    fn line_of(&self, part: &[u8]) -> (u32, &[u8]) {
+        let at = (part.as_ptr() as usize).wrapping_sub(self.bytes.as_ptr() as usize).min(self.bytes.len());
+        let before = &self.bytes[..at];
+        let start = before.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+        let line = self.bytes[start..].split(|byte| *byte == b'\n').next().unwrap_or_default();
+        (before.iter().map(|byte| u32::from(*byte == b'\n')).sum::<u32>() + 1, line)
+    }
+}
+
+impl Sink for Finding<'_> {
+    fn sample(&mut self, sample: &Sample<'_>) {
+        match protocol::series_key(&sample.identity, self.config, self.limits) {
+            Ok((key, bad_tags)) => {
+                self.tag_errors_of_line = bad_tags;
+                self.found.metrics.push(Metric::new(sample, &key));
+            }
+            Err(reason) => {
+                let name = match sample.identity {
+                    Identity::Line { name, .. } => name,
+                    Identity::Key(key) => key.as_bytes(),
+                };
+                let (line, bytes) = self.line_of(name);
+                self.found.errors.push(Rejected::new(&Reject { reason, line, column: 0, bytes }));
+            }
+        }
+    }
+
+    fn event(&mut self, event: &Event<'_>) {
+        self.found.events.push(EventFound {
+            title: event.title.to_string(),
+            text: event.text.to_string(),
+            priority: event.priority.name(),
+            alert_type: event.severity.name(),
+            timestamp: event.timestamp,
+            host: event.host.map(str::to_owned),
+            aggregation_key: event.aggregation_key.map(str::to_owned),
+            source_type: event.source_type.map(str::to_owned),
+            tags: event.tags.map(sorted_tags),
+            container_id: event.container_id.map(str::to_owned),
+        });
+    }
+
+    fn service_check(&mut self, check: &ServiceCheck<'_>) {
+        self.found.service_checks.push(CheckFound {
+            name: check.name.to_owned(),
+            status: check.status as u8,
+            timestamp: check.timestamp,
+            host: check.host.map(str::to_owned),
+            tags: check.tags.map(sorted_tags),
+            message: check.message.as_ref().map(ToString::to_string),
+            container_id: check.container_id.map(str::to_owned),
+        });
+    }
+
+    fn reject(&mut self, reject: &Reject<'_>) {
+        self.found.errors.push(Rejected::new(reject));
+    }
+
+    fn bad_tags(&mut self, count: u32) {
+        self.found.tag_errors += count;
+    }
+
+    fn line_end(&mut self) {
+        self.found.tag_errors += std::mem::take(&mut self.tag_errors_of_line);
+    }
+}
+
+fn sorted_tags(field: &str) -> Vec<String> {
+    let mut tags: Vec<String> = protocol::tag_list(field).map(str::to_owned).collect();
+    tags.sort_unstable();
+    tags
+}
+
+impl Metric {
+    fn new(sample: &Sample<'_>, key: &crate::sample::SeriesKey) -> Self {
+        let mut metric = match sample.identity {
+            Identity::Line { .. } => Self::of_line(sample, key),
+            Identity::Key(_) => Self::of_record(sample),
+        };
+        metric.wire = wire_name(sample.wire);
+        metric.rate = Number(sample.rate);
+        metric.timestamp = (sample.timestamp > 0).then_some(sample.timestamp);
+        metric.series = key.as_str().to_owned();
+        match sample.value {
+            Value::Numbers(numbers) => metric.values = numbers.iter().copied().map(Number).collect(),
+            Value::Changes(numbers) => {
+                metric.values = numbers.iter().copied().map(Number).collect();
+                metric.relative = true;
+            }
+            Value::Member(member) => metric.set_values = vec![lossy(member)],
+        }
+        metric
+    }
+
+    fn of_line(sample: &Sample<'_>, key: &crate::sample::SeriesKey) -> Self {
+        let tag = |(tag, value): (std::borrow::Cow<'_, str>, Option<std::borrow::Cow<'_, str>>)| match value {
+            Some(value) => format!("{tag}:{value}"),
+            None => tag.into_owned(),
+        };
+        let mut tags: Vec<String> = key.tags().map(tag).collect();
+        tags.sort_unstable();
+        let extras = Extras::parse(sample.fields);
+        Self {
+            name: key.name().into_owned(),
+            tags,
+            container_id: extras.container_id.map(lossy),
+            external_data: extras.external_data.map(lossy),
+            cardinality: extras.cardinality.map(protocol::Cardinality::name),
+            ..Self::default()
+        }
+    }
+
+    fn of_record(sample: &Sample<'_>) -> Self {
+        let Some(protocol::Record { level, name, tags }) = protocol::record(sample.fields) else {
+            return Self::default();
+        };
+        let key = if level.is_empty() { name.clone() } else { format!("{level}.{name}") };
+        let level = Some(level).filter(|level| !level.is_empty());
+        Self { name, tags, level, key: Some(key), ..Self::default() }
+    }
+}
+
+impl Rejected {
+    fn new(reject: &Reject<'_>) -> Self {
+        let Reject { reason, line, column, bytes } = *reject;
+        Self { line, reason: reason.name(), column, bytes: bytes.to_vec(), hint: protocol::hint(reject) }
+    }
+}
+
+fn lossy(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn wire_name(wire: WireType) -> &'static str {
+    match wire {
+        WireType::KeyValue => "kv",
+        WireType::AbsoluteCounter => "abs_counter",
+        WireType::Plain(Kind::Counter) => "counter",
+        WireType::Plain(Kind::Gauge) => "gauge",
+        WireType::Plain(Kind::Timer) => "timer",
+        WireType::Plain(Kind::Histogram) => "histogram",
+        WireType::Plain(Kind::Distribution) => "distribution",
+        WireType::Plain(Kind::Set) => "set",
+        WireType::Plain(Kind::Meter) => "meter",
+    }
+}
