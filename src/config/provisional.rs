@@ -66,28 +66,6 @@ pub mod http {
     } }
 }
 
-pub mod protocol {
-    use super::*;
-    config! { Config {
-        name_policy: String = "etsy".into(),
-        gauge_sign: String = "relative".into(),
-        tag_dialects: Vec<String> = texts(&["dogstatsd", "graphite", "influx", "librato", "signalfx"]),
-    } }
-    config! { Limits {
-        line: usize = 8192,
-        name: usize = 512,
-        identity: usize = 4096,
-        tags: usize = 32,
-        tag_key: usize = 128,
-        tag_value: usize = 512,
-        values: usize = 1024,
-        sample_rate_min: f64 = 1e-6,
-        set_member: usize = 512,
-        json_depth: usize = 16,
-        samples: usize = 100_000,
-    } }
-}
-
 pub mod flush {
     use super::*;
     config! { Limits {
@@ -99,11 +77,6 @@ pub mod flush {
         window: Time = Time::secs(10),
         percentiles: Vec<f64> = vec![90.0],
     } }
-}
-
-pub mod ingest {
-    use super::*;
-    config! { Limits { reject_log: u32 = 10, } }
 }
 
 pub mod journal {
