@@ -17,14 +17,14 @@ use toml::{Table, Value};
 
 use crate::aggregate::shard;
 use crate::http::scrape;
-use crate::protocol;
 use crate::units::without_password;
+use crate::{ingest, protocol};
 
 mod layers;
 mod provisional;
 #[cfg(test)]
 mod tests;
-pub use provisional::{agent, flush, http, ingest, journal, listen, redis};
+pub use provisional::{agent, flush, http, journal, listen, redis};
 
 /// Everything an operator can set.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

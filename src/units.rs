@@ -133,6 +133,24 @@ as_text! {
     Size, ReadSize, "a size such as \"64MiB\"";
 }
 
+/// For a number of bytes that a hot path reads: `#[serde(with = "units::size")]` writes and reads it as a [`Size`].
+pub mod size {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::Size;
+
+    /// As `8KiB`.
+    #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes it so")]
+    pub fn serialize<S: Serializer>(bytes: &usize, serializer: S) -> Result<S::Ok, S::Error> {
+        Size(*bytes as u64).serialize(serializer)
+    }
+
+    /// From `8KiB` or a bare number of bytes.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<usize, D::Error> {
+        Size::deserialize(deserializer).map(Size::bytes)
+    }
+}
+
 /// `text` as it may be shown: the password of a URL in it, if there is one, is replaced by `***`.
 pub fn without_password(text: &str) -> Cow<'_, str> {
     let Some((scheme, rest)) = text.split_once("://") else { return Cow::Borrowed(text) };

@@ -79,11 +79,6 @@ pub mod flush {
     } }
 }
 
-pub mod ingest {
-    use super::*;
-    config! { Limits { reject_log: u32 = 10, } }
-}
-
 pub mod journal {
     use super::*;
     config! { Limits {

@@ -26,6 +26,7 @@ pub use json::{Record, record};
 pub use tags::series_key;
 
 use crate::sample::{Reason, Sample};
+use crate::units;
 
 /// `[protocol]`: what depends on the clients.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,22 +97,28 @@ pub enum Dialect {
 #[serde(default)]
 pub struct Limits {
     /// A line without its end.
+    #[serde(with = "units::size")]
     pub line: usize,
     /// A name.
+    #[serde(with = "units::size")]
     pub name: usize,
     /// A series key: name with tags.
+    #[serde(with = "units::size")]
     pub identity: usize,
     /// Tags of a series.
     pub tags: usize,
     /// A tag's key, or a bare tag.
+    #[serde(with = "units::size")]
     pub tag_key: usize,
     /// A tag's value.
+    #[serde(with = "units::size")]
     pub tag_value: usize,
     /// Values packed in a line or record.
     pub values: usize,
     /// The least sample rate.
     pub sample_rate_min: f64,
     /// A member of a set.
+    #[serde(with = "units::size")]
     pub set_member: usize,
     /// Objects and arrays inside each other.
     pub json_depth: usize,
