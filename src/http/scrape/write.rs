@@ -5,7 +5,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use percent_encoding::percent_decode_str;
+use percent_encoding::percent_decode;
 
 use super::names::{Class, Entry, Index, Marks};
 use super::{Config, Format, Moment, ObserverType};
@@ -25,8 +25,8 @@ pub(super) struct Writer {
     family: usize,
     /// The next entry, and the name of its family once the family was begun.
     at: usize,
-    name: String,
-    labels: String,
+    name: Vec<u8>,
+    labels: Vec<u8>,
     values: Vec<(f64, f64)>,
     /// Counters with decrements so far.
     pub(super) negative: u64,
@@ -50,7 +50,7 @@ impl Writer {
             quantiles: labelled("quantile", &config.quantiles),
             buckets: labelled("le", &config.buckets),
         };
-        let (name, labels, values) = (String::new(), String::new(), Vec::new());
+        let (name, labels, values) = (Vec::new(), Vec::new(), Vec::new());
         Self { index, format, options, moment, family: 0, at: 0, name, labels, values, negative: 0 }
     }
 
@@ -72,7 +72,7 @@ impl Writer {
     fn begin_family(&mut self, out: &mut Vec<u8>) {
         let entry = &self.index.entries[self.at];
         self.name.clear();
-        self.name.push_str(&self.index.name(entry));
+        self.name.extend_from_slice(self.index.name(entry));
         let (kind, help) = match (entry.class, self.options.observer_type) {
             (Class::Counter, _) => ("counter", "Counter received by tallyd."),
             (Class::Gauge, _) => ("gauge", "Gauge received by tallyd."),
@@ -82,8 +82,9 @@ impl Writer {
             (Class::MeterTotal, _) => ("counter", "Marks received by tallyd."),
             (Class::MeterRate, _) => ("gauge", "Marks per second received by tallyd."),
         };
-        for part in ["# HELP ", &self.name, " ", help, "\n# TYPE ", &self.name, " ", kind, "\n"] {
-            out.extend_from_slice(part.as_bytes());
+        let (help, kind) = (help.as_bytes(), kind.as_bytes());
+        for part in [b"# HELP ", &self.name[..], b" ", help, b"\n# TYPE ", &self.name, b" ", kind, b"\n"] {
+            out.extend_from_slice(part);
         }
     }
 
@@ -220,11 +221,11 @@ impl Writer {
 
     /// One line: the family's name with a suffix, the series' labels with one more, a value.
     fn sample(&self, out: &mut Vec<u8>, suffix: &str, label: &str, value: f64) {
-        out.extend_from_slice(self.name.as_bytes());
+        out.extend_from_slice(&self.name);
         out.extend_from_slice(suffix.as_bytes());
         if !self.labels.is_empty() || !label.is_empty() {
             out.push(b'{');
-            out.extend_from_slice(self.labels.as_bytes());
+            out.extend_from_slice(&self.labels);
             if !self.labels.is_empty() && !label.is_empty() {
                 out.push(b',');
             }
@@ -320,40 +321,45 @@ pub(super) fn bound_in_unit(bound: f64, unit: f64) -> f64 {
 }
 
 /// Writes labels as an exposition has them, `name="value"`, from those of a key.
-fn write_labels(to: &mut String, labels: &str) {
-    for label in labels.split(';').filter(|label| !label.is_empty()) {
-        let (name, value) = label.split_once('=').unwrap_or((label, ""));
+fn write_labels(to: &mut Vec<u8>, labels: &[u8]) {
+    let mut rest = labels;
+    while !rest.is_empty() {
+        let label = &rest[..memchr::memchr(b';', rest).unwrap_or(rest.len())];
+        rest = rest.get(label.len() + 1..).unwrap_or_default();
+        let (name, value) = label.split_at(memchr::memchr(b'=', label).unwrap_or(label.len()));
         if !to.is_empty() {
-            to.push(',');
+            to.push(b',');
         }
-        to.push_str(name);
-        to.push_str("=\"");
-        if value.bytes().any(|byte| matches!(byte, b'%' | b'\\' | b'"')) {
-            write_escaped(to, &percent_decode_str(value).decode_utf8_lossy());
-        } else {
-            to.push_str(value);
-        }
-        to.push('"');
+        to.extend_from_slice(name);
+        to.extend_from_slice(b"=\"");
+        write_value(to, value.get(1..).unwrap_or_default());
+        to.push(b'"');
     }
 }
 
-fn write_escaped(to: &mut String, value: &str) {
-    for c in value.chars() {
-        match c {
-            '\\' => to.push_str("\\\\"),
-            '"' => to.push_str("\\\""),
-            '\n' => to.push_str("\\n"),
-            c => to.push(c),
+/// Writes a percent-encoded value with the escapes of an exposition.
+fn write_value(to: &mut Vec<u8>, value: &[u8]) {
+    if memchr::memchr3(b'%', b'\\', b'"', value).is_none() {
+        return to.extend_from_slice(value);
+    }
+    for byte in percent_decode(value) {
+        match byte {
+            b'\\' => to.extend_from_slice(b"\\\\"),
+            b'"' => to.extend_from_slice(b"\\\""),
+            b'\n' => to.extend_from_slice(b"\\n"),
+            byte => to.push(byte),
         }
     }
 }
 
-/// The labels of an entry as a person reads them: name and labels, as on a line of the exposition.
+/// Name and labels of an entry, as on a line of the exposition.
 pub(super) fn line_name(index: &Index, entry: &Entry) -> String {
-    let mut labels = String::new();
+    let (mut line, mut labels) = (index.name(entry).to_vec(), Vec::new());
     write_labels(&mut labels, index.labels(entry));
-    let name = index.name(entry);
-    if labels.is_empty() { name.into_owned() } else { format!("{name}{{{labels}}}") }
+    if !labels.is_empty() {
+        line.extend([&b"{"[..], &labels, b"}"].concat());
+    }
+    String::from_utf8_lossy(&line).into_owned()
 }
 
 /// A bound as a label's value. OpenMetrics wants it to look like a float.
