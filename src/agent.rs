@@ -66,7 +66,7 @@ impl fmt::Display for Error {
             Self::Journal(error) | Self::Flush(flush::Error::Journal(error)) => error.fmt(f),
             Self::Telemetry(error) => error.fmt(f),
             Self::Flush(flush::Error::Thread(error)) | Self::System(error) => {
-                write!(f, "tallyd: {error}; raise the limit of threads or open files")
+                write!(f, "{error}; raise the limit of threads or open files")
             }
         }
     }
@@ -79,10 +79,10 @@ impl std::error::Error for Error {}
 ///
 /// # Errors
 /// When a part cannot start.
-pub fn run(config: Config, mut reload: impl FnMut() -> Result<Config, String>) -> Result<(), Error> {
+pub fn run(config: &Config, mut reload: impl FnMut() -> Result<Config, String>) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::System)?;
     let (orders, inbox) = mpsc::channel(1);
-    let agent = Agent::start(&config, orders)?;
+    let agent = Agent::start(config, orders)?;
     agent.say_ready();
     let told = runtime.block_on(agent.obey(inbox, &mut reload)).map_err(Error::System);
     agent.stop(config.limits.agent.stop.0);
@@ -169,7 +169,8 @@ impl Agent {
     /// The line that scripts and tests wait for.
     #[allow(clippy::print_stderr, reason = "the contract's line, whatever the level of the log")]
     fn say_ready(&self) {
-        let addresses = self.bound.iter().flat_map(|(name, list)| list.iter().map(move |address| format!(" {name}={address}")));
+        let addresses =
+            self.bound.iter().flat_map(|(name, list)| list.iter().map(move |address| format!(" {name}={address}")));
         eprintln!("ready{}", addresses.collect::<String>());
     }
 
@@ -246,7 +247,11 @@ impl HttpSockets {
 
     fn bound(&self) -> BTreeMap<String, Vec<String>> {
         let of = |listeners: &[TcpListener]| {
-            listeners.iter().filter_map(|listener| listener.local_addr().ok()).map(|a: SocketAddr| a.to_string()).collect()
+            listeners
+                .iter()
+                .filter_map(|listener| listener.local_addr().ok())
+                .map(|a: SocketAddr| a.to_string())
+                .collect()
         };
         [("ingest", &self.ingest), ("api", &self.api), ("scrape", &self.scrape)]
             .map(|(name, listeners)| (name.to_owned(), of(listeners)))
@@ -263,12 +268,17 @@ struct Thread {
 impl Thread {
     fn stop(self) {
         // Both fail only when it has ended already.
-        drop(self.stop.send(()));
+        let _ = self.stop.send(());
         drop(self.thread.join());
     }
 }
 
-fn start_api(listeners: Vec<TcpListener>, scrape: Vec<TcpListener>, api: Api, config: &Config) -> Result<Thread, Error> {
+fn start_api(
+    listeners: Vec<TcpListener>,
+    scrape: Vec<TcpListener>,
+    api: Api,
+    config: &Config,
+) -> Result<Thread, Error> {
     let (stop, stopped) = oneshot::channel();
     let (started, outcome) = std::sync::mpsc::channel();
     let (http, limits) = (config.http.clone(), config.limits.http.clone());

@@ -15,16 +15,18 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 use toml::{Table, Value};
 
+use crate::agent::limits as agent;
 use crate::aggregate::shard;
 use crate::http::scrape;
+use crate::store::journal;
 use crate::units::without_password;
-use crate::{ingest, protocol};
+use crate::{flush, http, ingest, listen, protocol};
 
 mod layers;
 mod provisional;
 #[cfg(test)]
 mod tests;
-pub use provisional::{agent, flush, http, journal, listen, redis};
+pub use provisional::redis;
 
 /// Everything an operator can set.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -105,6 +107,8 @@ pub struct Limits {
 pub struct Store {
     /// Which one.
     pub kind: Kind,
+    /// The journal's file.
+    pub embedded: journal::Config,
     /// Where Redis is, if it is that.
     pub redis: redis::Config,
 }

@@ -351,8 +351,7 @@ impl Folding {
             let answered = self.seen.len() == self.workers.len()
                 && self.seen.iter().all(|seen| seen.last || seen.answers >= asked);
             if answered && let Some((_, readers)) = self.readers.open.take() {
-                // A reader that is gone needs no answer.
-                readers.into_iter().for_each(|reader| drop(reader.send(())));
+                readers.into_iter().for_each(answer);
             }
         }
         if self.readers.due().is_some_and(|due| due <= Instant::now()) {
@@ -385,7 +384,7 @@ impl Folding {
     fn flush(&mut self, until_ms: u64) {
         let Some(jobs) = &self.jobs else {
             self.writer.take_changed();
-            self.deleters.drain(..).for_each(|deleter| drop(deleter.send(())));
+            self.deleters.drain(..).for_each(answer);
             self.deleted.clear();
             return;
         };
@@ -426,8 +425,7 @@ impl Folding {
 
     fn publish(&mut self) {
         for kind in Kind::ALL {
-            let (created, expired) =
-                (&mut self.writer.created[kind as usize], &mut self.writer.expired[kind as usize]);
+            let (created, expired) = (&mut self.writer.created[kind as usize], &mut self.writer.expired[kind as usize]);
             let held = telemetry::SERIES.gauge(&[kind.json()]);
             if *created > 0 {
                 telemetry::SERIES_CREATED.counter(&[kind.json()]).increment(*created);
@@ -463,6 +461,11 @@ impl Folding {
         let windows = self.ledger.closed_until_ms();
         tracing::debug!(series = self.ledger.len(), windows, "fold ended");
     }
+}
+
+/// Tells somebody who waits; one that is gone needs no answer.
+fn answer(waiting: oneshot::Sender<()>) {
+    let _ = waiting.send(());
 }
 
 fn next_multiple(now_ms: u64, interval_ms: u64) -> u64 {
@@ -593,7 +596,7 @@ impl Flushing {
             let series = job.changed.into_iter().map(|changed| changed.series).collect();
             drop(self.orders.send(Order::Committed(job.flush, series)));
         }
-        job.deleters.into_iter().for_each(|deleter| drop(deleter.send(())));
+        job.deleters.into_iter().for_each(answer);
         (self.on_commit)(job.flush);
         Ok(())
     }

@@ -9,6 +9,7 @@
 //! It goes one way. `protocol` knows bytes and nothing else, `aggregate` knows numbers and nothing else; both are pure,
 //! and everything that can fail stands around them. Nothing on the right is ever waited for by anything on the left.
 
+pub mod agent;
 pub mod aggregate;
 pub mod cli;
 pub mod clock;

@@ -4,7 +4,8 @@ use std::io::{self, IsTerminal};
 
 use tracing_subscriber::{EnvFilter, fmt, reload};
 
-use super::{Code, Failure, Layers};
+use super::{Failure, Layers};
+use crate::agent;
 use crate::config::{Config, Level};
 
 /// Runs the agent until it is told to stop.
@@ -60,8 +61,8 @@ fn filter(level: Level) -> EnvFilter {
     })
 }
 
-fn run_agent(_config: Config, _reload: impl FnMut() -> Result<Config, String>) -> Result<(), Failure> {
-    Err(Failure::told(Code::Unavailable, "this build has no agent yet"))
+fn run_agent(config: Config, reload: impl FnMut() -> Result<Config, String>) -> Result<(), Failure> {
+    agent::run(&config, reload).map_err(|error| Failure::told(error.exit_code(), error.to_string()))
 }
 
 #[cfg(test)]

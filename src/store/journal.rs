@@ -88,6 +88,15 @@ pub enum Error {
 }
 
 impl Error {
+    /// The exit code of a start that failed so, after sysexits.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::InUse(_) => 69,
+            Self::Io(_, error) if error.kind() == io::ErrorKind::PermissionDenied => 77,
+            Self::Io(..) | Self::Database(_) | Self::Closed | Self::Record => 74,
+        }
+    }
+
     /// The label of `tallyd_store_errors_total`.
     pub fn reason(&self) -> &'static str {
         match self {

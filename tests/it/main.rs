@@ -1,0 +1,15 @@
+//! tallyd from outside: the real executable, real sockets, a real Redis, a real Prometheus. Each test starts its own
+//! servers on free ports with a temporary directory, waits for conditions with a deadline, and ends what it started.
+
+mod agent;
+mod http;
+mod net;
+
+mod accounting;
+mod config;
+mod ingest;
+mod lifecycle;
+mod limits;
+mod prometheus;
+mod readme;
+mod redis;

@@ -1,0 +1,126 @@
+//! The scrape as Prometheus sees it: its own checker, and a real server.
+
+use std::fs;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::process::{Child, Command, Stdio};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::agent::{Agent, same, until};
+use crate::http;
+use crate::net::free_port;
+
+/// Exit code and output of `promtool check metrics`.
+fn promtool(exposition: &str) -> (i32, String) {
+    let mut child = Command::new("promtool")
+        .args(["check", "metrics"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("promtool is installed by packaging/setup.sh tests");
+    child.stdin.take().unwrap().write_all(exposition.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.code().unwrap(), String::from_utf8(text).unwrap())
+}
+
+#[test]
+fn promtool_finds_nothing_in_our_own_metrics() {
+    let agent = Agent::start(&[]);
+    agent.datagram("a:1|c\nbad\nb:1|ms");
+    agent.ingest(r#"{"name":"e","type":"COUNTER","value":1}"#);
+    agent.get("/data/metrics");
+    agent.wait_for("a", "value", 1);
+    let text = agent.get("/metrics").text();
+    let is_own = |line: &&str| line.trim_start_matches("# HELP ").trim_start_matches("# TYPE ").starts_with("tallyd_");
+    let is_process =
+        |line: &&str| line.trim_start_matches("# HELP ").trim_start_matches("# TYPE ").starts_with("process_");
+    let own: Vec<_> = text.lines().filter(|line| is_own(line) || is_process(line)).collect();
+    assert!(own.len() > 50, "{text}");
+    let (code, output) = promtool(&(own.join("\n") + "\n"));
+    assert_eq!(code, 0, "{output}");
+}
+
+#[test]
+fn the_scrape_is_valid_whatever_clients_send() {
+    let agent = Agent::start(&["protocol.name_policy=none"]);
+    agent.datagram(
+        "a:1|c\na:1|g\na_sum:1|c\na:1|ms\n1digit:1|c\nspace here:1|c|#le:1,quantile:2,__name__:x,k:a\"b\\c\nü.x:1|g\n\
+         tallyd_lines_total:1|c\nb:1|c|#a.b:1,a_b:2\nx-y:1|c\nx.y:2|c\nup:1|s\nm:1|m\nn:-5|c\ninf:1e308|ms\n{}:1|c",
+    );
+    agent.wait_for("m", "count", 1);
+    let answer = agent.get("/metrics");
+    assert_eq!(answer.status, 200);
+    assert_eq!(answer.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
+    let (code, output) = promtool(&answer.text());
+    assert!([0, 3].contains(&code), "{code}: {output}\n{}", answer.text());
+    assert!(answer.text().contains("\nx_y 3\n"), "equal names are added: {}", answer.text());
+}
+
+/// A real Prometheus that scrapes an agent each second; it is killed when dropped.
+struct Prometheus {
+    child: Child,
+    address: SocketAddr,
+    _directory: TempDir,
+}
+
+impl Prometheus {
+    fn scraping(agent: &Agent) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let configuration = format!(
+            "global: {{scrape_interval: 1s}}\nscrape_configs:\n- job_name: tallyd\n  static_configs: [{{targets: ['{}']}}]\n",
+            agent.address("api")
+        );
+        fs::write(directory.path().join("prometheus.yml"), configuration).unwrap();
+        let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let child = Command::new("prometheus")
+            .arg(format!("--config.file={}", directory.path().join("prometheus.yml").display()))
+            .arg(format!("--storage.tsdb.path={}", directory.path().join("data").display()))
+            .arg(format!("--web.listen-address={address}"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("prometheus is installed by packaging/setup.sh tests");
+        Self { child, address, _directory: directory }
+    }
+
+    /// The value of an instant query that selects one series.
+    fn query(&self, expression: &str) -> Option<f64> {
+        std::net::TcpStream::connect(self.address).ok()?;
+        let encoded = expression.replace('{', "%7B").replace('}', "%7D").replace('"', "%22");
+        let answer = http::request(self.address, "GET", &format!("/api/v1/query?query={encoded}"), &[], b"");
+        let json: Value = serde_json::from_slice(&answer.body).ok()?;
+        json["data"]["result"][0]["value"][1].as_str()?.parse().ok()
+    }
+}
+
+impl Drop for Prometheus {
+    fn drop(&mut self) {
+        // Both fail only when it has ended already.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+#[test]
+fn a_real_prometheus_stores_what_was_sent() {
+    let agent = Agent::start(&[]);
+    agent.datagram("page.views:7|c|#site:eu\ntemp:21.5|g\nlatency:250|ms");
+    agent.wait_for("latency", "count", 1);
+    let prometheus = Prometheus::scraping(&agent);
+    for (expression, want) in [
+        ("up{job=\"tallyd\"}", 1.0),
+        ("page_views{site=\"eu\"}", 7.0),
+        ("temp", 21.5),
+        ("latency_sum", 0.25),
+        ("latency_count", 1.0),
+    ] {
+        until(&format!("{expression} to be {want}"), || {
+            prometheus.query(expression).filter(|value| same(&(*value).into(), &want.into()))
+        });
+    }
+}
