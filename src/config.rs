@@ -193,11 +193,9 @@ macro_rules! keys {
 keys! {
     "state_dir", Restart, "Directory of the journal. Unset: the first of $STATE_DIRECTORY (systemd sets it), else ./tallyd-data.";
 
-    "listen", Restart, "Where lines come in: StatsD and its dialects, any mix on any socket. A unix socket is a path.";
+    "listen", Restart, "Where lines come in: StatsD and its dialects, any mix on any socket.";
     "listen.udp", Restart, "Addresses. Both loopbacks, because localhost is often ::1. Port 0 picks a free one.";
     "listen.tcp", Restart, "Addresses of streams of lines.";
-    "listen.unixgram", Restart, "Datagram sockets, as DogStatsD clients use them.";
-    "listen.unix", Restart, "Stream sockets; each packet is preceded by its length, 4 bytes little-endian.";
     "listen.workers", Restart, "Threads that read UDP. 0: one per core.";
     "listen.receive_buffer", Restart, "Asked of the kernel for each UDP socket.";
     "listen.linger", Restart, "Rest of a worker that has emptied its socket while traffic flows: fewer wake-ups, as much latency.";
@@ -221,7 +219,9 @@ keys! {
 
     "store", Restart, "Where totals are kept.";
     "store.kind", Restart, "\"memory\": nowhere; \"embedded\": the journal in state_dir; \"redis\": shared by many agents, and the journal.";
-    "store.redis", Restart, "Redis or Valkey, alone or as a cluster.";
+    "store.embedded", Restart, "The journal: the agent's own file, with every kind of store but memory.";
+    "store.embedded.cache", Restart, "How much of the file is kept in memory.";
+    "store.redis", Restart, "Redis or Valkey.";
     "store.redis.url", Restart, "Address, and user and password where needed.";
     "store.redis.prefix", Restart, "Beginning of every key.";
 
@@ -272,6 +272,7 @@ keys! {
     "limits.page", Restart, "Metrics on a page of a list; asking for more is told 400.";
     "limits.lists", Restart, "Lists made at one time; more are told 503.";
     "limits.idempotency_keys", Restart, "Answers remembered by their Idempotency-Key; the oldest go.";
+    "limits.batch", Restart, "Series in one batch to the store.";
     "limits.redis_connect", Restart, "Time to connect.";
     "limits.redis_reply", Restart, "Time to a reply; then the connection is dropped and the same batch sent again.";
     "limits.outbox", Restart, "Bytes kept for the store; beyond, the oldest batches that were never sent merge.";
