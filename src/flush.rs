@@ -426,8 +426,7 @@ impl Folding {
 
     fn publish(&mut self) {
         for kind in Kind::ALL {
-            let (created, expired) =
-                (&mut self.writer.created[kind as usize], &mut self.writer.expired[kind as usize]);
+            let (created, expired) = (&mut self.writer.created[kind as usize], &mut self.writer.expired[kind as usize]);
             let held = telemetry::SERIES.gauge(&[kind.json()]);
             if *created > 0 {
                 telemetry::SERIES_CREATED.counter(&[kind.json()]).increment(*created);

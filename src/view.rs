@@ -61,7 +61,9 @@ impl Filter {
         self.kind.is_none_or(|kind| kind == id.kind)
             && self.glob.as_deref().is_none_or(|glob| matches(glob.as_bytes(), id.key.as_str().as_bytes()))
             && self.tags.iter().all(|(key, value)| {
-                id.key.tags().any(|(k, v)| k == *key && value.as_deref().is_none_or(|value| v.as_deref() == Some(value)))
+                id.key
+                    .tags()
+                    .any(|(k, v)| k == *key && value.as_deref().is_none_or(|value| v.as_deref() == Some(value)))
             })
     }
 }
@@ -231,7 +233,8 @@ impl View {
         let mut first: BinaryHeap<(SeriesKey, Kind)> = BinaryHeap::new();
         self.ledger.for_each(|series| {
             let is_behind = after.is_none_or(|after| (series.key(), series.kind()) > (&after.key, after.kind));
-            let fits = first.len() < limit || first.peek().is_some_and(|(key, kind)| (series.key(), series.kind()) < (key, *kind));
+            let fits = first.len() < limit
+                || first.peek().is_some_and(|(key, kind)| (series.key(), series.kind()) < (key, *kind));
             if is_behind && fits && filter.shows(series.id()) {
                 first.push((series.key().clone(), series.kind()));
                 if first.len() > limit {
