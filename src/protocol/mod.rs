@@ -15,6 +15,8 @@ mod lines;
 mod number;
 mod statsd;
 mod tags;
+#[cfg(test)]
+mod tests;
 
 use std::borrow::Cow;
 
@@ -367,6 +369,17 @@ impl Parser {
             let (line, after) = lines::split(rest);
             rest = after;
             if is_text { self.any_line(line, number, sink) } else { self.one_line(line, number, sink) }
+        }
+    }
+
+    /// Reads a datagram by the plain grammar alone: what [`Parser::datagram`] is compared with.
+    pub fn datagram_plainly(&mut self, bytes: &[u8], sink: &mut impl Sink) {
+        let bytes = lines::without_bom(bytes);
+        if lines::may_be_document(bytes) && self.document(bytes, sink) {
+            return;
+        }
+        for (number, line) in (1..).zip(bytes.split(|byte| *byte == b'\n')) {
+            self.any_line(line, number, sink);
         }
     }
 

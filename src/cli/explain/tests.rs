@@ -81,18 +81,23 @@ fn canonical(metric: &Value) -> Value {
     let mut metric = metric.clone();
     let fields = metric.as_object_mut().unwrap();
     fields.remove("series");
-    let rate = fields.get("rate").and_then(Value::as_f64).unwrap_or(1.0);
+    let rate = fields.get("rate").map_or(1.0, number);
     fields.insert("rate".into(), rate.into());
-    if let Some(values) = fields.get("values").cloned() {
-        // Zero has no sign here, and the last bit is lost by the reader of the test's own JSON.
-        let values = values.as_array().unwrap().iter().map(|value| format!("{:.14e}", value.as_f64().unwrap() + 0.0));
-        fields.insert("values".into(), values.collect::<Vec<_>>().into());
+    if let Some(values) = fields.get("values") {
+        // Zero has no sign here.
+        let values: Vec<f64> = list(values).iter().map(|value| number(value) + 0.0).collect();
+        fields.insert("values".into(), values.into());
     }
     let mut tags: Vec<String> =
         fields.get("tags").map(|tags| serde_json::from_value(tags.clone()).unwrap()).unwrap_or_default();
     tags.sort_unstable();
     fields.insert("tags".into(), tags.into());
     metric
+}
+
+/// The executable reading's numbers come as texts: as numbers they would lose their last bit on the way.
+fn number(value: &Value) -> f64 {
+    value.as_str().map_or_else(|| value.as_f64(), |text| text.parse().ok()).unwrap()
 }
 
 fn list(value: &Value) -> Vec<Value> {
@@ -264,15 +269,12 @@ fn mutated(random: &mut Random, seeds: &[Vec<u8>]) -> Vec<u8> {
 
 /// What differs from the executable reading on purpose: a service check has one of four states, and a timestamp is no
 /// longer than 64 bits.
-fn is_known_to_differ(bytes: &[u8], found: &Value, expected: &Value) -> bool {
+fn is_known_to_differ(bytes: &[u8], expected: &Value) -> bool {
     let statuses = ["01", "12", "23", "012", "123", "0123"];
     let text = String::from_utf8_lossy(bytes);
     let has_status = text.contains("_sc|") && statuses.iter().any(|status| text.contains(&format!("|{status}")));
     let long_timestamp = |metric: &Value| metric["timestamp"].as_f64().is_some_and(|time| time >= u64::MAX as f64);
-    has_status
-        || list(&expected["metrics"]).iter().chain(&list(&expected["events"])).any(long_timestamp)
-        || list(&found["errors"]).iter().any(|error| error["reason"] == "bad_sample_rate")
-            && list(&expected["metrics"]).iter().any(|metric| metric["rate"].as_f64().is_some_and(|rate| rate < 1e-6))
+    has_status || list(&expected["metrics"]).iter().chain(&list(&expected["events"])).any(long_timestamp)
 }
 
 const DRIVER: &str = "
@@ -283,6 +285,9 @@ for line in sys.stdin:
     case = json.loads(line)
     out = oracle.parse(bytes.fromhex(case['hex']), case['config'], case['form'] == 'body', case['form'] == 'stream')
     out['metrics'] = [oracle.canon(metric) for metric in out['metrics']]
+    for metric in out['metrics']:
+        metric['rate'] = repr(metric['rate'])
+        metric.update({'values': [repr(value) for value in metric['values']]} if 'values' in metric else {})
     print(json.dumps(out))
 ";
 
@@ -335,10 +340,13 @@ fn random_lines_mean_what_the_executable_reading_says() {
         .map(|l| serde_json::from_slice(l).unwrap())
         .collect();
     assert_eq!(expected.len(), cases.len());
+    // The limits come after the rules.
+    let (name, tag_key, identity, sample_rate_min) = (4_096, 4_096, 65_536, 0.0);
+    let limits = Limits { name, tag_key, identity, sample_rate_min, ..Limits::default() };
     let mut differing = 0;
     for ((bytes, form, config), expected) in cases.iter().zip(&expected) {
         let config: Config = serde_json::from_value(configs[*config].clone()).unwrap();
-        let mut reader = Reader::new(&config, &Limits::default());
+        let mut reader = Reader::new(&config, &limits);
         let found = match *form {
             "stream" => read_stream(&mut reader, bytes),
             "body" => reader.read(bytes, Form::Body),
@@ -349,7 +357,7 @@ fn random_lines_mean_what_the_executable_reading_says() {
         for side in [&mut found, &mut wanted] {
             side["metrics"] = list(&side["metrics"]).iter().map(canonical).collect();
         }
-        if is_known_to_differ(bytes, &found, expected) {
+        if is_known_to_differ(bytes, expected) {
             differing += 1;
             continue;
         }
