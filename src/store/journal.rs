@@ -249,7 +249,7 @@ impl Journal {
         let (database, found) = Database::open(dir, config.cache.bytes())?;
         let new = found.new;
         let damage = found.damage.clone();
-        let state = State::load(&database, found)?;
+        let (state, minted) = State::load(&database, found)?;
         let opened = Opened {
             agent: state.agent.id,
             new,
@@ -259,6 +259,10 @@ impl Journal {
         };
         let journal =
             Self { limits: limits.clone(), with_outbox, database, writing: Mutex::default(), state: Mutex::new(state) };
+        if minted && opened.batches > 0 {
+            // The name was in a damaged record; the batches are still ours.
+            journal.rename(opened.agent, |queue| queue.dropped)?;
+        }
         journal.publish();
         Ok((journal, opened))
     }
@@ -390,21 +394,13 @@ fn put_agent(transaction: &redb::WriteTransaction, revision: u64, agent: &Agent)
 }
 
 impl State {
-    /// Reads back what is committed, and mints an agent where there is none.
-    fn load(database: &Database, found: file::Found) -> Result<Self, Error> {
-        let agent = database.read(|transaction| {
+    /// Reads back what is committed, and mints an agent where there is none: then the second answer is `true`.
+    fn load(database: &Database, found: file::Found) -> Result<(Self, bool), Error> {
+        let kept = database.read(|transaction| {
             let table = transaction.open_table(AGENT)?;
             Ok(table.get(0)?.and_then(|value| record::read_agent(value.value())))
         })?;
-        let (revision, agent) = match agent {
-            Some((revision, agent)) => (revision.max(found.revision), agent),
-            None => {
-                let agent = Agent { id: AgentId::mint()?, flush: found.flush, owners: Vec::new() };
-                let revision = found.revision + 1;
-                database.write(|transaction| put_agent(transaction, revision, &agent))?;
-                (revision, agent)
-            }
-        };
+        let (queues, newest) = database.read(outbox::load)?;
         let (totals, totals_bytes) = database.read(|transaction| {
             let mut sums = (0, 0);
             for entry in transaction.open_table(TOTALS)?.iter()? {
@@ -412,8 +408,21 @@ impl State {
             }
             Ok(sums)
         })?;
-        let queues = database.read(outbox::load)?;
-        Ok(Self { agent, revision, totals, totals_bytes, queues })
+        let mut revision = newest.max(found.revision);
+        let minted = kept.is_none();
+        let agent = match kept {
+            Some((written, agent)) => {
+                revision = revision.max(written);
+                Agent { flush: agent.flush.max(found.flush), ..agent }
+            }
+            None => {
+                revision += 1;
+                let agent = Agent { id: AgentId::mint()?, flush: found.flush, owners: Vec::new() };
+                database.write(|transaction| put_agent(transaction, revision, &agent))?;
+                agent
+            }
+        };
+        Ok((Self { agent, revision, totals, totals_bytes, queues }, minted))
     }
 }
 

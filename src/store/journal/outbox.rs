@@ -124,7 +124,7 @@ impl Snapshot {
     /// # Errors
     /// When the file cannot be read.
     pub fn batches(&self, partition: Partition, after: u64) -> Result<Option<Vec<Batch>>, Error> {
-        let position = read_position(&self.transaction, partition)?;
+        let (position, _) = read_position(&self.transaction, partition)?;
         if after < position.dropped {
             return Ok(None);
         }
@@ -273,31 +273,35 @@ impl Journal {
     /// # Errors
     /// When it could not be written; then nothing is changed.
     pub fn mint_agent(&self) -> Result<(AgentId, u64), Error> {
+        self.rename(AgentId::mint()?, |queue| queue.inherited)
+    }
+
+    /// Goes on under a name of which the store has nothing: drops batches up to `shared`, and numbers the others from 1.
+    pub(super) fn rename(&self, id: AgentId, shared: impl Fn(&Queue) -> u64) -> Result<(AgentId, u64), Error> {
         let writing = locked(&self.writing);
         let (mut agent, old, revision) = {
             let state = locked(&self.state);
             (state.agent.clone(), state.queues.clone(), state.revision + 1)
         };
-        agent.id = AgentId::mint()?;
+        agent.id = id;
         agent.owners.clear();
         let mut queues = vec![Queue::default(); PARTITIONS];
-        let mut shared = 0;
+        let mut dropped = 0;
         let rename = |transaction: &WriteTransaction| {
             let mut outbox = transaction.open_table(OUTBOX)?;
             for (partition, (old, new)) in (0..=Partition::MAX).zip(old.iter().zip(&mut queues)) {
-                let keep_after = old.inherited.clamp(old.dropped, old.last());
-                shared += keep_after - old.acknowledged.clamp(old.dropped, keep_after);
-                new.sizes = renumber(&mut outbox, revision, partition, keep_after + 1..=old.last(), 0)?;
+                let shared = shared(old).clamp(old.dropped, old.last());
+                dropped += shared - old.acknowledged.clamp(old.dropped, shared);
+                new.sizes = renumber(&mut outbox, revision, partition, shared + 1..=old.last(), 0)?;
+                put_position(transaction, revision, partition, new)?;
             }
-            put_positions(transaction, revision, &mut queues)?;
             put_agent(transaction, revision, &agent)
         };
         self.database.write(rename).map_err(Error::counted)?;
-        let id = agent.id;
         let mut state = locked(&self.state);
         (state.agent, state.queues, state.revision) = (agent, queues, revision);
         drop(writing);
-        Ok((id, shared))
+        Ok((id, dropped))
     }
 
     /// What is in the journal now: flush number and batches that belong together.
@@ -378,34 +382,38 @@ fn put_position(
     Ok(())
 }
 
-fn read_position(transaction: &ReadTransaction, partition: Partition) -> Result<Position, Error> {
+/// The position of a partition and the revision that wrote it; zeros when there is none, or it is damaged.
+fn read_position(transaction: &ReadTransaction, partition: Partition) -> Result<(Position, u64), Error> {
     let table = transaction.open_table(POSITIONS)?;
-    let Some(value) = table.get(partition)? else { return Ok(Position::default()) };
-    Ok(record::read_position(value.value()).map_or(Position::default(), |(_, position)| position))
+    let Some(value) = table.get(partition)? else { return Ok((Position::default(), 0)) };
+    let found = record::read_position(value.value());
+    Ok(found.map_or((Position::default(), 0), |(revision, _, position)| (position, revision)))
 }
 
-/// Reads where each partition stands.
-pub(super) fn load(transaction: &ReadTransaction) -> Result<Vec<Queue>, Error> {
+/// Reads where each partition stands, and the newest revision that wrote one of them.
+pub(super) fn load(transaction: &ReadTransaction) -> Result<(Vec<Queue>, u64), Error> {
     let mut queues = Vec::with_capacity(PARTITIONS);
+    let mut newest = 0;
     let outbox = transaction.open_table(OUTBOX)?;
     for partition in 0..=Partition::MAX {
-        let written = read_position(transaction, partition)?;
+        let (written, revision) = read_position(transaction, partition)?;
+        newest = newest.max(revision);
         let mut position = written;
         let mut sizes = Vec::new();
         for entry in outbox.range((partition, position.dropped + 1)..=(partition, u64::MAX))? {
             let (key, value) = entry?;
             sizes.push((key.value().1, value.value().len() as u32));
         }
-        if written == Position::default()
-            && let Some((first, _)) = sizes.first()
-        {
-            // The record of the position is damaged: all that can be said is which batches there are.
-            position.dropped = first - 1;
+        if let (Some((first, _)), Some((last, _))) = (sizes.first(), sizes.last()) {
+            if written == Position::default() {
+                // The record of the position is damaged: any of the batches there are may have been sent.
+                (position.dropped, position.sent) = (first - 1, *last);
+            }
+            position.last = position.last.max(*last);
         }
-        position.last = position.last.max(sizes.last().map_or(position.dropped, |(last, _)| *last));
         queues.push(Queue { written, ..queue_at(&position, &sizes) });
     }
-    Ok(queues)
+    Ok((queues, newest))
 }
 
 fn queue_at(position: &Position, sizes: &[(u64, u32)]) -> Queue {

@@ -175,9 +175,11 @@ pub(super) fn read_agent(record: &[u8]) -> Option<(u64, Agent)> {
     Some((revision, postcard::from_bytes(payload).ok()?))
 }
 
-pub(super) fn read_position(record: &[u8]) -> Option<(Partition, Position)> {
-    let (_, payload) = open_as(record, Content::Position)?;
-    postcard::from_bytes(payload).ok()
+/// Revision, partition and position.
+pub(super) fn read_position(record: &[u8]) -> Option<(u64, Partition, Position)> {
+    let (revision, payload) = open_as(record, Content::Position)?;
+    let (partition, position) = postcard::from_bytes(payload).ok()?;
+    Some((revision, partition, position))
 }
 
 /// Kind, key and times of a total, without its aggregate.

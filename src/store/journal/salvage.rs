@@ -152,7 +152,7 @@ impl Survey {
                 }
             }
             Content::Position => {
-                if let Some((partition, position)) = record::read_position(record) {
+                if let Some((_, partition, position)) = record::read_position(record) {
                     let newest = self.positions.entry(partition).or_insert((location, position));
                     if newest.0 < location {
                         *newest = (location, position);
@@ -178,7 +178,7 @@ impl Survey {
     fn live_batches(&self) -> Vec<((Partition, u64), Location)> {
         let is_live = |(partition, sequence): (Partition, u64), location: Location| {
             let Some((written, position)) = self.positions.get(&partition) else { return true };
-            // Without the agent's name nobody can ask the store what it has: what it acknowledged must not go again.
+            // Without the agent's name the store can't say what it has of us: what it acknowledged must not go again.
             let gone = if self.agent.is_some() { position.dropped } else { position.acknowledged };
             sequence > gone && (sequence <= position.last || location.revision > written.revision)
         };
