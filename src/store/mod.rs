@@ -1,9 +1,12 @@
 //! Deltas into a place that outlives the process: batches, their partitions and sequences, and what a store answers.
 //!
-//! [`journal`] is the agent's own file and holds the outbox; [`redis`] is a place that many agents share. A batch is
-//! applied at most once: its sequence is compared in the same atomic unit that applies it.
+//! [`journal`] is the agent's own file and holds the outbox; [`redis`] is a place that many agents share; [`ship`] brings
+//! what is in the one to the other. A batch is applied at most once: its sequence is compared in the same atomic unit that
+//! applies it.
 
 pub mod journal;
+pub mod redis;
+pub mod ship;
 
 use std::hash::Hasher;
 

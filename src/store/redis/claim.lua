@@ -1,0 +1,24 @@
+-- Makes a new nonce the owner of an agent's sequence, unless somebody else has taken the agent's name.
+-- ARGV: agent, new nonce, expiry in ms, deletes seen or '', nonces that the agent's journal knows ...
+-- Answer: 'clone'; or 'claimed', stored sequence, deletes seen, time, series expired, deletes.
+local agent, nonce, expire_ms, seen = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+
+local stored = call('HMGET', SEQ, agent, agent .. ':owner', agent .. ':seen', 'deletes')
+local owner = stored[2]
+local known = not owner or owner == nonce
+for i = 5, #ARGV do
+  known = known or owner == ARGV[i]
+end
+if not known then
+  return {'clone'}
+end
+
+call('HSET', SEQ, agent .. ':owner', nonce)
+if seen == '' then
+  -- A name that was never here has no ledger from before the last delete.
+  seen = stored[3] or stored[4] or '0'
+end
+note_seen(agent, stored[3], seen)
+local now = now_ms()
+local expired = trim(now, expire_ms)
+return {'claimed', stored[1] or '0', seen, now, expired, deletes(seen)}
