@@ -97,6 +97,9 @@ const DATAGRAM_MAX: u64 = 65_535;
 /// How often a worker reads what its sockets hold before it answers a reader who asked for a seal.
 const SEAL_BURSTS: usize = 8;
 
+/// How long a worker waits that owes a reader a seal and cannot take it yet, because all its cells are on their way.
+const OWES_SEAL: Duration = Duration::from_millis(1);
+
 /// The pause after an error of a receive or accept call.
 const PAUSE: Duration = Duration::from_millis(100);
 

@@ -29,7 +29,7 @@ use tokio::task::{JoinSet, LocalSet, spawn_local, yield_now};
 use tokio::time::sleep;
 
 use super::lines::{Lines, Piece};
-use super::{Limits, PAUSE, SEAL_BURSTS, Stop, burst};
+use super::{Limits, OWES_SEAL, PAUSE, SEAL_BURSTS, Stop, burst};
 use crate::clock::Clock;
 use crate::ingest::{Listener, Source, Worker, Workers};
 use crate::sample::Reason;
@@ -121,6 +121,7 @@ async fn turns(worker: &RefCell<Worker>, wake: &Notify) {
             }
         }
         let wait = worker.borrow_mut().turn();
+        let wait = if worker.borrow().seal_asked() { wait.min(OWES_SEAL) } else { wait };
         tokio::select! {
             () = wake.notified() => {}
             () = sleep(wait) => {}
@@ -424,4 +425,49 @@ impl Connection {
 enum Fill {
     Part,
     Whole,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::aggregate::shard::{self, Budget};
+    use crate::ingest::{self, Rejects, Settings};
+    use crate::protocol;
+
+    fn intake(limits: Limits) -> Intake {
+        let settings = Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default() };
+        let budget = Arc::new(Budget::new(&shard::Limits::default()));
+        let rejects = Arc::new(Rejects::new(&ingest::Limits::default()));
+        let workers = Workers::new(settings, budget, rejects, 1_000).0;
+        let worker = Rc::new(RefCell::new(workers.register(|| {})));
+        Intake::new(worker, workers, limits)
+    }
+
+    #[test]
+    fn descriptors_are_kept_back() {
+        let ip = IpAddr::from([127, 0, 0, 1]);
+        let intake = Rc::new(Intake { descriptors_max: 1_000, ..intake(Limits::default()) });
+        assert!(intake.admit(ip, 1_000 - 64 - 1).is_ok());
+        assert_eq!(intake.admit(ip, 1_000 - 64).err(), Some(Refusal::Descriptors));
+        // Where there are few in all, half are for streams.
+        let intake = Rc::new(Intake { descriptors_max: 64, ..self::intake(Limits::default()) });
+        assert!(intake.admit(ip, 31).is_ok());
+        assert_eq!(intake.admit(ip, 32).err(), Some(Refusal::Descriptors));
+    }
+
+    #[test]
+    fn seats_are_given_back() {
+        let limits = Limits { connections: 2, connections_per_address: 1, ..Limits::default() };
+        let intake = Rc::new(Intake { descriptors_max: 1_000, ..intake(limits) });
+        let [one, two, three] = [1, 2, 3].map(|last| IpAddr::from([192, 0, 2, last]));
+        let first = intake.admit(one, 9).ok().unwrap();
+        assert_eq!(intake.admit(one, 9).err(), Some(Refusal::PerAddress));
+        let second = intake.admit(two, 9).ok().unwrap();
+        assert_eq!(intake.admit(three, 9).err(), Some(Refusal::Connections));
+        drop(first);
+        assert!(intake.admit(one, 9).is_ok());
+        drop(second);
+        assert!(intake.by_address.borrow().is_empty(), "nothing is kept of who has gone");
+        assert_eq!(intake.connections.get(), 0);
+    }
 }

@@ -155,6 +155,25 @@ fn what_was_sent_before_a_question_is_in_its_answer() {
 }
 
 #[test]
+fn so_is_what_streams_sent() {
+    let mut house = House::open(&free("tcp"), &Limits::default());
+    let mut streams: Vec<_> = (0..8).map(|_| dial(house.tcp())).collect();
+    let mut sent = 0.0;
+    for round in 0..200 {
+        for stream in &mut streams[round % 7..] {
+            stream.write_all(b"n:1|c\nm:2|c\n").unwrap();
+            sent += 1.0;
+        }
+        if round % 10 == 0 {
+            streams.rotate_left(1);
+            streams[0] = dial(house.tcp());
+        }
+        assert_eq!(house.total("n"), sent, "round {round}");
+    }
+    assert_eq!(house.totals["m"], 2.0 * sent);
+}
+
+#[test]
 fn more_than_a_burst_at_once_is_counted_whole() {
     let mut house = House::open(&free("udp"), &Limits::default());
     let sender = sender(house.udp());

@@ -17,16 +17,13 @@ use metrics::Counter;
 use socket2::Socket;
 
 use super::burst::{self, BURST, Burst, Wake};
-use super::{PAUSE, SEAL_BURSTS, Stop, sockets};
+use super::{OWES_SEAL, PAUSE, SEAL_BURSTS, Stop, sockets};
 use crate::clock::Clock;
 use crate::ingest::{Listener, Source, Worker};
 use crate::telemetry;
 
 /// How often counts and drops are published.
 const PUBLISH: Duration = Duration::from_secs(1);
-
-/// How long a worker waits that owes a seal which it cannot take yet, because all its cells are on their way.
-const OWES_SEAL: Duration = Duration::from_millis(1);
 
 /// One of a worker's sockets.
 #[derive(Debug)]
