@@ -47,7 +47,13 @@ const HEADER_LINES_READ: usize = 4 * HEADER_LINES_MAX;
 const HEAD_BYTES_READ_MIN: usize = 64 << 10;
 
 /// Serves requests until the client, a limit or `stop` ends the connection. After `stop` the request under way is the last.
-pub(super) async fn run<F, A>(stream: TcpStream, limits: &Limits, mut stop: watch::Receiver<bool>, answer: F)
+/// Returns the status of an answer that was given without a request to show for it.
+pub(super) async fn run<F, A>(
+    stream: TcpStream,
+    limits: &Limits,
+    mut stop: watch::Receiver<bool>,
+    answer: F,
+) -> Option<StatusCode>
 where
     F: Fn(Request<Incoming>) -> A,
     A: Future<Output = Response<Body>>,
@@ -91,7 +97,9 @@ where
     };
     let stream = connection.into_parts().io.into_inner().stream;
     let (refusal, unread) = progress.borrow().verdict(end);
+    let status = refusal.as_ref().map(|problem| problem.status);
     close(stream, refusal, unread).await;
+    status
 }
 
 /// Tells the client why, if there is something to tell, and closes without a reset under what was told.
@@ -394,5 +402,40 @@ impl hyper::body::Body for Tracked {
 impl Drop for Tracked {
     fn drop(&mut self) {
         self.progress.borrow_mut().told = true;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn counted<'p>(parts: impl IntoIterator<Item = &'p [u8]>) -> Head {
+        let mut head = Head::new(Instant::now());
+        parts.into_iter().for_each(|part| head.count(part));
+        head
+    }
+
+    #[test]
+    fn a_head_is_counted_up_to_its_empty_line() {
+        for (text, line_bytes, header_bytes, ended) in [
+            ("GET / HTTP/1.1\r\n\r\nbody\r\n\r\n", 16, 2, true),
+            ("\r\n\nGET / HTTP/1.1\nA: b\n\nbody", 15, 6, true),
+            ("GET / HTTP/1.1\r\nA: b\r\n\r", 16, 7, false),
+            ("GET /aaaa", 9, 0, false),
+        ] {
+            let head = counted([text.as_bytes()]);
+            assert_eq!((head.line_bytes, head.header_bytes, head.ended), (line_bytes, header_bytes, ended), "{text:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_head_counts_the_same_in_whatever_pieces_it_comes(bytes in "[ab:\r\n]{0,60}", size in 1_usize..20) {
+            let whole = counted([bytes.as_bytes()]);
+            let pieces = counted(bytes.as_bytes().chunks(size));
+            prop_assert_eq!(Head { since: whole.since, ..pieces }, whole);
+        }
     }
 }

@@ -144,14 +144,11 @@ impl Error {
     /// The exit code of a process that can't start for it, after sysexits.
     pub fn exit_code(&self) -> u8 {
         match self {
+            Self::Bind { error, .. } if error.kind() == io::ErrorKind::AddrInUse => 69,
+            Self::Bind { error, .. } if error.kind() == io::ErrorKind::PermissionDenied => 77,
+            Self::Bind { error, .. } if error.kind() == io::ErrorKind::AddrNotAvailable => 78,
             Self::Address { .. } => 78,
-            Self::Bind { error, .. } => match error.kind() {
-                io::ErrorKind::AddrInUse => 69,
-                io::ErrorKind::PermissionDenied => 77,
-                io::ErrorKind::AddrNotAvailable => 78,
-                _ => 74,
-            },
-            Self::Register(_) => 74,
+            Self::Bind { .. } | Self::Register(_) => 74,
         }
     }
 }

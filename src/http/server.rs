@@ -280,7 +280,10 @@ async fn serve<S: Site>(
     // Answers are written whole, so waiting for more bytes to fill a segment only delays them. A socket that refuses the
     // option is as good as one that has it.
     let _ = stream.set_nodelay(true);
-    connection::run(stream, &door.limits, stop, |request| door.answer(peer, request)).await;
+    let refused = connection::run(stream, &door.limits, stop, |request| door.answer(peer, request)).await;
+    if let Some(status) = refused {
+        telemetry::HTTP_REQUESTS.counter(&[S::ON.label(), "other", status.as_str()]).increment(1);
+    }
 }
 
 impl<S: Site> Door<S> {

@@ -15,7 +15,7 @@ use super::server::ROUTES;
 use super::*;
 use crate::aggregate::ledger::Ledger;
 use crate::aggregate::shard::Budget;
-use crate::flush::{Parts, Running};
+use crate::flush::{self, Parts, Running};
 use crate::ingest::{Rejects, Settings, Workers};
 
 /// Both servers on a thread of their own.
@@ -33,7 +33,7 @@ fn parts() -> (Rc<RefCell<Worker>>, View, Running) {
     let budget = Arc::new(Budget::new(&Default::default()));
     let rejects = Arc::new(Rejects::new(&Default::default()));
     let settings = Settings { protocol: Default::default(), limits: Default::default() };
-    let (workers, deliveries) = Workers::new(settings, Arc::clone(&budget), Arc::clone(&rejects), 1_000);
+    let (workers, deliveries) = Workers::new(settings, Arc::clone(&budget), Arc::clone(&rejects), 100);
     let wake = Arc::new(Notify::new());
     let caller = Arc::clone(&wake);
     let worker = Rc::new(RefCell::new(workers.register(move || caller.notify_one())));
@@ -44,7 +44,7 @@ fn parts() -> (Rc<RefCell<Worker>>, View, Running) {
             let _ = tokio::time::timeout(rest, wake.notified()).await;
         }
     });
-    let ledger = Arc::new(Ledger::new(10_000));
+    let ledger = Arc::new(Ledger::new(500));
     let parts = Parts {
         workers,
         deliveries,
@@ -54,7 +54,8 @@ fn parts() -> (Rc<RefCell<Worker>>, View, Running) {
         remote: false,
         on_commit: Box::new(|_| {}),
     };
-    let running = Running::start(parts, &Default::default(), &Default::default()).unwrap();
+    let flush = flush::Config { interval: Time::millis(100), window: Time::millis(500), ..Default::default() };
+    let running = Running::start(parts, &flush, &Default::default()).unwrap();
     let view = View::new(ledger, running.fold(), None, rejects);
     (worker, view, running)
 }
@@ -227,6 +228,24 @@ fn what_was_answered_200_is_in_the_next_read() {
         assert_eq!((&metric["count"], &metric["type"]), (&json!(n), &json!("TIMER")));
         assert_eq!((&metric["level"], &metric["name"]), (&json!("application"), &json!("server.get.timer")));
     }
+}
+
+#[test]
+fn a_closed_window_shows_the_figures_of_etsy() {
+    let agent = Agent::default();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let window = loop {
+        assert_eq!(agent.post("", r#"{"name":"t","type":"TIMER","values":[7,7,7]}"#).status, 200);
+        let metric = agent.get("/data/metrics/t?quantiles=0.25").json();
+        if metric["window"].is_object() {
+            break metric["window"].clone();
+        }
+        assert!(Instant::now() < deadline, "{metric}");
+    };
+    let count = window["count"].as_f64().unwrap();
+    assert_eq!((&window["seconds"], &window["quantiles"]), (&json!(0.5), &json!({ "0.25": 7 })), "{window}");
+    assert_eq!((window["rate"].as_f64(), window["etsy"]["count_ps"].as_f64()), (Some(count * 2.0), Some(count * 2.0)));
+    assert_eq!((window["etsy"]["upper_90"].as_f64(), window["etsy"]["sum"].as_f64()), (Some(7.0), Some(count * 7.0)));
 }
 
 #[test]
@@ -611,6 +630,23 @@ fn slow_clients_are_let_go() {
     silent.closed();
     idle.closed();
     assert!(began.elapsed() >= Duration::from_millis(290), "an idle connection was closed after {:?}", began.elapsed());
+}
+
+#[test]
+fn a_client_that_does_not_read_is_let_go() {
+    let agent = Agent::start(|limits| {
+        limits.keep_alive = Time::millis(300);
+        limits.http_connections = 1;
+    });
+    let mut deaf = Client::to(agent.api);
+    deaf.send("GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(2_000));
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while Client::to(agent.api).ask("GET /health/ping HTTP/1.1\r\nHost: localhost\r\n\r\n").status != 200 {
+        assert!(Instant::now() < deadline, "it holds its place");
+    }
+    let mut told = Vec::new();
+    let _reset_or_end = deaf.0.read_to_end(&mut told);
+    assert!(told.len() < 2_000 * include_str!("openapi.json").len());
 }
 
 #[test]
