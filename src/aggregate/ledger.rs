@@ -161,6 +161,11 @@ impl Series {
         &self.id.key
     }
 
+    /// The state as of the last fold, for a short look: it doesn't count a reference, of which a thread can have eight.
+    pub fn peek(&self) -> arc_swap::Guard<Arc<State>> {
+        self.state.load()
+    }
+
     /// The state as of the last fold.
     pub fn state(&self) -> Arc<State> {
         self.state.load_full()

@@ -197,8 +197,8 @@ impl Index {
         });
     }
 
-    /// Appends the text of a key that can be rewritten byte by byte: no name near one of our own, and labels that stand
-    /// as they must be shown. The length of the name; `None` where [`rewritten`] has to look closer.
+    /// Appends the text of a key that can be rewritten byte by byte and has no name near one of our own. The length of
+    /// the name; `None`, with a part of it appended, where [`rewritten`] has to look closer.
     fn enter_plain(&mut self, key: &str, class: Class) -> Option<usize> {
         let name_len = memchr::memchr(b';', key.as_bytes()).unwrap_or(key.len());
         let (name, tags) = key.split_at(name_len);
@@ -207,16 +207,48 @@ impl Index {
             Class::Gauge | Class::Observed | Class::Set => true,
             Class::MeterTotal | Class::MeterRate => false,
         };
-        let plain = plain_class && is_plain_name(name) && (tags.is_empty() || are_plain_tags(&tags[1..]));
-        plain.then(|| self.push_text(key.as_bytes(), name_len, class))?;
+        let near_own = name.starts_with("tallyd") || name.starts_with("process");
+        if !plain_class || near_own || !is_plain(name) {
+            return None;
+        }
+        self.push_text(name.as_bytes(), name_len, class);
+        if !tags.is_empty() {
+            self.push_plain_tags(&tags[1..])?;
+        }
         Some(name_len)
+    }
+
+    /// Appends labels whose names can be rewritten byte by byte and stay in order, each once, none of them reserved.
+    fn push_plain_tags(&mut self, tags: &str) -> Option<()> {
+        let start = self.texts.len();
+        let mut last = start..start;
+        for tag in tags.split(';') {
+            let (name, value) = tag.split_once('=').filter(|(name, value)| is_plain(name) && !value.is_empty())?;
+            if self.texts.len() > start {
+                self.texts.push(b';');
+            }
+            let begin = self.texts.len();
+            self.push_name(name.as_bytes());
+            let label = begin..self.texts.len();
+            if is_reserved(&self.texts[label.clone()]) || self.texts[label.clone()] <= self.texts[last] {
+                return None;
+            }
+            last = label;
+            self.texts.push(b'=');
+            self.texts.extend_from_slice(value.as_bytes());
+        }
+        Some(())
     }
 
     /// Appends a text in the form of a key.
     fn push_text(&mut self, key: &[u8], name_len: usize, class: Class) {
-        self.texts.extend(key[..name_len].iter().map(|byte| NAME[usize::from(*byte)]));
+        self.push_name(&key[..name_len]);
         self.texts.push(class as u8);
         self.texts.extend_from_slice(key.get(name_len + 1..).unwrap_or_default());
+    }
+
+    fn push_name(&mut self, name: &[u8]) {
+        self.texts.extend(name.iter().map(|byte| NAME[usize::from(*byte)]));
     }
 
     /// Sorts by eight bytes at a time, so that a comparison never has to reach for a text: all entries by their first
@@ -481,30 +513,20 @@ static NAME: [u8; 256] = {
     table
 };
 
-fn is_plain_name(name: &str) -> bool {
+/// Whether a name or label can be rewritten byte by byte.
+fn is_plain(name: &str) -> bool {
     let Some(first) = name.bytes().next() else { return false };
     let (mut odd, mut last) = (first.is_ascii_digit(), 0);
     for byte in name.bytes() {
         odd |= byte >= 0x80 || byte == b'%' || (byte == b'-' && last == b'-');
         last = byte;
     }
-    !odd && !name.starts_with("tallyd") && !name.starts_with("process")
-}
-
-fn are_plain_tags(tags: &str) -> bool {
-    let mut last = "";
-    tags.split(';').all(|tag| {
-        let Some((name, value)) = tag.split_once('=') else { return false };
-        let in_order = name > last;
-        last = name;
-        let valid = || name.bytes().all(|byte| byte == NAME[usize::from(byte)]) && !name.as_bytes()[0].is_ascii_digit();
-        in_order && !value.is_empty() && valid() && !is_reserved(name)
-    })
+    !odd
 }
 
 /// Labels that Prometheus or a family gives itself.
-fn is_reserved(label: &str) -> bool {
-    matches!(label, "le" | "quantile") || label.starts_with("__")
+fn is_reserved(label: &[u8]) -> bool {
+    matches!(label, b"le" | b"quantile") || label.starts_with(b"__")
 }
 
 /// Name and labels as shown, in the form of a key; the length of the name; what was changed.
@@ -521,7 +543,7 @@ fn rewritten(key: &SeriesKey, class: Class, style: Style) -> (SeriesKey, usize, 
     for (tag, value) in key.tags() {
         let Some(value) = value.filter(|value| !value.is_empty() && !tag.is_empty()) else { continue };
         let mut label = escaped(&tag);
-        if is_reserved(&label) || (class == Class::MeterRate && label == "window") {
+        if is_reserved(label.as_bytes()) || (class == Class::MeterRate && label == "window") {
             label.insert_str(0, "exported_");
             marks = marks.with(Marks::LABEL);
         }
