@@ -10,7 +10,7 @@ use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -19,15 +19,17 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::LocalSet;
 
 use crate::aggregate::ledger::Ledger;
-use crate::aggregate::shard::Budget;
+use crate::aggregate::shard::{Budget, SeriesId};
 use crate::config::{Config, Kind};
 use crate::flush::{self, Parts, Running};
 use crate::http::{self, Api, Health, Reload};
 use crate::ingest::{Rejects, Settings, Worker, Workers};
 use crate::listen::{self, Listeners};
 use crate::store::journal::{self, Journal};
+use crate::store::redis::{Deleted, RedisReader};
+use crate::store::ship;
 use crate::telemetry;
-use crate::view::View;
+use crate::view::{Remote, View};
 
 /// Why an agent could not start.
 #[derive(Debug)]
@@ -40,6 +42,8 @@ pub enum Error {
     Journal(journal::Error),
     /// Fold and flush.
     Flush(flush::Error),
+    /// The store.
+    Ship(ship::Error),
     /// Our own metrics.
     Telemetry(telemetry::Error),
     /// A thread, a runtime or a signal.
@@ -53,7 +57,11 @@ impl Error {
             Self::Listen(error) => error.exit_code(),
             Self::Http(error) => error.exit_code(),
             Self::Journal(error) | Self::Flush(flush::Error::Journal(error)) => error.exit_code(),
-            Self::Flush(flush::Error::Thread(_)) | Self::Telemetry(_) | Self::System(_) => 74,
+            Self::Ship(ship::Error::Config(_)) => 78,
+            Self::Ship(ship::Error::Thread(_))
+            | Self::Flush(flush::Error::Thread(_))
+            | Self::Telemetry(_)
+            | Self::System(_) => 74,
         }
     }
 }
@@ -64,6 +72,7 @@ impl fmt::Display for Error {
             Self::Listen(error) => error.fmt(f),
             Self::Http(error) => error.fmt(f),
             Self::Journal(error) | Self::Flush(flush::Error::Journal(error)) => error.fmt(f),
+            Self::Ship(error) => error.fmt(f),
             Self::Telemetry(error) => error.fmt(f),
             Self::Flush(flush::Error::Thread(error)) | Self::System(error) => {
                 write!(f, "{error}; raise the limit of threads or open files")
@@ -114,6 +123,7 @@ pub mod limits {
 struct Agent {
     workers: Arc<Workers>,
     running: Running,
+    ship: Option<ship::Handle>,
     api: Thread,
     listeners: Listeners,
     health: Arc<Health>,
@@ -132,17 +142,20 @@ impl Agent {
         let interval_ms = config.flush.interval.as_millis();
         let (workers, deliveries) =
             Workers::new(settings(config), Arc::clone(&budget), Arc::clone(&rejects), interval_ms);
+        let bell = Arc::new(OnceLock::new());
         let parts = Parts {
             workers: Arc::clone(&workers),
             deliveries,
             ledger: Arc::clone(&ledger),
             budget,
             journal: journal.clone(),
-            remote: false,
-            on_commit: Box::new(|_| {}),
+            remote: config.store.kind == Kind::Redis,
+            on_commit: ring(&bell),
         };
         let running = Running::start(parts, &config.flush, &config.limits.flush).map_err(Error::Flush)?;
-        let view = View::new(ledger, running.fold(), journal, rejects);
+        let ship = start_ship(config, journal.as_ref(), &running)?;
+        let remote = remote(config, journal.as_ref(), ship.as_ref(), &bell)?;
+        let view = View::new(ledger, running.fold(), journal, rejects).sharing(remote);
         let health = Arc::new(Health::default());
         let mut bound = sockets.bound();
         let api = Api {
@@ -163,7 +176,7 @@ impl Agent {
             tracing::warn!("{warning}");
         }
         health.started(bound.clone());
-        Ok(Self { workers, running, api, listeners, health, exporter, bound })
+        Ok(Self { workers, running, ship, api, listeners, health, exporter, bound })
     }
 
     /// The line that scripts and tests wait for.
@@ -208,9 +221,55 @@ impl Agent {
         self.health.stopping();
         self.listeners.stop(within / 2);
         self.running.stop(deadline);
+        if let Some(ship) = self.ship {
+            ship.stop(deadline);
+        }
         self.api.stop();
         tracing::info!("stopped");
     }
+}
+
+/// Wakes the shipping after each commit, once there is one.
+fn ring(bell: &Arc<OnceLock<ship::Bell>>) -> flush::OnCommit {
+    let bell = Arc::clone(bell);
+    Box::new(move |_| {
+        if let Some(bell) = bell.get() {
+            bell.ring();
+        }
+    })
+}
+
+fn start_ship(
+    config: &Config,
+    journal: Option<&Arc<Journal>>,
+    running: &Running,
+) -> Result<Option<ship::Handle>, Error> {
+    let (Kind::Redis, Some(journal)) = (config.store.kind, journal) else { return Ok(None) };
+    let fold = running.fold();
+    let on_deleted = move |deleted: Vec<Deleted>| {
+        fold.forget(deleted.into_iter().map(|deleted| SeriesId { kind: deleted.kind, key: deleted.key }).collect());
+    };
+    let parts = ship::Parts {
+        journal: Arc::clone(journal),
+        config: config.store.redis.clone(),
+        limits: config.limits.redis.clone(),
+        expire: config.limits.journal.store_expire,
+        on_deleted: Arc::new(on_deleted),
+    };
+    ship::start(parts).map(Some).map_err(Error::Ship)
+}
+
+fn remote(
+    config: &Config,
+    journal: Option<&Arc<Journal>>,
+    ship: Option<&ship::Handle>,
+    bell: &OnceLock<ship::Bell>,
+) -> Result<Option<Remote>, Error> {
+    let (Some(journal), Some(ship)) = (journal, ship) else { return Ok(None) };
+    let reader = RedisReader::new(&config.store.redis, &config.limits.redis);
+    let reader = reader.map_err(|error| Error::Ship(ship::Error::Config(error)))?;
+    let bell = bell.get_or_init(|| ship.bell()).clone();
+    Ok(Some(Remote { reader, bell, journal: Arc::clone(journal) }))
 }
 
 fn settings(config: &Config) -> Settings {

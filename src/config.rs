@@ -18,15 +18,13 @@ use toml::{Table, Value};
 use crate::agent::limits as agent;
 use crate::aggregate::shard;
 use crate::http::scrape;
-use crate::store::journal;
+use crate::store::{journal, redis};
 use crate::units::without_password;
 use crate::{flush, http, ingest, listen, protocol};
 
 mod layers;
-mod provisional;
 #[cfg(test)]
 mod tests;
-pub use provisional::redis;
 
 /// Everything an operator can set.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -77,6 +77,8 @@ enum Order {
     Fresh(oneshot::Sender<()>),
     /// Let series start again from nothing, and answer when that is kept.
     Delete(Vec<SeriesId>, oneshot::Sender<()>),
+    /// The same, for nobody.
+    Forget(Vec<SeriesId>),
     /// A flush is in the journal.
     Committed(u64, Vec<Arc<Series>>),
     /// End when every worker has delivered its last, or at the deadline.
@@ -123,6 +125,12 @@ impl Fold {
     pub async fn delete(&self, series: Vec<SeriesId>) -> bool {
         let (answer, kept) = oneshot::channel();
         self.orders.send(Order::Delete(series, answer)).is_ok() && kept.await.is_ok()
+    }
+
+    /// Lets series start again from nothing because another agent said so; nobody waits for it.
+    pub fn forget(&self, series: Vec<SeriesId>) {
+        // It fails only when the agent has stopped; the store tells it again.
+        drop(self.orders.send(Order::Forget(series)));
     }
 
     /// How fold and flush are doing.
@@ -333,15 +341,20 @@ impl Folding {
         match order {
             Order::Fresh(answer) => self.readers.waiting.push(answer),
             Order::Delete(series, answer) => {
-                for id in &series {
-                    self.writer.reset(id);
-                }
-                self.deleted.extend(series);
+                self.delete(series);
                 self.deleters.push(answer);
             }
+            Order::Forget(series) => self.delete(series),
             Order::Committed(flush, series) => self.writer.committed(flush, &series),
             Order::Stop(deadline) => self.stop = Some(deadline),
         }
+    }
+
+    fn delete(&mut self, series: Vec<SeriesId>) {
+        for id in &series {
+            self.writer.reset(id);
+        }
+        self.deleted.extend(series);
     }
 
     /// Asks the workers when readers wait, and answers the readers when all workers have answered.

@@ -3,18 +3,20 @@
 //! A read never writes, never waits for a flush and never waits for a store longer than its timeout: a store that does
 //! not answer leaves the ledger's figures, marked [`Scope::Local`].
 
-use std::collections::BinaryHeap;
+use std::collections::{BTreeMap, BinaryHeap};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use crate::aggregate::ledger::{Ledger, Series, Total};
+use crate::aggregate::ledger::{Ledger, State, Total};
 use crate::aggregate::shard::SeriesId;
 use crate::aggregate::window::Window;
 use crate::flush::Fold;
 use crate::ingest::{Rejected, Rejects};
 use crate::sample::{Kind, SeriesKey};
-use crate::store::journal::Journal;
+use crate::store::journal::{self, Journal};
+use crate::store::redis::{self, RedisReader, Stored};
+use crate::store::{partition, ship};
 
 /// Which agents a figure covers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +58,12 @@ pub struct Filter {
 }
 
 impl Filter {
+    /// What every key that is shown begins with.
+    fn prefix(&self) -> &str {
+        let glob = self.glob.as_deref().unwrap_or_default();
+        glob.split(['*', '?']).next().unwrap_or_default()
+    }
+
     /// Whether a series is shown.
     pub fn shows(&self, id: &SeriesId) -> bool {
         self.kind.is_none_or(|kind| kind == id.kind)
@@ -92,15 +100,20 @@ fn matches(pattern: &[u8], text: &[u8]) -> bool {
 }
 
 /// The place in a list behind its last series: text that a client hands back.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Cursor {
-    key: SeriesKey,
-    kind: Kind,
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Cursor {
+    /// In the order of keys, as this agent lists what it has.
+    Key(SeriesKey, Kind),
+    /// In the order of the store's partitions.
+    Store(redis::Cursor),
 }
 
 impl fmt::Display for Cursor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.kind.letter(), self.key)
+        match self {
+            Self::Key(key, kind) => write!(f, "{}:{key}", kind.letter()),
+            Self::Store(cursor) => write!(f, "store:{cursor}"),
+        }
     }
 }
 
@@ -108,12 +121,14 @@ impl FromStr for Cursor {
     type Err = ();
 
     fn from_str(text: &str) -> Result<Self, ()> {
-        let (letter, key) = text.split_once(':').ok_or(())?;
-        Ok(Self { kind: Kind::from_letter(letter).ok_or(())?, key: SeriesKey::parse(key) })
+        match text.split_once(':').ok_or(())? {
+            ("store", cursor) => cursor.parse().map(Self::Store).map_err(|_| ()),
+            (letter, key) => Kind::from_letter(letter).map(|kind| Self::Key(SeriesKey::parse(key), kind)).ok_or(()),
+        }
     }
 }
 
-/// A part of a list, ordered by key and kind.
+/// A part of a list: of this agent's series by key and kind, of a store's by partition.
 #[derive(Debug, Clone)]
 pub struct Page {
     /// The series.
@@ -122,19 +137,37 @@ pub struct Page {
     pub next: Option<Cursor>,
 }
 
+/// A store that many agents share, for reading.
+#[derive(Clone)]
+pub struct Remote {
+    /// Reads it.
+    pub reader: RedisReader,
+    /// Ships to it.
+    pub bell: ship::Bell,
+    /// Holds what it may not have yet.
+    pub journal: Arc<Journal>,
+}
+
 /// All that a reader may look at.
 #[derive(Clone)]
 pub struct View {
     ledger: Arc<Ledger>,
     fold: Fold,
     journal: Option<Arc<Journal>>,
+    remote: Option<Remote>,
     rejects: Arc<Rejects>,
 }
 
 impl View {
     /// A view of a running agent.
     pub fn new(ledger: Arc<Ledger>, fold: Fold, journal: Option<Arc<Journal>>, rejects: Arc<Rejects>) -> Self {
-        Self { ledger, fold, journal, rejects }
+        Self { ledger, fold, journal, remote: None, rejects }
+    }
+
+    /// The same, with the figures of all agents that share a store.
+    #[must_use]
+    pub fn sharing(self, remote: Option<Remote>) -> Self {
+        Self { remote, ..self }
     }
 
     /// This agent's series.
@@ -156,86 +189,127 @@ impl View {
     pub async fn metrics(&self, key: &SeriesKey, kind: Option<Kind>, scope: Scope) -> Vec<Metric> {
         self.fresh().await;
         let kinds = Kind::ALL.into_iter().filter(|candidate| kind.is_none_or(|kind| kind == *candidate));
-        let ids = kinds.map(|kind| SeriesId { kind, key: key.clone() });
-        let mut found = Vec::new();
-        for id in ids {
-            found.extend(self.metric(&id, scope).await);
-        }
-        found
+        let ids: Vec<_> = kinds.map(|kind| SeriesId { kind, key: key.clone() }).collect();
+        self.figures(&ids, scope).await
     }
 
     /// The series a filter shows, from behind a place on, at most `limit` of them.
     pub async fn page(&self, filter: &Filter, after: Option<Cursor>, limit: usize, scope: Scope) -> Page {
         self.fresh().await;
+        if let (Some(remote), Scope::Global, None | Some(Cursor::Store(_))) = (&self.remote, scope, &after) {
+            let from = after.as_ref().and_then(|after| match after {
+                Cursor::Store(cursor) => Some(cursor),
+                Cursor::Key(..) => None,
+            });
+            if let Ok((ids, next)) = self.listed_by_store(remote, filter, from, limit).await {
+                return Page { metrics: self.figures(&ids, scope).await, next: next.map(Cursor::Store) };
+            }
+        }
         let mut ids = self.listed(filter, after.as_ref(), limit + 1);
         let more = ids.len() > limit;
         ids.truncate(limit);
-        let next = if more { ids.last().map(|id| Cursor { key: id.key.clone(), kind: id.kind }) } else { None };
-        let mut metrics = Vec::with_capacity(ids.len());
-        for id in &ids {
-            metrics.extend(self.metric(id, scope).await);
-        }
-        Page { metrics, next }
+        let next = ids.last().filter(|_| more).map(|id| Cursor::Key(id.key.clone(), id.kind));
+        Page { metrics: self.figures(&ids, scope).await, next }
     }
 
-    /// Lets the series of a key start again from nothing, all of them or that of a kind.
+    /// Lets the series of a key start again from nothing on every agent, all of them or that of a kind. The answer is how
+    /// many there were.
     ///
     /// # Errors
-    /// [`Error::Stopping`] when the agent stops before that is kept.
+    /// [`Error::Stopping`] when the agent stops before that is kept, [`Error::Store`] when the store is away: then other
+    /// agents still have the series, and nothing was done here.
     pub async fn delete(&self, key: &SeriesKey, kind: Option<Kind>) -> Result<u32, Error> {
-        let found = self.metrics(key, kind, Scope::Global).await;
-        if found.is_empty() {
+        let mut kinds: Vec<_> = self.metrics(key, kind, Scope::Global).await.iter().map(|metric| metric.kind).collect();
+        if kinds.is_empty() {
             return Ok(0);
         }
-        let ids: Vec<_> = found.into_iter().map(|metric| SeriesId { kind: metric.kind, key: metric.key }).collect();
-        let count = ids.len() as u32;
+        if let Some(remote) = &self.remote {
+            let deleted = remote.reader.delete(key, &kinds).await.map_err(|_| Error::Store)?;
+            remote.bell.already_deleted(deleted);
+        }
+        let count = kinds.len() as u32;
+        let ids = kinds.drain(..).map(|kind| SeriesId { kind, key: key.clone() }).collect();
         if self.fold.delete(ids).await { Ok(count) } else { Err(Error::Stopping) }
     }
 
     /// Why the agent is not ready; empty when it is.
     pub fn unready(&self) -> Vec<String> {
-        self.fold.status().problem().into_iter().collect()
+        let store = self.remote.iter().flat_map(|remote| remote.bell.status().reasons.clone());
+        self.fold.status().problem().into_iter().chain(store).collect()
     }
 
-    async fn metric(&self, id: &SeriesId, scope: Scope) -> Option<Metric> {
-        let series = self.ledger.get(id);
-        let (total, window) = match &series {
-            Some(series) => self.figures(series),
-            None => (Arc::new(self.kept(id)?), None),
+    /// The figures of those of these series that there are.
+    async fn figures(&self, ids: &[SeriesId], scope: Scope) -> Vec<Metric> {
+        // In this order: what the ledger does not know yet as committed is in the snapshot or newer, and what the snapshot
+        // does not hold any more is in the store.
+        let series: Vec<_> = ids.iter().map(|id| self.ledger.get(id).map(|series| series.state())).collect();
+        let totals = match (&self.remote, scope) {
+            (Some(remote), Scope::Global) => self.global(remote, ids, &series).await,
+            (None, _) | (_, Scope::Local) => None,
         };
-        Some(Metric {
-            kind: id.kind,
-            key: id.key.clone(),
-            total,
-            window,
-            closed_until_ms: self.ledger.closed_until_ms(),
-            window_ms: self.ledger.window_ms(),
-            scope,
-        })
+        let scope = if totals.is_none() && self.remote.is_some() { Scope::Local } else { scope };
+        let totals =
+            totals.unwrap_or_else(|| ids.iter().zip(&series).map(|(id, state)| self.local(id, state)).collect());
+        let found = ids.iter().zip(series).zip(totals);
+        found.filter_map(|((id, state), total)| Some(self.metric(id, state.as_deref(), total?, scope))).collect()
     }
 
-    fn figures(&self, series: &Series) -> (Arc<Total>, Option<Arc<Window>>) {
-        let state = series.state();
-        let closed = self.ledger.closed_until_ms().saturating_sub(self.ledger.window_ms());
-        (Arc::clone(&state.total), state.window_at(closed).map(Arc::clone))
+    fn metric(&self, id: &SeriesId, state: Option<&State>, total: Arc<Total>, scope: Scope) -> Metric {
+        let (closed_until_ms, window_ms) = (self.ledger.closed_until_ms(), self.ledger.window_ms());
+        let window = state.and_then(|state| state.window_at(closed_until_ms.saturating_sub(window_ms)).map(Arc::clone));
+        Metric { kind: id.kind, key: id.key.clone(), total, window, closed_until_ms, window_ms, scope }
     }
 
-    /// The total of a series that is idle and no longer in the ledger.
-    fn kept(&self, id: &SeriesId) -> Option<Total> {
-        self.journal.as_ref()?.total(id.kind, &id.key).unwrap_or_else(|error| {
-            tracing::error!(%error, series = %id.key, "the journal could not be read");
-            None
-        })
+    /// This agent's total: of the ledger, or of the journal where the series is idle. With a remote store a series that
+    /// is not in the ledger may have been deleted elsewhere, and the journal knows of it later.
+    fn local(&self, id: &SeriesId, state: &Option<Arc<State>>) -> Option<Arc<Total>> {
+        match state {
+            Some(state) => Some(Arc::clone(&state.total)),
+            None => self.journal.as_ref()?.total(id.kind, &id.key).map_or_else(
+                |error| {
+                    tracing::error!(%error, series = %id.key, "the journal could not be read");
+                    None
+                },
+                |total| total.map(Arc::new),
+            ),
+        }
+    }
+
+    /// The totals of all agents: the store's, then our batches that are not in it, then what no batch carries yet. `None`
+    /// when the store is away.
+    async fn global(
+        &self,
+        remote: &Remote,
+        ids: &[SeriesId],
+        states: &[Option<Arc<State>>],
+    ) -> Option<Vec<Option<Arc<Total>>>> {
+        let snapshot =
+            remote.journal.snapshot().inspect_err(|error| tracing::error!(%error, "the outbox is unreadable")).ok()?;
+        let agent = remote.journal.agent().to_string();
+        let series: Vec<_> = ids.iter().map(|id| (id.kind, id.key.clone())).collect();
+        let stored = remote.reader.totals(&series, &agent).await.ok()?;
+        let mut totals = Vec::with_capacity(ids.len());
+        for ((id, state), stored) in ids.iter().zip(states).zip(stored) {
+            // A hash that another program spoilt is shown as this agent knows the series.
+            totals.push(match stored {
+                Ok(stored) => complete(&snapshot, id, state.as_deref(), stored).ok()?.map(Arc::new),
+                Err(_) => self.local(id, state),
+            });
+        }
+        Some(totals)
     }
 
     /// The first ids behind a place, in order, without sorting more of them than are shown.
     fn listed(&self, filter: &Filter, after: Option<&Cursor>, limit: usize) -> Vec<SeriesId> {
+        let after = after.and_then(|after| match after {
+            Cursor::Key(key, kind) => Some((key, *kind)),
+            Cursor::Store(_) => None,
+        });
         let mut first: BinaryHeap<(SeriesKey, Kind)> = BinaryHeap::new();
         self.ledger.for_each(|series| {
-            let is_behind = after.is_none_or(|after| (series.key(), series.kind()) > (&after.key, after.kind));
-            let fits = first.len() < limit
-                || first.peek().is_some_and(|(key, kind)| (series.key(), series.kind()) < (key, *kind));
-            if is_behind && fits && filter.shows(series.id()) {
+            let place = (series.key(), series.kind());
+            let fits = first.len() < limit || first.peek().is_some_and(|(key, kind)| place < (key, *kind));
+            if after.is_none_or(|after| place > after) && fits && filter.shows(series.id()) {
                 first.push((series.key().clone(), series.kind()));
                 if first.len() > limit {
                     first.pop();
@@ -244,13 +318,67 @@ impl View {
         });
         first.into_sorted_vec().into_iter().map(|(key, kind)| SeriesId { kind, key }).collect()
     }
+
+    /// A page of the store's list, with those of our series in it that the store does not have yet.
+    async fn listed_by_store(
+        &self,
+        remote: &Remote,
+        filter: &Filter,
+        from: Option<&redis::Cursor>,
+        limit: usize,
+    ) -> Result<(Vec<SeriesId>, Option<redis::Cursor>), redis::Error> {
+        let accept = |kind, key: &SeriesKey| filter.shows(&SeriesId { kind, key: key.clone() });
+        let page = remote.reader.list(from, filter.prefix(), accept, limit).await?;
+        let mut places: BTreeMap<redis::Cursor, SeriesId> = BTreeMap::new();
+        for (kind, key) in page.series {
+            places.insert(redis::Cursor::after(kind, &key), SeriesId { kind, key });
+        }
+        self.ledger.for_each(|series| {
+            let place = redis::Cursor::after(series.kind(), series.key());
+            let is_here = from.is_none_or(|from| place > *from) && page.next.as_ref().is_none_or(|next| place <= *next);
+            if is_here && filter.shows(series.id()) {
+                places.entry(place).or_insert_with(|| series.id().clone());
+            }
+        });
+        let more = page.next.is_some() || places.len() > limit;
+        let shown: Vec<_> = places.into_iter().take(limit).collect();
+        let next = shown.last().filter(|_| more).map(|(place, _)| place.clone());
+        Ok((shown.into_iter().map(|(_, id)| id).collect(), next))
+    }
 }
+
+/// Adds to the store's total what it does not have of us. Without anything there is no series.
+fn complete(
+    snapshot: &journal::Snapshot,
+    id: &SeriesId,
+    state: Option<&State>,
+    stored: Stored,
+) -> Result<Option<Total>, Incomplete> {
+    let mut total = stored.total;
+    let batches = snapshot.batches(partition(&id.key), stored.sequence).map_err(|_| Incomplete)?.ok_or(Incomplete)?;
+    for operation in batches.iter().flat_map(|batch| &batch.operations) {
+        if operation.kind == id.kind && operation.key == id.key {
+            let total = total.get_or_insert_with(|| Total::new(id.kind, operation.start_ms));
+            total.add(&operation.delta, operation.update_ms);
+        }
+    }
+    for unshipped in state.iter().flat_map(|state| &state.unshipped).filter(|later| later.flush > snapshot.flush()) {
+        let update_ms = state.map_or(0, |state| state.total.update_ms);
+        total.get_or_insert_with(|| Total::new(id.kind, update_ms)).add(&unshipped.delta, update_ms);
+    }
+    Ok(total)
+}
+
+/// The outbox could not be read, or the store is older than it.
+struct Incomplete;
 
 /// Why a change through a view failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Error {
     /// The agent is stopping.
     Stopping,
+    /// The store that agents share is away.
+    Store,
 }
 
 #[cfg(test)]
@@ -276,7 +404,9 @@ mod tests {
 
     #[test]
     fn a_cursor_is_read_as_it_is_printed() {
-        let cursor = Cursor { key: SeriesKey::parse("a.b;k=v:w"), kind: Kind::Timer };
-        assert_eq!(cursor.to_string().parse(), Ok(cursor));
+        let key = SeriesKey::parse("a.b;k=v:w");
+        for cursor in [Cursor::Key(key.clone(), Kind::Timer), Cursor::Store(redis::Cursor::after(Kind::Set, &key))] {
+            assert_eq!(cursor.to_string().parse(), Ok(cursor));
+        }
     }
 }

@@ -94,6 +94,7 @@ impl Data {
             Ok(0) => Err(unknown(&key)),
             Ok(_) => Ok(ok(TEXT, format!("Record {key} DELETED"))),
             Err(view::Error::Stopping) => Err(Problem::busy("the agent is stopping")),
+            Err(view::Error::Store) => Err(Problem::busy("the store that agents share is away")),
         }
     }
 

@@ -90,6 +90,16 @@ impl Bell {
     pub fn ring(&self) {
         self.0.wake.notify_one();
     }
+
+    /// How the store is doing.
+    pub fn status(&self) -> Arc<Status> {
+        self.0.status.load_full()
+    }
+
+    /// Takes note of deletes that this agent has already repeated, because it asked for them.
+    pub fn already_deleted(&self, deleted: impl IntoIterator<Item = Deleted>) {
+        locked(&self.0.own).extend(deleted);
+    }
 }
 
 /// What the thread and its handle share.
@@ -131,11 +141,6 @@ impl Handle {
     /// How the store is doing.
     pub fn status(&self) -> Arc<Status> {
         self.shared.status.load_full()
-    }
-
-    /// Takes note of deletes that this agent has already repeated, because it asked for them.
-    pub fn already_deleted(&self, deleted: impl IntoIterator<Item = Deleted>) {
-        locked(&self.shared.own).extend(deleted);
     }
 
     /// Ships what the outbox holds, at most until the deadline, and ends the thread. What is left stays in the journal.

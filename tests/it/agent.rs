@@ -201,11 +201,6 @@ impl Agent {
         let settings: Vec<_> = self.settings.iter().map(String::as_str).collect();
         Self::start_in(Arc::clone(&self.state), &settings)
     }
-
-    /// Its process id.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
 }
 
 impl Drop for Agent {

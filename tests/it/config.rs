@@ -45,7 +45,7 @@ fn exit_codes_follow_sysexits() {
     for (arguments, environment, code, part) in [
         (&["check", "--config", "/nonexistent/tallyd.toml"][..], &[][..], 66, "/nonexistent/tallyd.toml"),
         (&["--no-such-flag"][..], &[][..], 2, "--no-such-flag"),
-        (&["check", "--set", "flush.interval=3s"][..], &[][..], 78, "flush.window"),
+        (&["check", "--set", "flush.interval=3s"][..], &[][..], 78, "must divide the window"),
         (&["check", "--set", "http.api=0.0.0.0:7000"][..], &[][..], 78, "http.insecure"),
         (&["check"][..], &[("TALLYD_LISTEN__UPD", "x")][..], 78, "TALLYD_LISTEN__UPD"),
         (&["check"][..], &[("STORE", "NOWHERE")][..], 78, "STORE"),

@@ -1,6 +1,15 @@
 //! tallyd from outside: the real executable, real sockets, a real Redis, a real Prometheus. Each test starts its own
 //! servers on free ports with a temporary directory, waits for conditions with a deadline, and ends what it started.
 
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    clippy::unwrap_used,
+    unreachable_pub,
+    reason = "a test ends where it finds something wrong, and says so; its modules are its own"
+)]
+
 mod agent;
 mod http;
 mod net;
