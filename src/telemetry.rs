@@ -82,7 +82,9 @@ table! {
     OUTBOX_BATCHES = "tallyd_outbox_batches", Gauge, [], "Batches kept for the store.";
     OUTBOX_BYTES = "tallyd_outbox_bytes", Gauge, [], "Bytes of these batches.";
     OUTBOX_UNSENT = "tallyd_outbox_unsent_batches", Gauge, [], "Batches that the store has not acknowledged.";
+    OUTBOX_MERGED = "tallyd_outbox_merged_total", Counter, [], "Batches never sent that went into others because the outbox was past its limit.";
     JOURNAL_BYTES = "tallyd_journal_bytes", Gauge, [], "Size of the journal's file, in bytes.";
+    JOURNAL_EXPIRED = "tallyd_journal_expired_total", Counter, [], "Totals deleted from the journal because they were idle for too long, or longest when it was past its limit.";
     HTTP_REQUESTS = "tallyd_http_requests_total", Counter, ["listener", "route", "code"], "HTTP requests answered.";
     HTTP_SECONDS = "tallyd_http_request_seconds", Seconds, ["route"], "Time from the request's headers to the answer's headers.";
     SCRAPE_SECONDS = "tallyd_scrape_seconds", Seconds, [], "Time to write one scrape.";

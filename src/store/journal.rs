@@ -2,10 +2,10 @@
 //!
 //! One transaction a flush, durable when it returns: what [`Journal::commit`] was given is in the file as a whole or not at
 //! all, so a kill or a power loss falls between two flushes. An error leaves everything as it was, and the same changes can
-//! be given again. A file that cannot be opened is moved aside and its readable records are copied ([`salvage`]); it never
+//! be given again. A file that cannot be opened is moved aside and its readable records are copied; it never
 //! stops a start. A second process on the same directory is refused.
 //!
-//! Limits: `store_expire`, `journal`, `outbox`, `batch`. Metrics: `tallyd_journal_bytes`, `tallyd_outbox_*`,
+//! Limits: `store_expire`, `journal`, `outbox`, `batch`. Metrics: `tallyd_journal_*`, `tallyd_outbox_*`,
 //! `tallyd_store_errors_total{store="journal"}`, `tallyd_lost_total`.
 
 mod commit;
@@ -102,14 +102,17 @@ impl Error {
         match self {
             Self::InUse(_) => "in_use",
             Self::Io(_, error) => Self::reason_of(error),
-            Self::Database(error) => match &**error {
-                redb::Error::Io(error) => Self::reason_of(error),
-                redb::Error::Corrupted(_) => "corrupt",
-                _ => "database",
-            },
+            Self::Database(error) => Self::reason_of_database(error),
             Self::Closed => "closed",
             Self::Record => "record",
         }
+    }
+
+    fn reason_of_database(error: &redb::Error) -> &'static str {
+        if let redb::Error::Io(error) = error {
+            return Self::reason_of(error);
+        }
+        if let redb::Error::Corrupted(_) = error { "corrupt" } else { "database" }
     }
 
     fn reason_of(error: &io::Error) -> &'static str {
@@ -247,13 +250,11 @@ impl Journal {
     /// When another process has the directory, or it cannot be made, read or written.
     pub fn open(dir: &Path, config: &Config, limits: &Limits, with_outbox: bool) -> Result<(Self, Opened), Error> {
         let (database, found) = Database::open(dir, config.cache.bytes())?;
-        let new = found.new;
-        let damage = found.damage.clone();
-        let (state, minted) = State::load(&database, found)?;
+        let (state, minted) = State::load(&database, &found)?;
         let opened = Opened {
             agent: state.agent.id,
-            new,
-            damage,
+            new: found.new,
+            damage: found.damage,
             totals: state.totals,
             batches: state.queues.iter().map(Queue::held).sum(),
         };
@@ -395,7 +396,7 @@ fn put_agent(transaction: &redb::WriteTransaction, revision: u64, agent: &Agent)
 
 impl State {
     /// Reads back what is committed, and mints an agent where there is none: then the second answer is `true`.
-    fn load(database: &Database, found: file::Found) -> Result<(Self, bool), Error> {
+    fn load(database: &Database, found: &file::Found) -> Result<(Self, bool), Error> {
         let kept = database.read(|transaction| {
             let table = transaction.open_table(AGENT)?;
             Ok(table.get(0)?.and_then(|value| record::read_agent(value.value())))

@@ -5,6 +5,7 @@
 //! never sent when the outbox is past its limit, so that no single flush pays for a bound.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Bound;
 
 use redb::{ReadableTable, Table, WriteTransaction};
@@ -70,7 +71,7 @@ struct Commit<'a> {
     now_ms: u64,
     state: State,
     done: Committed,
-    /// Samples that no delta could take because a sum would not stay finite.
+    /// Deltas that another could not take because a sum would not stay finite.
     refused: u64,
 }
 
@@ -111,9 +112,9 @@ impl Journal {
         };
         self.database.write(write).map_err(Error::counted)?;
         let done = commit.done;
-        if commit.refused > 0 {
-            telemetry::LOST.counter(&["non_finite"]).increment(commit.refused);
-        }
+        telemetry::LOST.counter(&["non_finite"]).increment(commit.refused);
+        telemetry::JOURNAL_EXPIRED.counter(&[]).increment(done.expired);
+        telemetry::OUTBOX_MERGED.counter(&[]).increment(done.merged);
         self.adopt(commit.state);
         writing.forget_large();
         drop(writing);
@@ -289,10 +290,10 @@ impl Commit<'_> {
             }
         }
         let queue = self.queue(partition);
-        let left = last - queue.last().min(last);
-        queue.merged_bytes = queue.unsent_bytes();
-        let bytes = queue.merged_bytes;
-        self.done.merged += left;
+        let bytes = queue.unsent_bytes();
+        queue.merged_bytes = bytes;
+        let gone = last.saturating_sub(queue.last());
+        self.done.merged += gone;
         Ok(bytes)
     }
 
@@ -431,9 +432,9 @@ impl Merged {
     fn add(&mut self, batch: Batch) {
         self.flush = self.flush.max(batch.flush);
         for operation in batch.operations {
-            match self.operations.get_mut(&(operation.kind, operation.key.clone())) {
-                Some(sum) => self.refused += u64::from(!add_operation(sum, operation)),
-                None => drop(self.operations.insert((operation.kind, operation.key.clone()), operation)),
+            match self.operations.entry((operation.kind, operation.key.clone())) {
+                Entry::Occupied(sum) => self.refused += u64::from(!add_operation(sum.into_mut(), operation)),
+                Entry::Vacant(place) => drop(place.insert(operation)),
             }
         }
     }

@@ -178,11 +178,16 @@ fn make_tables(database: &redb::Database) -> Result<(), redb::Error> {
 
 /// Tells damage from errors that another try, more space or more rights would mend.
 fn refused(path: &Path, error: redb::Error) -> Unreadable {
-    match error {
-        redb::Error::Io(error) if !is_damage(&error) => Unreadable::Failed(Error::Io(path.to_owned(), error)),
-        redb::Error::DatabaseAlreadyOpen => Unreadable::Failed(Error::InUse(path.to_owned())),
-        error => Unreadable::Damaged(error.to_string()),
+    if let redb::Error::DatabaseAlreadyOpen = error {
+        return Unreadable::Failed(Error::InUse(path.to_owned()));
     }
+    if let redb::Error::Io(error) = error {
+        return match is_damage(&error) {
+            true => Unreadable::Damaged(error.to_string()),
+            false => Unreadable::Failed(Error::Io(path.to_owned(), error)),
+        };
+    }
+    Unreadable::Damaged(error.to_string())
 }
 
 fn is_damage(error: &io::Error) -> bool {

@@ -80,7 +80,7 @@ pub(super) fn copy(aside: &Path, cause: String, database: &redb::Database) -> Re
     telemetry::STORE_ERRORS.counter(&["journal", "moved_aside"]).increment(1);
     telemetry::STORE_ERRORS.counter(&["journal", "damaged_record"]).increment(survey.damaged);
     let found = survey.found(damage);
-    copy_records(&file, database, survey, batches)?;
+    copy_records(&file, database, survey, &batches)?;
     Ok(found)
 }
 
@@ -88,7 +88,7 @@ fn copy_records(
     file: &File,
     database: &redb::Database,
     survey: Survey,
-    batches: Vec<((Partition, u64), Location)>,
+    mut batches: &[((Partition, u64), Location)],
 ) -> Result<(), Error> {
     let mut totals: Vec<_> = survey.totals.into_iter().collect();
     totals.sort_unstable();
@@ -96,7 +96,6 @@ fn copy_records(
     while !totals.is_empty() {
         totals = copy_some(file, database, TOTALS, totals, |place| place)?;
     }
-    let mut batches = batches.as_slice();
     while !batches.is_empty() {
         batches = copy_some(file, database, OUTBOX, batches, |key| *key)?;
     }

@@ -62,10 +62,8 @@ fn totals(journal: &Journal) -> BTreeMap<String, f64> {
 }
 
 fn value(aggregate: &Aggregate) -> f64 {
-    match aggregate {
-        Aggregate::Counter(counter) => counter.increments.value(),
-        other => panic!("{other:?} is no counter"),
-    }
+    let Aggregate::Counter(counter) = aggregate else { panic!("{aggregate:?} is no counter") };
+    counter.increments.value()
 }
 
 /// All batches of a partition, read without marking them.
@@ -564,7 +562,7 @@ fn a_flipped_bit_costs_at_most_one_record() {
     let (bytes, held) = sample_file();
     let batches = outbox_sums(&open_bytes(&bytes).1).values().sum::<f64>();
     let mut moved = 0;
-    for round in 0..200_usize {
+    for round in 0..120_usize {
         let at = if round < 80 { round * 4 } else { (round * 7_919 + round * round * 104_729) % bytes.len() };
         let mut bytes = bytes.clone();
         bytes[at] ^= 1 << (round % 8);
@@ -580,7 +578,7 @@ fn a_flipped_bit_costs_at_most_one_record() {
             assert_eq!(open(dir.path()).1.damage, None, "byte {at}");
         }
     }
-    assert!(moved > 50, "only {moved} files were refused");
+    assert!(moved > 30, "only {moved} files were refused");
 }
 
 #[test]
@@ -694,4 +692,44 @@ fn a_full_disk_costs_nothing_that_is_given_again() {
     drop(journal);
     let (journal, opened) = open(&dir);
     assert_eq!((opened.damage, totals(&journal)), (None, held));
+}
+
+#[test]
+fn an_idle_agent_writes_nothing() {
+    let dir = scratch();
+    let (journal, _) = open(dir.path());
+    journal.commit(1, &[changed(0, 1.0, Some(1.0))], &[], NOW).unwrap();
+    let file = || std::fs::read(dir.path().join("journal.redb")).unwrap();
+    let before = file();
+    assert_eq!(journal.commit(2, &[], &[], NOW).unwrap(), Committed::default());
+    assert!(before == file(), "the file was written to");
+    assert_eq!(journal.last_flush(), 1);
+}
+
+#[test]
+fn shipping_beside_flushes_and_merges_loses_and_doubles_nothing() {
+    const FLUSHES: u64 = 150;
+    let dir = scratch();
+    let (journal, _) = open_with(dir.path(), &Limits { outbox: Size(2_000), batch: 2, ..Limits::default() });
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let mut remote = Remote::default();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let changes: Vec<_> = (0..20).map(|number| changed(number, 1.0, Some(1.0))).collect();
+            for flush in 1..=FLUSHES {
+                journal.commit(flush, &changes[..1 + flush as usize % 20], &[], NOW).unwrap();
+            }
+            done.store(true, std::sync::atomic::Ordering::Release);
+        });
+        let places: Vec<_> = (0..20).map(|number| partition(&key(number))).collect();
+        while !done.load(std::sync::atomic::Ordering::Acquire) {
+            for place in &places {
+                remote.ship(&journal, *place, 3, 2);
+                journal.stable(*place, remote.sequence(*place).saturating_sub(2));
+            }
+        }
+    });
+    remote.claim_and_ship_all(&journal);
+    let shipped: u64 = (1..=FLUSHES).map(|flush| 1 + flush % 20).sum();
+    assert_eq!(remote.sums.values().sum::<f64>(), shipped as f64);
 }
