@@ -41,6 +41,7 @@ pub(crate) mod server;
 mod tests;
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
@@ -367,7 +368,7 @@ impl Default for Scripts {
 #[derive(Clone)]
 pub(super) struct Connection {
     wire: MultiplexedConnection,
-    scripts: std::sync::Arc<Scripts>,
+    scripts: Arc<Scripts>,
     names: Names,
 }
 
@@ -386,18 +387,16 @@ impl Connection {
             .set_response_timeout(Some(limits.redis_reply.0))
             .set_pipeline_buffer_size(64)
             .set_write_backpressure_boundary(256 << 10);
-        let mut wire =
-            client.get_multiplexed_async_connection_with_config(&settings).await.map_err(|error| match Error::from(
-                &error,
-            ) {
-                Error::Dropped | Error::Timeout => Error::Connect,
-                other => other,
-            })?;
+        let connected = client.get_multiplexed_async_connection_with_config(&settings).await;
+        let mut wire = connected.map_err(|error| {
+            let error = Error::from(&error);
+            if matches!(error, Error::Dropped | Error::Timeout) { Error::Connect } else { error }
+        })?;
         let scripts = Scripts::default();
         for script in [&scripts.claim, &scripts.apply, &scripts.poll, &scripts.delete, &scripts.read] {
             script.load_async(&mut wire).await?;
         }
-        Ok(Self { wire, scripts: std::sync::Arc::new(scripts), names: Names::new(&config.prefix) })
+        Ok(Self { wire, scripts: Arc::new(scripts), names: Names::new(&config.prefix) })
     }
 
     /// Makes the asker the owner of its sequence of a partition, where the present owner is nobody or among `known`.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use tempfile::TempDir;
 
@@ -18,27 +18,41 @@ use crate::sample::{Kind, SeriesKey};
 
 const NOW: u64 = 1_764_000_000_000;
 
-/// Forwards connections to a server, until it is told to forward no answers or to cut them.
+/// Forwards connections to a server, until it is told to forward no answers, to hold requests back, or to cut.
 struct Wire {
     port: u16,
-    silent: Arc<AtomicBool>,
-    streams: Arc<Mutex<Vec<TcpStream>>>,
+    lines: Arc<Mutex<Vec<Line>>>,
+}
+
+/// One forwarded connection.
+struct Line {
+    agent: TcpStream,
+    server: TcpStream,
+    requests: Arc<Direction>,
+    answers: Arc<Direction>,
+}
+
+/// What happens to bytes on their way.
+#[derive(Default)]
+struct Direction {
+    drops: AtomicBool,
+    holds: AtomicBool,
+    /// Bytes that came in.
+    seen: AtomicU64,
 }
 
 impl Wire {
     fn to(server: &Server) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let wire = Self { port, silent: Arc::default(), streams: Arc::default() };
-        let (silent, streams, target) = (Arc::clone(&wire.silent), Arc::clone(&wire.streams), server.port);
+        let wire = Self { port: listener.local_addr().unwrap().port(), lines: Arc::default() };
+        let (lines, target) = (Arc::clone(&wire.lines), server.port);
         std::thread::spawn(move || {
-            for stream in listener.incoming().map_while(Result::ok) {
-                let Ok(onward) = TcpStream::connect(("127.0.0.1", target)) else { continue };
-                locked(&streams).extend([stream.try_clone().unwrap(), onward.try_clone().unwrap()]);
-                let (requests, answers) = (stream.try_clone().unwrap(), onward.try_clone().unwrap());
-                std::thread::spawn(move || forward(requests, onward, &AtomicBool::default()));
-                let silent = Arc::clone(&silent);
-                std::thread::spawn(move || forward(answers, stream, &silent));
+            for agent in listener.incoming().map_while(Result::ok) {
+                let Ok(server) = TcpStream::connect(("127.0.0.1", target)) else { continue };
+                let line = Line { agent, server, requests: Arc::default(), answers: Arc::default() };
+                forward(&line.agent, &line.server, &line.requests);
+                forward(&line.server, &line.agent, &line.answers);
+                locked(&lines).push(line);
             }
         });
         wire
@@ -48,29 +62,43 @@ impl Wire {
         Config { url: format!("redis://127.0.0.1:{}", self.port), ..Config::default() }
     }
 
-    /// From now on no answer comes back.
+    /// From now on no answer comes back on the connections there are.
     fn silence(&self) {
-        self.silent.store(true, Ordering::SeqCst);
+        locked(&self.lines).iter().for_each(|line| line.answers.drops.store(true, Ordering::SeqCst));
     }
 
-    /// Ends all connections; the next ones get answers.
+    /// Ends all connections.
     fn cut(&self) {
-        self.silent.store(false, Ordering::SeqCst);
-        for stream in locked(&self.streams).drain(..) {
-            // It may have ended already.
-            drop(stream.shutdown(Shutdown::Both));
+        for line in locked(&self.lines).drain(..) {
+            // They may have ended already.
+            drop(line.agent.shutdown(Shutdown::Both));
+            drop(line.server.shutdown(Shutdown::Both));
         }
+    }
+
+    /// Takes the connection there is out of the list, with its requests held back.
+    fn hold(&self) -> Line {
+        let line = locked(&self.lines).pop().unwrap();
+        line.requests.holds.store(true, Ordering::SeqCst);
+        line
     }
 }
 
-fn forward(mut from: TcpStream, mut to: TcpStream, silent: &AtomicBool) {
-    let mut bytes = [0; 16 << 10];
-    while let Ok(length @ 1..) = from.read(&mut bytes) {
-        if !silent.load(Ordering::SeqCst) && to.write_all(&bytes[..length]).is_err() {
-            break;
+/// Copies bytes on a thread of its own. What is held back still goes on after the sender has hung up.
+fn forward(from: &TcpStream, to: &TcpStream, direction: &Arc<Direction>) {
+    let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+    let direction = Arc::clone(direction);
+    std::thread::spawn(move || {
+        let mut bytes = [0; 16 << 10];
+        while let Ok(length @ 1..) = from.read(&mut bytes) {
+            direction.seen.fetch_add(length as u64, Ordering::SeqCst);
+            wait_for("what is held back is let go", || !direction.holds.load(Ordering::SeqCst));
+            if !direction.drops.load(Ordering::SeqCst) && to.write_all(&bytes[..length]).is_err() {
+                break;
+            }
         }
-    }
-    drop(to.shutdown(Shutdown::Both));
+        drop(to.shutdown(Shutdown::Write));
+    });
 }
 
 /// An agent without sockets: what a test flushes is shipped.
@@ -137,7 +165,7 @@ fn stored(server: &Server) -> BTreeMap<SeriesKey, f64> {
         let totals = reader.totals(&page.series, "nobody").await.unwrap();
         let value = |total: Total| match total.aggregate {
             Aggregate::Counter(counter) => counter.increments.value(),
-            other => panic!("{other:?} is no counter"),
+            Aggregate::Gauge(_) | Aggregate::Observed(_) | Aggregate::Set(_) | Aggregate::Meter(_) => f64::NAN,
         };
         let series = page.series.into_iter().map(|(_, key)| key);
         series.zip(totals).map(|(key, stored)| (key, value(stored.unwrap().total.unwrap()))).collect()
@@ -226,6 +254,29 @@ fn a_process_that_ends_before_the_answer_sends_again_what_counts_once() {
     agent.flush(0..300, 1.0);
     agent.stop(Duration::from_secs(20));
     all_are(&server, 300, 3.0);
+}
+
+#[test]
+fn a_batch_that_comes_late_on_a_dead_connection_counts_once() {
+    let server = Server::start(&[]);
+    let wire = Wire::to(&server);
+    let dir = TempDir::new().unwrap();
+    let agent = Agent::start(dir.path(), wire.config());
+    wait_for("it is connected", || agent.handle().status().connected);
+    agent.flush(0..100, 1.0);
+    wait_for("all is shipped", || agent.is_shipped());
+    let old = wire.hold();
+    let (requests, answers) = (old.requests.seen.load(Ordering::SeqCst), old.answers.seen.load(Ordering::SeqCst));
+    agent.flush(0..100, 1.0);
+    wait_for("the batch is under way", || old.requests.seen.load(Ordering::SeqCst) > requests);
+    drop(old.agent.shutdown(Shutdown::Both));
+    // It connects again and sends the same batch, which overtakes the first.
+    wait_for("all is shipped", || agent.is_shipped());
+    old.requests.holds.store(false, Ordering::SeqCst);
+    wait_for("the first one is answered", || old.answers.seen.load(Ordering::SeqCst) > answers);
+    agent.flush(0..100, 1.0);
+    agent.stop(Duration::from_secs(20));
+    all_are(&server, 100, 3.0);
 }
 
 #[test]
