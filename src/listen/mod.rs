@@ -1,5 +1,5 @@
 //! Sockets into workers. [`start`] binds what is configured and gives every worker its thread: UDP workers, each with
-//! sockets of its own ([`udp`]), and one worker for all that comes in streams ([`stream`]), whose runtime serves HTTP
+//! sockets of its own (`udp`), and one worker for all that comes in streams (`stream`), whose runtime serves HTTP
 //! ingest too. Nothing here reads a line; nothing here waits for a store, a scraper or a reader.
 //!
 //! A receive or accept error never ends a listener: it is counted, the listener pauses 100 ms and goes on.
