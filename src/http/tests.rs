@@ -253,10 +253,8 @@ fn many_records_are_answered_with_counts() {
     let agent = Agent::default();
     let good = r#"{"name":"a","type":"COUNTER","value":1}"#;
     let reply = agent.post("", format!("[{good},{{}},{good}]"));
-    assert_eq!(reply.status, 200);
-    let json = reply.json();
-    assert_eq!((&json["accepted"], &json["rejected"]), (&json!(2), &json!(1)));
-    assert_eq!((&json["errors"][0]["index"], &json["errors"][0]["reason"]), (&json!(1), &json!("empty_name")));
+    let want = r#"{"accepted":2,"rejected":1,"errors":[{"index":1,"reason":"empty_name"}]}"#;
+    assert_eq!((reply.status, reply.text()), (200, want));
     let reply = agent.post("Content-Type: application/x-ndjson; charset=utf-8\r\n", format!("{good}\n{good}\n"));
     assert_eq!((reply.status, &reply.json()["accepted"]), (200, &json!(2)));
     let reply = agent.post("Content-Type: application/x-ndjson\r\n", good);
