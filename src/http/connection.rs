@@ -1,18 +1,12 @@
 //! One HTTP connection: the limits of time and size that hyper does not know, and a whole answer where hyper's would be bare.
 //!
-//! hyper answers a head that it cannot read with a status and nothing else, counts idle time as header time and never
-//! gives up on a client that does not read. So it is given a stream that knows where the connection stands
-//! ([`Progress`]): waiting for a head, or working on a request. From that follow
+//! hyper answers a head it cannot read with a status alone, takes idle time for header time, and waits for ever for a client
+//! that does not read. So it is given a stream that knows where the connection stands ([`Progress`]), and from that follow
+//! `limits.request_line` (414), `limits.headers` (431), `limits.header_time` (408, or a close when nothing was sent) and
+//! `limits.keep_alive` (a close, for an answer that is not read as well). What hyper says by itself is swallowed and said by
+//! us as a problem. Nothing is reset under an answer in flight: what a client still sends is read and dropped for a while.
 //!
-//! - `limits.request_line` (414) and `limits.headers` (431), told while the head arrives;
-//! - `limits.header_time` (408, or just closed when nothing was sent) and `limits.keep_alive` (closed), the latter for an
-//!   answer that the client does not read, too;
-//! - the answer to what hyper cannot parse: hyper's own is swallowed and ours is written instead;
-//! - a close that does not reset the connection under an answer still in flight: what the client goes on sending is read and
-//!   dropped for a while.
-//!
-//! Bytes of a pipelined request that came together with the one before are not counted against `limits.headers` here;
-//! the server looks at the parsed head once more.
+//! Bytes of a head that came together with the request before it are not counted here; the server looks at it once parsed.
 
 use std::cell::RefCell;
 use std::convert::Infallible;

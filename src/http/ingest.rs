@@ -114,15 +114,14 @@ fn tell(answer: &Answer, body: &[u8], media: Media) -> Result<(&'static str, Str
     match answer.form {
         Form::Object if media == Media::Json => Ok((TEXT, format!("Record {} UPDATED", name_of(body)))),
         Form::Object | Form::Array(_) | Form::Lines(_) | Form::Invalid | Form::TooMany(_) => {
-            let counts = json!({ "accepted": answer.accepted, "rejected": answer.rejected, "errors": errors(answer) });
-            Ok((JSON, counts.to_string()))
+            let (accepted, rejected, errors) = (answer.accepted, answer.rejected, errors(answer));
+            Ok((JSON, format!(r#"{{"accepted":{accepted},"rejected":{rejected},"errors":{errors}}}"#)))
         }
     }
 }
 
-fn errors(answer: &Answer) -> Vec<serde_json::Value> {
-    let told =
-        |error: &RecordError| json!({ "index": error.index, "reason": error.reason, "column": error.column + 1 });
+fn errors(answer: &Answer) -> serde_json::Value {
+    let told = |error: &RecordError| json!({ "index": error.index, "reason": error.reason });
     answer.errors.iter().map(told).collect()
 }
 

@@ -2,12 +2,14 @@
 
 use std::cell::RefCell;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
 use serde_json::{Value, json};
 use tokio::sync::{Notify, mpsc, oneshot};
 
@@ -253,10 +255,8 @@ fn many_records_are_answered_with_counts() {
     let agent = Agent::default();
     let good = r#"{"name":"a","type":"COUNTER","value":1}"#;
     let reply = agent.post("", format!("[{good},{{}},{good}]"));
-    assert_eq!(reply.status, 200);
-    let json = reply.json();
-    assert_eq!((&json["accepted"], &json["rejected"]), (&json!(2), &json!(1)));
-    assert_eq!((&json["errors"][0]["index"], &json["errors"][0]["reason"]), (&json!(1), &json!("empty_name")));
+    let want = r#"{"accepted":2,"rejected":1,"errors":[{"index":1,"reason":"empty_name"}]}"#;
+    assert_eq!((reply.status, reply.text()), (200, want));
     let reply = agent.post("Content-Type: application/x-ndjson; charset=utf-8\r\n", format!("{good}\n{good}\n"));
     assert_eq!((reply.status, &reply.json()["accepted"]), (200, &json!(2)));
     let reply = agent.post("Content-Type: application/x-ndjson\r\n", good);
@@ -264,6 +264,25 @@ fn many_records_are_answered_with_counts() {
     let reply = agent.post("", "[]");
     assert_eq!((reply.status, reply.json()), (200, json!({ "accepted": 0, "rejected": 0, "errors": [] })));
     assert_eq!(agent.get("/data/metrics/a").json()["value"], 5);
+}
+
+#[test]
+fn bodies_are_answered_as_the_corpus_says() {
+    let corpus = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus/lines.jsonl"));
+    let cases = corpus.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let mut asked = 0;
+    for case in cases.filter(|case| case["http"].is_object()) {
+        let agent = Agent::default();
+        let reply = agent.post("Content-Type: application/json\r\n", case["input"].as_str().unwrap());
+        assert_eq!(u64::from(reply.status), case["http"]["status"].as_u64().unwrap(), "{case} {reply:?}");
+        let text = if reply.status == 200 { reply.text().to_owned() } else { reply.json()["detail"].to_string() };
+        assert!(text.contains(case["http"]["body"].as_str().unwrap_or_default()), "{case} {text}");
+        if let Some(reason) = case["error"].as_str() {
+            assert_eq!(reply.problem(400)["reason"], reason, "{case}");
+        }
+        asked += 1;
+    }
+    assert!(asked > 8, "only {asked} cases");
 }
 
 #[test]
@@ -724,4 +743,57 @@ fn the_document_describes_every_route() {
     routes.sort();
     described.sort();
     assert_eq!(described, routes);
+}
+
+/// Pieces of requests, whole and broken; put together in any order they are what a confused client sends.
+const PIECES: [&str; 22] = [
+    "GET /health/ping HTTP/1.1\r\n",
+    "GET /data/metrics?limit=%zz&cursor=%00 HTTP/1.1\r\n",
+    "HEAD /data/metrics/%ff%;=%3b HTTP/1.1\r\n",
+    "POST /ingest/metrics HTTP/1.1\r\n",
+    "DELETE /data/metrics/a HTTP/1.0\r\n",
+    "CONNECT a:1 HTTP/1.1\r\n",
+    "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "Host: localhost\r\n",
+    "Host: \u{fffd}\r\n",
+    "Origin: :\r\n",
+    "Content-Length: 5\r\n",
+    "Content-Length: 99999999999999999999\r\n",
+    "Transfer-Encoding: chunked\r\n",
+    "Transfer-Encoding: gzip, chunked\r\n",
+    "Expect: 100-continue\r\n",
+    "Upgrade: websocket\r\nConnection: Upgrade\r\n",
+    "Content-Encoding: zstd\r\n",
+    "Accept: *;q=x\r\nAccept-Encoding: gzip\r\n",
+    "\r\n",
+    "5\r\n{\"a\":\r\n",
+    "0\r\n\r\n",
+    "\0\u{7f}[[[[",
+];
+
+#[test]
+fn nothing_a_client_sends_is_answered_with_500_or_ends_anything() {
+    let agent = Agent::start(|limits| {
+        limits.header_time = Time::millis(200);
+        limits.body_time = Time::millis(200);
+        limits.keep_alive = Time::millis(200);
+    });
+    let pieces = prop::collection::vec(prop::sample::select(&PIECES[..]), 1..9);
+    let law = |pieces: Vec<&str>| {
+        for address in [agent.ingest, agent.api] {
+            let mut client = Client::to(address);
+            client.send(pieces.concat());
+            client.0.get_mut().shutdown(Shutdown::Write).unwrap();
+            let mut told = Vec::new();
+            client.0.read_to_end(&mut told).unwrap();
+            let told = String::from_utf8_lossy(&told);
+            prop_assert!(!told.contains("HTTP/1.1 5") && !told.contains("HTTP/1.0 5"), "{told}");
+            prop_assert!(told.is_empty() || told.starts_with("HTTP/1."), "{told}");
+        }
+        Ok(())
+    };
+    let mut runner = TestRunner::new(ProptestConfig { cases: 150, failure_persistence: None, ..Default::default() });
+    runner.run(&pieces, law).unwrap();
+    assert_eq!(agent.get("/health/ping").status, 200);
+    assert_eq!(agent.post("", RECORD).status, 200);
 }
