@@ -20,7 +20,7 @@ use crate::sample::{Identity, Kind, Sample, Value, WireType};
 /// Arguments of `explain`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The configuration to read by; of it, [protocol] and [limits] matter.
+    /// The configuration to read by; of it, the sections protocol and limits matter.
     #[command(flatten)]
     pub layers: Layers,
     /// Print JSON, one object for each input

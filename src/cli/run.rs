@@ -12,7 +12,7 @@ use crate::config::{Config, Level};
 pub fn run(layers: &Layers) -> Result<(), Failure> {
     let config = layers.load().map_err(Failure::brief)?.config;
     let set_level = open_log(config.log.level);
-    run_agent(config.clone(), reloader(layers.clone(), config, set_level))
+    run_agent(&config, reloader(layers.clone(), config.clone(), set_level))
 }
 
 /// Reads all layers again: the new configuration if a running agent can take it, else what is wrong with it. A refused
@@ -61,8 +61,8 @@ fn filter(level: Level) -> EnvFilter {
     })
 }
 
-fn run_agent(config: Config, reload: impl FnMut() -> Result<Config, String>) -> Result<(), Failure> {
-    agent::run(&config, reload).map_err(|error| Failure::told(error.exit_code(), error.to_string()))
+fn run_agent(config: &Config, reload: impl FnMut() -> Result<Config, String>) -> Result<(), Failure> {
+    agent::run(config, reload).map_err(|error| Failure::told(error.exit_code(), error.to_string()))
 }
 
 #[cfg(test)]

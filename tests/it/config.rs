@@ -145,7 +145,9 @@ fn differs(case: &Value, got: &Value) -> Option<String> {
 fn as_numbers(value: &Value) -> Option<Vec<f64>> {
     match value {
         Value::Array(values) => values.iter().map(Value::as_f64).collect(),
-        other => other.as_f64().map(|number| vec![number]),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Object(_) => {
+            value.as_f64().map(|number| vec![number])
+        }
     }
 }
 

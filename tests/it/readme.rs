@@ -40,7 +40,7 @@ fn is_as_shown(shown: &str, output: &str) -> bool {
     let first = parts.next().unwrap_or_default();
     let Some(behind) = rest.strip_prefix(first) else { return false };
     rest = behind;
-    let mut ends = first == shown && rest.is_empty() || first != shown;
+    let mut ends = first != shown || rest.is_empty();
     for part in parts {
         let Some(at) = rest.find(part) else { return false };
         rest = &rest[at + part.len()..];

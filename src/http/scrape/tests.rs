@@ -1,3 +1,5 @@
+//! The exposition of known ledgers, read by a strict parser and by promtool.
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::{Read as _, Write as _};
 use std::process::{Command, Stdio};
