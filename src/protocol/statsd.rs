@@ -105,11 +105,11 @@ fn numeric<'a>(wire: WireType, text: &[u8], sign: GaugeSign, numbers: &'a [f64],
                 [_] if is_change => Some(Value::Changes(numbers)),
                 [_] => Some(Value::Numbers(numbers)),
                 _ if numbers.len() > limits.values || text.iter().any(|byte| matches!(byte, b'+' | b'-')) => None,
-                WireType::Plain(_) | WireType::KeyValue | WireType::AbsoluteCounter => Some(Value::Numbers(numbers)),
+                _ => Some(Value::Numbers(numbers)),
             }
         }
         _ if numbers.len() > limits.values => None,
-        _ => Some(Value::Numbers(numbers)),
+        WireType::Plain(_) | WireType::KeyValue | WireType::AbsoluteCounter => Some(Value::Numbers(numbers)),
     }
 }
 
