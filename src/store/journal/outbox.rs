@@ -86,6 +86,17 @@ impl Queue {
         self.sent.max(self.dropped) + 1
     }
 
+    /// The batches after a sequence that are there and marked as sent.
+    fn after(&self, after: u64) -> RangeInclusive<u64> {
+        after.max(self.dropped) + 1..=self.sent
+    }
+
+    /// The same, unless there are only others.
+    fn marked(&self, after: u64) -> Option<RangeInclusive<u64>> {
+        let marked = self.after(after);
+        (!marked.is_empty() || *marked.start() > self.last()).then_some(marked)
+    }
+
     /// How far a shipper that has come to `from` may go once that is marked.
     fn mark_from(&self, from: u64) -> u64 {
         self.last().min(from + MARK_AHEAD)
@@ -167,12 +178,12 @@ impl Journal {
     /// # Errors
     /// When the file cannot be read, or the mark not written.
     pub fn outbox(&self, partition: Partition, after: u64, bytes_max: usize) -> Result<Vec<Batch>, Error> {
-        let until = self.marked(partition, after)?;
+        let marked = self.marked(partition, after)?;
         let collect = |transaction: &ReadTransaction| {
             let table = transaction.open_table(OUTBOX)?;
             let mut batches = Vec::new();
             let mut bytes = 0;
-            for sequence in after + 1..=until {
+            for sequence in marked {
                 let value = table.get((partition, sequence))?;
                 bytes += value.as_ref().map_or(0, |value| value.value().len());
                 if bytes > bytes_max && !batches.is_empty() {
@@ -189,15 +200,12 @@ impl Journal {
         self.database.read(collect).map_err(Error::counted)
     }
 
-    /// Up to where batches may be handed out, with the mark raised where it is needed. All partitions are marked at once,
-    /// so that a round through them costs one transaction.
-    fn marked(&self, partition: Partition, after: u64) -> Result<u64, Error> {
+    /// The batches after a sequence that may be handed out, with the mark raised where it is needed. All partitions are
+    /// marked at once, so that a round through them costs one transaction.
+    fn marked(&self, partition: Partition, after: u64) -> Result<RangeInclusive<u64>, Error> {
         let place = usize::from(partition);
-        let is_marked = |queue: &Queue| queue.sent > after || queue.last() <= queue.sent.max(after);
-        if let queue = &locked(&self.state).queues[place]
-            && is_marked(queue)
-        {
-            return Ok(queue.sent);
+        if let Some(marked) = locked(&self.state).queues[place].marked(after) {
+            return Ok(marked);
         }
         let writing = locked(&self.writing);
         let (mut queues, revision) = {
@@ -205,20 +213,20 @@ impl Journal {
             (state.queues.clone(), state.revision + 1)
         };
         for (at, queue) in queues.iter_mut().enumerate() {
-            let from = if at == place { after } else { queue.acknowledged };
+            let from = if at == place { after.max(queue.dropped) } else { queue.acknowledged };
             if at == place || queue.unsent() > 0 {
                 queue.sent = queue.mark_from(from).max(queue.sent);
             }
         }
         self.write_positions(&mut queues, revision)?;
-        let sent = queues[place].sent;
+        let marked = queues[place].after(after);
         let mut state = locked(&self.state);
         state.revision = revision;
-        for (queue, marked) in state.queues.iter_mut().zip(queues) {
-            (queue.sent, queue.written) = (marked.sent, marked.written);
+        for (queue, next) in state.queues.iter_mut().zip(queues) {
+            (queue.sent, queue.written) = (next.sent, next.written);
         }
         drop(writing);
-        Ok(sent)
+        Ok(marked)
     }
 
     fn write_positions(&self, queues: &mut [Queue], revision: u64) -> Result<(), Error> {

@@ -422,6 +422,7 @@ fn a_store_that_lost_more_than_the_outbox_holds_is_told_apart() {
     assert_eq!(journal.snapshot().unwrap().batches(place, 2).unwrap(), None);
     assert_eq!(journal.resequence(place, 1).unwrap(), Resequenced::StoreBehind { lost: 2 });
     assert_eq!(journal.pending(), [place]);
+    assert_eq!(journal.outbox(place, 1, usize::MAX).unwrap().len(), 1, "from the first there is");
     assert_eq!(journal.resequence(place, 4).unwrap(), Resequenced::Continues);
     assert!(journal.pending().is_empty());
     // A failover that lost what was acknowledged, but not what was stable.
