@@ -382,7 +382,7 @@ fn deletes_are_heard_by_the_others() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let reader = RedisReader::new(&server.config(), &Limits::default()).unwrap();
     let deleted = runtime.block_on(reader.delete(&key(0), &Kind::ALL)).unwrap();
-    agents[0].handle().already_deleted(deleted.clone());
+    agents[0].handle().bell().already_deleted(deleted.clone());
     agents.iter().for_each(|agent| agent.flush(0..2, 1.0));
     wait_for("all is shipped again", || agents.iter().all(Agent::is_shipped));
     assert_eq!((&*locked(&agents[0].deleted), &*locked(&agents[1].deleted)), (&vec![], &deleted));
