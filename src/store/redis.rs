@@ -53,16 +53,23 @@ pub use read::{Cursor, Page, RedisReader, Stored};
 
 use super::{Batch, Partition, partition};
 use crate::sample::{Kind, SeriesKey};
-use crate::units::Time;
+use crate::units::{Time, without_password};
 
 /// `[store.redis]`
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// `redis://[user][:password@]host[:port][/database]`.
     pub url: String,
     /// What every key begins with.
     pub prefix: String,
+}
+
+impl fmt::Debug for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let url = without_password(&self.url);
+        f.debug_struct("Config").field("url", &url).field("prefix", &self.prefix).finish()
+    }
 }
 
 impl Default for Config {

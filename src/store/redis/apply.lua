@@ -32,12 +32,15 @@ local function set_all(key, pairs)
   end
 end
 
--- Registers rise: `fields` and `ranks` side by side.
+-- Registers rise: `fields` and `ranks` side by side. Several members may share a register, so the ranks set here count
+-- as well as those that were there.
 local function raise(key, fields, ranks)
   local old = get_all(key, fields)
-  local new = {}
+  local highest, new = {}, {}
   for i = 1, #fields do
-    if not old[i] or number(ranks[i]) > number(old[i]) then
+    local before = highest[fields[i]] or number(old[i] or '0')
+    highest[fields[i]] = math.max(before, number(ranks[i]))
+    if number(ranks[i]) > before then
       new[#new + 1] = fields[i]
       new[#new + 1] = ranks[i]
     end

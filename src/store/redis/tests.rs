@@ -10,6 +10,7 @@ use super::server::{self, Server};
 use super::*;
 use crate::aggregate::ledger::Total;
 use crate::aggregate::meter::Rates;
+use crate::aggregate::set::Members;
 use crate::aggregate::{Aggregate, Sum};
 use crate::store::Operation;
 
@@ -281,6 +282,26 @@ fn a_spoilt_key_spoils_only_itself() {
         let answer = apply(&connection, 2, vec![counter(&keys[2], 5.0)]).await;
         assert!(matches!(&answer, Applied::Stored { sequence: 2, failed, .. } if failed.is_empty()), "{answer:?}");
         assert_eq!(increments(total(&server, Kind::Counter, &keys[2]).await.unwrap()).value(), 10.0);
+    });
+}
+
+#[test]
+fn members_that_share_a_register_raise_it_together() {
+    let server = Server::start(&[]);
+    run(async {
+        let key = &keys(1)[0];
+        let connection = claimed(&server).await;
+        let exact: Members = (0..1_024).collect();
+        // The same register: the upper 15 bits. The first of two has the higher rank, the second is there already.
+        let hashes = [(1 << 49) | (1 << 20), (1 << 49) | (1 << 40), (1 << 49) | (1 << 30)];
+        for (sequence, members) in [(1, exact), (2, hashes.into_iter().collect())] {
+            let delta = Aggregate::Set(Box::new(members));
+            apply(&connection, sequence, vec![operation(Kind::Set, key, 1_000, delta)]).await;
+        }
+        let name = Names::new("tallyd").series(Kind::Set, key);
+        let rank = (49 - 20).to_string().into_bytes();
+        assert_eq!(server.ask(&["HGET", &name, "r:1"]), Some(Value::BulkString(rank)));
+        assert_eq!(server.ask(&["HGET", &name, "members"]), Some(Value::BulkString(b"1024".to_vec())));
     });
 }
 
