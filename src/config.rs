@@ -269,6 +269,7 @@ keys! {
     "limits.samples", Now, "Samples in a request; more are told 413.";
     "limits.page", Restart, "Metrics on a page of a list; asking for more is told 400.";
     "limits.lists", Restart, "Lists made at one time; more are told 503.";
+    "limits.scrapes", Restart, "Scrapes answered at one time; more are told 503.";
     "limits.idempotency_keys", Restart, "Answers remembered by their Idempotency-Key; the oldest go.";
     "limits.batch", Restart, "Series in one batch to the store.";
     "limits.redis_connect", Restart, "Time to connect.";
