@@ -468,10 +468,8 @@ mod tests {
     }
 
     fn increments(cell: &Aggregate) -> f64 {
-        match cell {
-            Aggregate::Counter(counter) => counter.increments.value(),
-            other => panic!("{other:?}"),
-        }
+        let Aggregate::Counter(counter) = cell else { panic!("{cell:?}") };
+        counter.increments.value()
     }
 
     #[test]

@@ -170,7 +170,7 @@ proptest! {
         let value = match wire {
             WireType::Plain(Kind::Set) => Value::Member(member.as_bytes()),
             WireType::Plain(Kind::Gauge) if numbers.len() == 1 => Value::Changes(&change),
-            _ => Value::Numbers(&numbers),
+            WireType::Plain(_) | WireType::KeyValue | WireType::AbsoluteCounter => Value::Numbers(&numbers),
         };
         let timestamp = if matches!(wire, WireType::Plain(Kind::Counter | Kind::Gauge)) { timestamp } else { 0 };
         let identity = Identity::Line { name: name.as_bytes(), tags: tags.as_bytes() };
