@@ -25,6 +25,7 @@ use super::problem::Problem;
 use super::scrape::{self, Moment};
 use super::server::{Asked, Body, Endpoint, JSON, On, Site, TEXT, ok};
 use super::{Api, Limits, health};
+use crate::aggregate::ledger::Series;
 use crate::clock::wall_ms;
 use crate::sample::{Kind, SeriesKey};
 use crate::view::{self, Cursor, Filter, Metric, Page, Scope};
@@ -115,17 +116,35 @@ impl Data {
         let Ok(permit) = Arc::clone(&self.scrapes).try_acquire_owned() else {
             return Err(Problem::busy("as many scrapes as limits.scrapes allows are being made; try again"));
         };
+        let (headers, config, own) = (headers.clone(), self.api.prometheus.clone(), self.api.exporter.clone());
+        let respond = move |series, moment| scrape::respond(&headers, series, &config, moment, own);
+        let response = self.beside(respond).await?;
+        Ok(response.map(|page| Box::pin(Exposition { page, _permit: permit }) as Body))
+    }
+
+    /// What a scrape renames or adds, named and ordered as for a scrape and counted as one.
+    async fn conflicts(&self) -> Result<Response<Body>, Problem> {
+        let Ok(_permit) = self.scrapes.try_acquire() else {
+            return Err(Problem::busy("as many scrapes as limits.scrapes allows are being made; try again"));
+        };
+        let config = self.api.prometheus.clone();
+        let text = self.beside(move |series, moment| serde_json::to_vec(&scrape::conflicts(series, &config, moment)));
+        json(text.await?)
+    }
+
+    /// Does something with all series, fresh as of now, on a thread where that delays no other reader.
+    async fn beside<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(Vec<Arc<Series>>, Moment) -> T + Send + 'static,
+    ) -> Result<T, Problem> {
         self.api.view.fresh().await;
         let ledger = Arc::clone(self.api.view.ledger());
-        let (headers, config, own) = (headers.clone(), self.api.prometheus.clone(), self.api.exporter.clone());
-        let respond = move || {
-            let mut series = Vec::new();
+        let work = move || {
+            let mut series = Vec::with_capacity(ledger.len());
             ledger.for_each(|one| series.push(Arc::clone(one)));
-            let moment = Moment { now_ms: wall_ms(), window_ms: ledger.window_ms() };
-            scrape::respond(&headers, series, &config, moment, own)
+            work(series, Moment { now_ms: wall_ms(), window_ms: ledger.window_ms() })
         };
-        let response = spawn_blocking(respond).await.map_err(|_| Problem::busy("the agent is stopping"))?;
-        Ok(response.map(|page| Box::pin(Exposition { page, _permit: permit }) as Body))
+        spawn_blocking(work).await.map_err(|_| Problem::busy("the agent is stopping"))
     }
 
     fn how<'h>(&'h self, quantiles: &'h [f64]) -> How<'h> {
@@ -154,6 +173,8 @@ impl Site for Data {
             Endpoint::List => self.list(&query).await,
             Endpoint::One if request.method() == Method::DELETE => self.delete(&asked.rest, &query).await,
             Endpoint::One => self.one(&asked.rest, &query).await,
+            Endpoint::Rejects => json(serde_json::to_vec(&self.api.view.rejects())),
+            Endpoint::Conflicts => self.conflicts().await,
             Endpoint::Scrape => self.scrape(request.headers()).await,
             Endpoint::Ping => Ok(health::ping(Self::ON)),
             Endpoint::Healthy => Ok(health::healthy()),

@@ -93,6 +93,8 @@ impl Site for Ingest {
             | Endpoint::OpenApi
             | Endpoint::List
             | Endpoint::One
+            | Endpoint::Rejects
+            | Endpoint::Conflicts
             | Endpoint::Scrape => Err(Problem::new(StatusCode::NOT_FOUND, "this stands on the API's listeners")),
         }
     }

@@ -84,6 +84,10 @@ pub enum Endpoint {
     List,
     /// `GET`, `DELETE /data/metrics/{key}`
     One,
+    /// `GET /data/rejects`
+    Rejects,
+    /// `GET /data/conflicts`
+    Conflicts,
     /// `GET /metrics`
     Scrape,
 }
@@ -111,6 +115,8 @@ pub const ROUTES: &[Route] = &[
     Route { template: "/openapi.json", endpoint: Endpoint::OpenApi, methods: &["GET"], on: &[On::Api] },
     Route { template: "/data/metrics", endpoint: Endpoint::List, methods: &["GET"], on: &[On::Api] },
     Route { template: "/data/metrics/{key}", endpoint: Endpoint::One, methods: &["GET", "DELETE"], on: &[On::Api] },
+    Route { template: "/data/rejects", endpoint: Endpoint::Rejects, methods: &["GET"], on: &[On::Api] },
+    Route { template: "/data/conflicts", endpoint: Endpoint::Conflicts, methods: &["GET"], on: &[On::Api] },
     Route { template: "/metrics", endpoint: Endpoint::Scrape, methods: &["GET"], on: &[On::Api, On::Scrape] },
 ];
 
