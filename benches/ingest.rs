@@ -132,7 +132,7 @@ fn row(load: &Load, rounds: usize) {
         load.packets.iter().for_each(|packet| worker.datagram(black_box(packet), source));
         workers.ask();
         let begun = Instant::now();
-        worker.turn();
+        worker.turn(worker.question());
         seals.push(begun.elapsed().as_secs_f64() * 1e6);
         // The fold's part: what came is taken out and the cells go back.
         for mut delivery in deliveries.try_iter() {

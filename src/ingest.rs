@@ -90,6 +90,10 @@ pub struct Settings {
     pub limits: protocol::Limits,
 }
 
+/// What readers asked for: a seal that begins after they did. The default is no question.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Question(u64);
+
 /// What a seal delivers to the fold.
 #[derive(Debug)]
 pub struct Delivery {
@@ -286,6 +290,12 @@ impl Worker {
         Self { parser: Parser::new(&settings.protocol, &settings.limits), core, port }
     }
 
+    /// Tells the worker what time it is: that of all it is given from now on. For each burst or read, before its bytes,
+    /// since readings of a gauge that come by several workers are put in order by it.
+    pub fn stamp(&mut self) {
+        self.core.now_ms = self.port.clock.stamp_ms();
+    }
+
     /// Reads one datagram.
     #[inline]
     pub fn datagram(&mut self, bytes: &[u8], source: Source) {
@@ -315,22 +325,29 @@ impl Worker {
         Answer { form, ..self.core.answer.take().unwrap_or_default() }
     }
 
-    /// Whether a reader has asked for a seal that this worker has not answered.
+    /// The newest question of readers. What the sockets hold now came before it was asked: it is to be read before
+    /// [`Worker::turn`] answers.
     #[inline]
-    pub fn seal_asked(&self) -> bool {
-        self.port.workers.asked.load(Ordering::Acquire) != self.port.answered
+    pub fn question(&self) -> Question {
+        Question(self.port.workers.asked.load(Ordering::Acquire))
     }
 
-    /// Does what is due between two bursts, and says how long the worker may then wait for the next one.
-    pub fn turn(&mut self) -> Duration {
+    /// Whether a question has no answer yet.
+    #[inline]
+    pub fn owes(&self, question: Question) -> bool {
+        question.0 > self.port.answered
+    }
+
+    /// Does what is due between two bursts, answers a question, and says how long the worker may then wait for the next
+    /// burst. A later question is left for the next turn, since what came before it may not have been read.
+    pub fn turn(&mut self, question: Question) -> Duration {
         self.take_returned();
         let now_ms = self.port.clock.wall_ms();
-        self.core.now_ms = self.port.clock.stamp_ms();
         let interval_ms = self.port.workers.interval_ms;
         // A wall clock that was set back must not put the next seal off.
         let due = now_ms >= self.port.due_ms || self.port.due_ms > now_ms + interval_ms;
-        if due || self.seal_asked() {
-            self.seal(now_ms, due);
+        if due || self.owes(question) {
+            self.seal(now_ms, due, question);
         }
         Duration::from_millis(self.port.due_ms.saturating_sub(now_ms).clamp(1, 1_000))
     }
@@ -354,11 +371,11 @@ impl Worker {
         }
     }
 
-    fn seal(&mut self, now_ms: u64, due: bool) {
+    fn seal(&mut self, now_ms: u64, due: bool, question: Question) {
         if self.port.out >= CELLS_OUT {
             return;
         }
-        let answers = self.port.workers.asked.load(Ordering::Acquire);
+        let answers = question.0.max(self.port.answered);
         let due_ms = self.port.due_ms;
         let late = due && now_ms >= due_ms && now_ms - due_ms < self.port.workers.interval_ms;
         let (at_ms, complete_until_ms) = if late { (due_ms - 1, due_ms) } else { (now_ms, now_ms) };
@@ -473,5 +490,28 @@ impl Sink for Core {
         if let Some(answer) = &mut self.answer {
             if accepted { answer.accepted += 1 } else { answer.rejected += 1 }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::aggregate::shard;
+
+    #[test]
+    fn a_question_that_came_after_the_last_read_waits_for_the_next_turn() {
+        let settings = Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default() };
+        let budget = Arc::new(Budget::new(&shard::Limits::default()));
+        let rejects = Arc::new(Rejects::new(&Limits::default()));
+        let (workers, deliveries) = Workers::new(settings, budget, rejects, 86_400_000);
+        let mut worker = workers.register(|| {});
+        worker.line(b"a:1|c", Source { listener: Listener::Tcp, address: None });
+        let before = worker.question();
+        let asked = workers.ask();
+        worker.turn(before);
+        assert!(deliveries.is_empty());
+        worker.turn(worker.question());
+        assert_eq!(deliveries.recv().unwrap().answers, asked);
+        assert!(!worker.owes(worker.question()));
     }
 }

@@ -67,8 +67,7 @@ impl Ingest {
         }
         let source = Source { listener: Listener::Http, address: Some(peer) };
         let mut worker = self.worker.borrow_mut();
-        // A turn between two bodies, as between two bursts: it also tells the worker what time it is.
-        worker.turn();
+        worker.stamp();
         let answer = worker.body(&body, source);
         drop(worker);
         let (media_type, text) = tell(&answer, &body, media)?;

@@ -42,7 +42,8 @@ fn parts() -> (Rc<RefCell<Worker>>, View, Running) {
     let turning = Rc::clone(&worker);
     tokio::task::spawn_local(async move {
         loop {
-            let rest = turning.borrow_mut().turn();
+            let question = turning.borrow().question();
+            let rest = turning.borrow_mut().turn(question);
             let _ = tokio::time::timeout(rest, wake.notified()).await;
         }
     });

@@ -113,15 +113,15 @@ async fn stopped(ends: &mut watch::Receiver<bool>) {
 /// Gives the worker its turns: when something is due, and when a reader asks. It never ends.
 async fn turns(worker: &RefCell<Worker>, wake: &Notify) {
     loop {
-        let asked = worker.borrow().seal_asked();
-        if asked {
+        let question = worker.borrow().question();
+        if worker.borrow().owes(question) {
             // What the sockets hold came before the question: let the connections read it.
             for _ in 0..SEAL_BURSTS {
                 yield_now().await;
             }
         }
-        let wait = worker.borrow_mut().turn();
-        let wait = if worker.borrow().seal_asked() { wait.min(OWES_SEAL) } else { wait };
+        let wait = worker.borrow_mut().turn(question);
+        let wait = if worker.borrow().owes(question) { wait.min(OWES_SEAL) } else { wait };
         tokio::select! {
             () = wake.notified() => {}
             () = sleep(wait) => {}
@@ -396,6 +396,7 @@ impl Connection {
         };
         let Self { seat, source, lines, .. } = self;
         seat.intake.bytes.increment(bytes.len() as u64);
+        seat.intake.worker.borrow_mut().stamp();
         if lines.feed(bytes, |piece| seat.intake.give(piece, *source)).is_break() {
             return ControlFlow::Break(End::Request);
         }

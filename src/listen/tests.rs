@@ -13,6 +13,7 @@ use socket2::{Domain, Socket, Type};
 
 use super::*;
 use crate::aggregate::{self, Aggregate};
+use crate::clock;
 use crate::ingest::{Delivery, Rejects, Returned, Settings};
 use crate::protocol;
 use crate::sample::Reason;
@@ -63,9 +64,12 @@ impl House {
             self.names.insert((delivery.worker, new.number), new.id.key.to_string());
         }
         for (number, cell) in delivery.sealed.cells.drain() {
-            let Aggregate::Counter(counter) = cell else { panic!("the tests send counters") };
             let name = self.names[&(delivery.worker, number)].clone();
-            *self.totals.entry(name).or_default() += counter.increments.value();
+            match cell {
+                Aggregate::Counter(counter) => *self.totals.entry(name).or_default() += counter.increments.value(),
+                Aggregate::Gauge(gauge) => drop(self.totals.insert(name, gauge.set.unwrap().1 as f64)),
+                other => panic!("the tests send no {other:?}"),
+            }
         }
         self.answers[delivery.worker] = delivery.answers;
         self.closed += usize::from(delivery.last);
@@ -88,6 +92,13 @@ impl House {
             assert!(Instant::now() < deadline, "{name} is {:?} instead of {total}", self.totals.get(name));
         }
         assert_eq!(self.total(name), total);
+    }
+
+    fn eventually_there(&mut self, name: &str) {
+        let deadline = Instant::now() + DEADLINE;
+        while self.total(name) == 0.0 {
+            assert!(Instant::now() < deadline, "nothing of {name}");
+        }
     }
 
     fn rejected(&self) -> Vec<(Reason, String)> {
@@ -171,6 +182,25 @@ fn so_is_what_streams_sent() {
         assert_eq!(house.total("n"), sent, "round {round}");
     }
     assert_eq!(house.totals["m"], 2.0 * sent);
+}
+
+/// Readings of a gauge that come by several workers are put in order by their times.
+#[test]
+fn a_reading_has_the_time_of_its_read() {
+    for listener in ["udp", "tcp"] {
+        let mut house = House::open(&free(listener), &Limits::default());
+        assert_eq!(house.total("g"), 0.0);
+        let begun = clock::wall_ms();
+        while clock::wall_ms() == begun {
+            thread::yield_now();
+        }
+        match listener {
+            "udp" => drop(sender(house.udp()).send(b"g:1|g").unwrap()),
+            _ => dial(house.tcp()).write_all(b"g:1|g\n").unwrap(),
+        }
+        house.eventually_there("g");
+        assert!(house.totals["g"] > begun as f64, "{listener}");
+    }
 }
 
 #[test]

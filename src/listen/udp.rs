@@ -19,7 +19,7 @@ use socket2::Socket;
 use super::burst::{self, BURST, Burst, Wake};
 use super::{OWES_SEAL, PAUSE, SEAL_BURSTS, Stop, sockets};
 use crate::clock::Clock;
-use crate::ingest::{Listener, Source, Worker};
+use crate::ingest::{Listener, Question, Source, Worker};
 use crate::telemetry;
 
 /// How often counts and drops are published.
@@ -88,11 +88,12 @@ impl Receiver {
                 break *grace;
             }
             let read = self.read(1);
-            if self.worker.seal_asked() {
+            let question = self.worker.question();
+            if self.worker.owes(question) {
                 let more = self.read(SEAL_BURSTS);
                 self.pace.add(more);
             }
-            let wait = self.turn();
+            let wait = self.turn(question);
             match self.pace.rest(self.clock.monotonic(), read) {
                 Rest::None => {}
                 Rest::Nap(time) => thread::sleep(time.min(wait)),
@@ -121,13 +122,13 @@ impl Receiver {
     }
 
     /// Does what is due, and says how long the worker may wait.
-    fn turn(&mut self) -> Duration {
-        let wait = self.worker.turn();
+    fn turn(&mut self, question: Question) -> Duration {
+        let wait = self.worker.turn(question);
         if self.clock.monotonic() >= self.counts.due {
             self.counts.publish(&mut self.inlets);
             self.counts.due = self.clock.monotonic() + PUBLISH;
         }
-        if self.worker.seal_asked() { wait.min(OWES_SEAL) } else { wait }
+        if self.worker.owes(question) { wait.min(OWES_SEAL) } else { wait }
     }
 
     fn block(&mut self, descriptors: &mut [libc::pollfd], time: Duration) {
@@ -149,7 +150,7 @@ impl Receiver {
                 if !more {
                     break;
                 }
-                self.worker.turn();
+                self.worker.turn(Question::default());
             }
         }
         self.counts.publish(&mut self.inlets);
@@ -176,6 +177,9 @@ fn read_burst(inlet: &Inlet, burst: &mut Burst, worker: &mut Worker, counts: &mu
             return Read::default();
         }
     };
+    if received > 0 {
+        worker.stamp();
+    }
     let mut charged = 0;
     for datagram in burst.datagrams() {
         charged += charge(datagram.bytes.len());

@@ -33,20 +33,26 @@ fn commands(readme: &str) -> Vec<(String, String)> {
     commands
 }
 
-/// Whether an output is what the README shows; `...` stands for any text.
+/// Whether an output is what the README shows; `...` stands for any text, and a line feed at the end for none, since a
+/// body without one looks the same.
 fn is_as_shown(shown: &str, output: &str) -> bool {
-    let mut rest = output;
-    let mut parts = shown.split("...");
-    let first = parts.next().unwrap_or_default();
-    let Some(behind) = rest.strip_prefix(first) else { return false };
-    rest = behind;
-    let mut ends = first != shown || rest.is_empty();
-    for part in parts {
-        let Some(at) = rest.find(part) else { return false };
-        rest = &rest[at + part.len()..];
-        ends = rest.is_empty() || part == "\n" || part.is_empty();
-    }
-    ends
+    let (shown, output) = (shown.trim_end_matches('\n'), output.trim_end_matches('\n'));
+    let Some((first, more)) = shown.split_once("...") else { return shown == output };
+    let (middle, last) = more.rsplit_once("...").map_or((None, more), |(middle, last)| (Some(middle), last));
+    let rest = output.strip_prefix(first).and_then(|rest| rest.strip_suffix(last));
+    let Some(mut rest) = rest else { return false };
+    middle.into_iter().flat_map(|middle| middle.split("...")).all(|part| {
+        let found = rest.split_once(part);
+        rest = found.map_or("", |(_, behind)| behind);
+        found.is_some()
+    })
+}
+
+#[test]
+fn shown_output_is_compared_whole() {
+    assert!(is_as_shown("a\n", "a") && !is_as_shown("a\n", "ab\n") && !is_as_shown("", "a"));
+    assert!(is_as_shown("a...c\n", "abc\n") && !is_as_shown("a...c\n", "abcd\n") && !is_as_shown("ab...b", "ab"));
+    assert!(is_as_shown("a...b...c", "a1b2c") && !is_as_shown("a...b...c", "a12c"));
 }
 
 #[test]
