@@ -169,8 +169,8 @@ impl Agent {
         let HttpSockets { ingest, api: api_sockets, scrape } = sockets;
         let api = start_api(api_sockets, scrape, api, config)?;
         let listeners = start_listeners(ingest, config, &workers)?;
-        for (name, addresses) in [("udp", listeners.udp()), ("tcp", listeners.tcp())] {
-            bound.insert(name.to_owned(), addresses.iter().map(ToString::to_string).collect());
+        for (listener, address) in listeners.bound() {
+            bound.entry(listener.name().to_owned()).or_default().push(address.to_string());
         }
         for warning in listeners.warnings() {
             tracing::warn!("{warning}");

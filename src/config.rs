@@ -194,6 +194,9 @@ keys! {
     "listen", Restart, "Where lines come in: StatsD and its dialects, any mix on any socket.";
     "listen.udp", Restart, "Addresses. Both loopbacks, because localhost is often ::1. Port 0 picks a free one.";
     "listen.tcp", Restart, "Addresses of streams of lines.";
+    "listen.unixgram", Restart, "Paths of unix sockets for datagrams.";
+    "listen.unix", Restart, "Paths of unix sockets for streams of packets, each after its length in 4 bytes, little-endian.";
+    "listen.unix_mode", Restart, "Permissions of these sockets: who may write there may send.";
     "listen.workers", Restart, "Threads that read UDP. 0: one per core.";
     "listen.receive_buffer", Restart, "Asked of the kernel for each UDP socket.";
     "listen.linger", Restart, "Rest of a worker that has emptied its socket while traffic flows: fewer wake-ups, as much latency.";
@@ -468,6 +471,7 @@ impl Loaded {
     /// What no key shows by itself.
     fn problems(&self) -> Vec<Problem> {
         let mut problems = self.addresses();
+        problems.extend(self.paths());
         problems.extend(self.interval());
         problems.extend(self.prometheus());
         problems
@@ -513,6 +517,23 @@ impl Loaded {
             }
         }
         problems
+    }
+
+    /// Unix sockets need absolute paths, each its own.
+    fn paths(&self) -> Vec<Problem> {
+        let listen::Config { unixgram, unix, .. } = &self.config.listen;
+        let unixgram = unixgram.iter().map(|path| ("listen.unixgram", path));
+        let all: Vec<_> = unixgram.chain(unix.iter().map(|path| ("listen.unix", path))).collect();
+        let wrong = |(place, (key, path)): (usize, &(&'static str, &PathBuf))| {
+            let value = Value::from(path.display().to_string());
+            if !path.is_absolute() || path.as_os_str().len() > listen::UNIX_PATH_MAX {
+                let remedy = format!("write a path that begins with / and has at most {} bytes", listen::UNIX_PATH_MAX);
+                return Some(self.wrong(key, &value, &remedy));
+            }
+            let (other, _) = all[..place].iter().find(|(_, other)| other == path)?;
+            Some(self.wrong(key, &value, &format!("{other} has this path already; take another one")))
+        };
+        all.iter().enumerate().filter_map(wrong).collect()
     }
 
     fn interval(&self) -> Option<Problem> {

@@ -193,13 +193,15 @@ pub enum Reason {
     MemberTooLong,
     /// A line that is the request line of an HTTP client.
     HttpRequest,
-    /// A stream's line that was begun and not ended within `limits.partial_line`.
+    /// A stream's line or packet that was begun and not ended, within `limits.partial_line` or at all.
     PartialLine,
+    /// On a unix stream, four bytes that cannot be the length of a packet.
+    BadLength,
 }
 
 impl Reason {
     /// Every reason, in the order of their declaration.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 25] = [
         Self::NoValue,
         Self::EmptyName,
         Self::BadName,
@@ -224,6 +226,7 @@ impl Reason {
         Self::MemberTooLong,
         Self::HttpRequest,
         Self::PartialLine,
+        Self::BadLength,
     ];
 
     /// The name of the reason in metrics, JSON and logs.
@@ -253,6 +256,7 @@ impl Reason {
             Self::MemberTooLong => "member_too_long",
             Self::HttpRequest => "http_request",
             Self::PartialLine => "partial_line",
+            Self::BadLength => "bad_length",
         }
     }
 }

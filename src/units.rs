@@ -89,6 +89,27 @@ impl fmt::Display for Size {
     }
 }
 
+/// The permissions of a file, as chmod writes them: `0660`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mode(pub u32);
+
+impl FromStr for Mode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+        let mode =
+            u32::from_str_radix(text, 8).ok().filter(|mode| digits && *mode <= 0o777 && (3..=4).contains(&text.len()));
+        mode.map(Self).ok_or_else(|| format!("{text:?} are no permissions; write some such as \"0660\""))
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:04o}", self.0)
+    }
+}
+
 macro_rules! as_text {
     ($($unit:ty, $reader:ident, $expected:literal;)*) => {$(
         impl Serialize for $unit {
@@ -131,6 +152,7 @@ macro_rules! as_text {
 as_text! {
     Time, ReadTime, "a duration such as \"10s\"";
     Size, ReadSize, "a size such as \"64MiB\"";
+    Mode, ReadMode, "permissions such as \"0660\"";
 }
 
 /// For a number of bytes that a hot path reads: `#[serde(with = "units::size")]` writes and reads it as a [`Size`].
@@ -177,6 +199,11 @@ mod tests {
         assert!("-1".parse::<Size>().is_err());
         assert!("99999999999GiB".parse::<Size>().is_err());
         assert!("10".parse::<Time>().is_err());
+        assert_eq!("0660".parse(), Ok(Mode(0o660)));
+        assert_eq!(Mode(0o60).to_string().parse(), Ok(Mode(0o60)));
+        for text in ["0888", "rw-", "1777", "", "6", "+660"] {
+            assert!(text.parse::<Mode>().is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use proptest::prelude::*;
 
 use super::*;
-use crate::units::{Size, Time};
+use crate::units::{Mode, Size, Time};
 
 fn pairs(variables: &[(&str, &str)]) -> Vec<(String, String)> {
     variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
@@ -262,6 +262,15 @@ fn addresses_are_addresses_and_each_has_one_owner() {
 }
 
 #[test]
+fn unix_sockets_have_absolute_paths_each_its_own() {
+    let problem = |set: &[&str]| problems("", &[], set).join("\n");
+    assert!(problem(&["listen.unix=run/x"]).contains("begins with /"));
+    assert!(problem(&[&format!("listen.unixgram=/{}", "x".repeat(107))]).contains("at most 107 bytes"));
+    assert!(problem(&["listen.unix=/run/x", "listen.unixgram=/run/x"]).contains("listen.unixgram has this path"));
+    assert!(load("", &[], &["listen.unix=/run/x", "listen.unixgram=/run/y"]).is_ok());
+}
+
+#[test]
 fn writes_from_other_machines_are_refused_unless_asked_for() {
     for argument in ["http.ingest=0.0.0.0:8000", "http.api=[::]:7000", "http.api=192.0.2.1:7000"] {
         let problems = problems("", &[], &[argument]);
@@ -333,6 +342,14 @@ fn another(key: &str, default: &Value) -> BoxedStrategy<Value> {
         ("protocol.tag_dialects", Value::Array(all)) => {
             proptest::sample::subsequence(all.clone(), 0..=all.len()).prop_map(Value::Array).boxed()
         }
+        ("listen.unixgram" | "listen.unix", _) => {
+            let directory = format!("/{key}/");
+            let path = "\\PC{1,20}".prop_map(move |name| format!("{directory}{name}"));
+            proptest::collection::btree_set(path, 0..4)
+                .prop_map(|paths| Value::Array(paths.into_iter().map(Value::from).collect()))
+                .boxed()
+        }
+        ("listen.unix_mode", _) => (0..=0o777_u32).prop_map(|mode| Value::from(Mode(mode).to_string())).boxed(),
         ("http.insecure", _) => Just(Value::from(true)).boxed(),
         ("flush.interval", _) => proptest::sample::select(&[100, 250, 500, 1000, 5000][..]).prop_map(time).boxed(),
         ("flush.window", _) => (1..50_u64).prop_map(|n| time(n * 5000)).boxed(),

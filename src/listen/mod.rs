@@ -1,6 +1,6 @@
 //! Sockets into workers. [`start`] binds what is configured and gives every worker its thread: UDP workers, each with
-//! sockets of its own (`udp`), and one worker for all that comes in streams (`stream`), whose runtime serves HTTP
-//! ingest too. Nothing here reads a line; nothing here waits for a store, a scraper or a reader.
+//! sockets of its own (`udp`), one for each unix socket of datagrams, and one worker for all that comes in streams
+//! (`stream`), whose runtime serves HTTP ingest too. Nothing here reads a line; nothing here waits for a store, a scraper or a reader.
 //!
 //! A receive or accept error never ends a listener: it is counted, the listener pauses 100 ms and goes on.
 //!
@@ -9,28 +9,32 @@
 //! `tallyd_connections_refused_total`, `tallyd_accept_errors_total`.
 
 mod burst;
+mod frames;
 mod lines;
 mod sockets;
 mod stream;
 #[cfg(test)]
 mod tests;
 mod udp;
+mod unix;
 
 use std::cell::RefCell;
 use std::fmt;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use socket2::Socket;
 use tokio::sync::watch;
 
-use crate::ingest::{Worker, Workers};
-use crate::units::{Size, Time};
+use crate::ingest::{Listener, Worker, Workers};
+use crate::units::{Mode, Size, Time};
 use burst::Wake;
 
 /// `[listen]`: where lines come in.
@@ -41,6 +45,12 @@ pub struct Config {
     pub udp: Vec<String>,
     /// Addresses for streams of lines.
     pub tcp: Vec<String>,
+    /// Paths of unix sockets for datagrams.
+    pub unixgram: Vec<PathBuf>,
+    /// Paths of unix sockets for streams of packets, each after its length.
+    pub unix: Vec<PathBuf>,
+    /// Permissions of the unix sockets' files.
+    pub unix_mode: Mode,
     /// Threads that read UDP; 0 is one for each core.
     pub workers: usize,
     /// What is asked of the kernel for each UDP socket.
@@ -53,7 +63,17 @@ impl Default for Config {
     fn default() -> Self {
         // Both families, because localhost is often ::1, and what goes there would be lost silently.
         let loopbacks = || vec!["127.0.0.1:8125".to_owned(), "[::1]:8125".to_owned()];
-        Self { udp: loopbacks(), tcp: loopbacks(), workers: 0, receive_buffer: Size(8 << 20), linger: Time::millis(1) }
+        Self {
+            udp: loopbacks(),
+            tcp: loopbacks(),
+            unixgram: Vec::new(),
+            unix: Vec::new(),
+            // Who may send to the loopback address may send here.
+            unix_mode: Mode(0o666),
+            workers: 0,
+            receive_buffer: Size(8 << 20),
+            linger: Time::millis(1),
+        }
     }
 }
 
@@ -94,6 +114,9 @@ impl Default for Limits {
 /// No UDP datagram is longer.
 const DATAGRAM_MAX: u64 = 65_535;
 
+/// Longer paths fit into no address of a unix socket.
+pub const UNIX_PATH_MAX: usize = 107;
+
 /// How often a worker reads what its sockets hold before it answers a reader who asked for a seal.
 const SEAL_BURSTS: usize = 8;
 
@@ -102,6 +125,36 @@ const OWES_SEAL: Duration = Duration::from_millis(1);
 
 /// The pause after an error of a receive or accept call.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// Where a listener is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    /// Of IPv4 or IPv6.
+    Inet(SocketAddr),
+    /// Of a unix socket.
+    Unix(PathBuf),
+}
+
+impl From<SocketAddr> for Address {
+    fn from(address: SocketAddr) -> Self {
+        Self::Inet(address)
+    }
+}
+
+impl From<PathBuf> for Address {
+    fn from(path: PathBuf) -> Self {
+        Self::Unix(path)
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Inet(address) => address.fmt(f),
+            Self::Unix(path) => path.display().fmt(f),
+        }
+    }
+}
 
 /// Why listeners could not start.
 #[derive(Debug)]
@@ -113,33 +166,47 @@ pub enum Error {
         /// What stands there.
         value: String,
     },
+    /// No path for a unix socket.
+    Path {
+        /// The key in the configuration.
+        key: &'static str,
+        /// What stands there.
+        value: String,
+    },
     /// Somebody else listens there.
     InUse {
         /// The key in the configuration.
         key: &'static str,
         /// The address.
-        address: SocketAddr,
+        address: Address,
     },
     /// This process may not listen there.
     Denied {
         /// The key in the configuration.
         key: &'static str,
         /// The address.
-        address: SocketAddr,
+        address: Address,
     },
     /// This host has no such address.
     NotHere {
         /// The key in the configuration.
         key: &'static str,
         /// The address.
-        address: SocketAddr,
+        address: Address,
+    },
+    /// The directory for a unix socket is missing.
+    NoDirectory {
+        /// The key in the configuration.
+        key: &'static str,
+        /// The address.
+        address: Address,
     },
     /// Another error at an address.
     Bind {
         /// The key in the configuration.
         key: &'static str,
         /// The address.
-        address: SocketAddr,
+        address: Address,
         /// What the kernel said.
         error: io::Error,
     },
@@ -148,11 +215,13 @@ pub enum Error {
 }
 
 impl Error {
-    fn bind(key: &'static str, address: SocketAddr, error: io::Error) -> Self {
+    fn bind(key: &'static str, address: impl Into<Address>, error: io::Error) -> Self {
+        let address = address.into();
         match error.raw_os_error() {
             Some(libc::EADDRINUSE) => Self::InUse { key, address },
             Some(libc::EACCES | libc::EPERM) => Self::Denied { key, address },
             Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT) => Self::NotHere { key, address },
+            Some(libc::ENOENT | libc::ENOTDIR) => Self::NoDirectory { key, address },
             Some(_) | None => Self::Bind { key, address, error },
         }
     }
@@ -160,7 +229,8 @@ impl Error {
     /// The exit code of a start that failed so, after sysexits.
     pub const fn exit_code(&self) -> u8 {
         match self {
-            Self::Address { .. } => 78,
+            Self::Address { .. } | Self::Path { .. } => 78,
+            Self::NoDirectory { .. } => 66,
             Self::InUse { .. } | Self::NotHere { .. } => 69,
             Self::Denied { .. } => 77,
             Self::Bind { .. } | Self::System(_) => 74,
@@ -174,11 +244,20 @@ impl fmt::Display for Error {
             Self::Address { key, value } => {
                 write!(f, "{key} = {value:?}: no address with a port; write one such as \"127.0.0.1:8125\"")
             }
+            Self::Path { key, value } => {
+                write!(f, "{key} = {value:?}: write a path that begins with / and has at most {UNIX_PATH_MAX} bytes")
+            }
             Self::InUse { key, address } => {
                 write!(f, "{key} = \"{address}\": in use; stop the other program there, or take another port")
             }
-            Self::Denied { key, address } => {
+            Self::Denied { key, address: address @ Address::Inet(_) } => {
                 write!(f, "{key} = \"{address}\": not permitted; take a port above 1023, or grant CAP_NET_BIND_SERVICE")
+            }
+            Self::Denied { key, address: address @ Address::Unix(_) } => {
+                write!(f, "{key} = \"{address}\": not permitted; name a directory that this user may write to")
+            }
+            Self::NoDirectory { key, address } => {
+                write!(f, "{key} = \"{address}\": its directory is missing; make it, or name another path")
             }
             Self::NotHere { key, address } => {
                 write!(f, "{key} = \"{address}\": no address of this host; name one that it has")
@@ -232,8 +311,8 @@ impl fmt::Display for Warning {
 /// Running listeners.
 #[derive(Debug)]
 pub struct Listeners {
-    udp: Vec<SocketAddr>,
-    tcp: Vec<SocketAddr>,
+    bound: Vec<(Listener, Address)>,
+    files: Vec<unix::File>,
     warnings: Vec<Warning>,
     stop: Arc<Stop>,
     wakes: Vec<Wake>,
@@ -269,16 +348,18 @@ where
     };
     let sockets = sockets::bind(config, count)?;
     let mut listeners = Listeners {
-        udp: sockets.udp.iter().map(|shared| shared.address).collect(),
-        tcp: sockets.tcp.iter().filter_map(|listener| listener.local_addr().ok()).collect(),
+        bound: sockets.addresses(),
+        files: Vec::new(),
         warnings: sockets.warnings,
         stop: Arc::new(Stop { grace: OnceLock::new(), ends: watch::Sender::new(false) }),
         wakes: Vec::new(),
         threads: Vec::new(),
     };
+    let (unixgram, unix) = (listeners.keep_files(sockets.unixgram), listeners.keep_files(sockets.unix));
     let started = listeners
         .start_udp(&sockets.udp, count, config, limits, workers)
-        .and_then(|()| listeners.start_streams(sockets.tcp, limits, workers, beside));
+        .and_then(|()| listeners.start_unixgram(unixgram, limits, workers))
+        .and_then(|()| listeners.start_streams(sockets.tcp, unix, limits, workers, beside));
     match started {
         Ok(()) => Ok(listeners),
         Err(error) => {
@@ -289,14 +370,9 @@ where
 }
 
 impl Listeners {
-    /// The addresses that take datagrams, as bound.
-    pub fn udp(&self) -> &[SocketAddr] {
-        &self.udp
-    }
-
-    /// The addresses that take streams, as bound.
-    pub fn tcp(&self) -> &[SocketAddr] {
-        &self.tcp
+    /// Where lines are taken, as bound.
+    pub fn bound(&self) -> &[(Listener, Address)] {
+        &self.bound
     }
 
     /// What did not turn out as configured.
@@ -325,23 +401,56 @@ impl Listeners {
         if shared.is_empty() {
             return Ok(());
         }
-        let datagram = limits.datagram.0.min(DATAGRAM_MAX) as usize;
+        let linger = config.linger.0;
         for (number, inlets) in udp::inlets(shared, count)?.into_iter().enumerate() {
-            let wake = Wake::new()?;
-            let caller = wake.clone();
-            let worker = workers.register(move || caller.wake());
-            self.wakes.push(wake.clone());
-            let stop = Arc::clone(&self.stop);
-            let linger = config.linger.0;
-            let run = move || udp::Receiver::new(worker, number, inlets, wake, stop, datagram, linger).run();
-            self.threads.push(thread::Builder::new().name(format!("udp-{number}")).spawn(run)?);
+            self.start_receiver(Listener::Udp, number, inlets, linger, limits, workers)?;
         }
         Ok(())
     }
 
+    /// A worker for each socket, since the kernel spreads none of them over several. It never naps: the kernel holds few
+    /// datagrams of a unix socket, and makes their senders wait or fail.
+    fn start_unixgram(&mut self, sockets: Vec<Socket>, limits: &Limits, workers: &Arc<Workers>) -> io::Result<()> {
+        for (number, socket) in sockets.into_iter().enumerate() {
+            let inlets = vec![udp::Inlet::unix(socket)?];
+            self.start_receiver(Listener::Unixgram, number, inlets, Duration::ZERO, limits, workers)?;
+        }
+        Ok(())
+    }
+
+    fn start_receiver(
+        &mut self,
+        listener: Listener,
+        number: usize,
+        inlets: Vec<udp::Inlet>,
+        linger: Duration,
+        limits: &Limits,
+        workers: &Arc<Workers>,
+    ) -> io::Result<()> {
+        let wake = Wake::new()?;
+        let caller = wake.clone();
+        let worker = workers.register(move || caller.wake());
+        self.wakes.push(wake.clone());
+        let stop = Arc::clone(&self.stop);
+        let datagram = limits.datagram.0.min(DATAGRAM_MAX) as usize;
+        let run = move || udp::Receiver::new(worker, listener, inlets, wake, stop, datagram, linger).run();
+        self.threads.push(thread::Builder::new().name(format!("{}-{number}", listener.name())).spawn(run)?);
+        Ok(())
+    }
+
+    /// The sockets without their files, which stay until the listeners are gone.
+    fn keep_files(&mut self, bound: Vec<unix::Bound>) -> Vec<Socket> {
+        let keep = |unix::Bound { socket, file }| {
+            self.files.push(file);
+            socket
+        };
+        bound.into_iter().map(keep).collect()
+    }
+
     fn start_streams<F>(
         &mut self,
-        listeners: Vec<std::net::TcpListener>,
+        tcp: Vec<std::net::TcpListener>,
+        unix: Vec<Socket>,
         limits: &Limits,
         workers: &Arc<Workers>,
         beside: impl FnOnce(Rc<RefCell<Worker>>, watch::Receiver<bool>) -> F + Send + 'static,
@@ -349,7 +458,7 @@ impl Listeners {
     where
         F: Future<Output = ()> + 'static,
     {
-        let streams = stream::Streams::new(listeners, limits.clone(), workers, Arc::clone(&self.stop))?;
+        let streams = stream::Streams::new(tcp, unix, limits.clone(), workers, Arc::clone(&self.stop))?;
         self.threads.push(thread::Builder::new().name("streams".to_owned()).spawn(|| streams.run(beside))?);
         Ok(())
     }

@@ -10,19 +10,34 @@ use std::os::fd::AsFd;
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{Config, Error, Warning, burst};
+use super::{Address, Config, Error, Warning, burst, unix};
+use crate::ingest::Listener;
 use crate::units::Size;
 
 /// Connections that wait to be accepted; the kernel's own bound is `net.core.somaxconn`.
-const BACKLOG: i32 = 1_024;
+pub(super) const BACKLOG: i32 = 1_024;
 
 /// Bound sockets, and what an operator should know about them.
 #[derive(Debug, Default)]
 pub(super) struct Sockets {
     pub(super) udp: Vec<Shared>,
     pub(super) tcp: Vec<TcpListener>,
+    pub(super) unixgram: Vec<unix::Bound>,
+    pub(super) unix: Vec<unix::Bound>,
     /// What did not turn out as configured.
     pub(super) warnings: Vec<Warning>,
+}
+
+impl Sockets {
+    /// Where they are bound.
+    pub(super) fn addresses(&self) -> Vec<(Listener, Address)> {
+        let udp = self.udp.iter().map(|shared| (Listener::Udp, shared.address.into()));
+        let tcp = self.tcp.iter().filter_map(|socket| Some((Listener::Tcp, socket.local_addr().ok()?.into())));
+        let path = |bound: &unix::Bound| bound.file.path().to_owned().into();
+        let unixgram = self.unixgram.iter().map(|bound| (Listener::Unixgram, path(bound)));
+        let unix = self.unix.iter().map(|bound| (Listener::Unix, path(bound)));
+        udp.chain(tcp).chain(unixgram).chain(unix).collect()
+    }
 }
 
 /// The sockets that share one address.
@@ -43,6 +58,8 @@ pub(super) fn bind(config: &Config, workers: usize) -> Result<Sockets, Error> {
     let udp = |place| shared(place, workers, config.receive_buffer);
     bound.udp = bind_each("listen.udp", &config.udp, &defaults.udp, udp, &mut bound.warnings)?;
     bound.tcp = bind_each("listen.tcp", &config.tcp, &defaults.tcp, stream, &mut bound.warnings)?;
+    bound.unixgram = unix::datagrams(config)?;
+    bound.unix = unix::streams(config)?;
     let asked = config.receive_buffer;
     let small = bound.udp.iter().filter(|shared| shared.receive_buffer < asked);
     let warning =
@@ -142,7 +159,7 @@ fn set_receive_buffer(socket: &Socket, size: Size) -> io::Result<()> {
 }
 
 /// What the kernel granted, in the measure in which it was asked: it reports the double.
-fn receive_buffer(socket: &Socket) -> io::Result<Size> {
+pub(super) fn receive_buffer(socket: &Socket) -> io::Result<Size> {
     Ok(Size(socket.recv_buffer_size()? as u64 / 2))
 }
 
@@ -220,7 +237,7 @@ mod tests {
         let error = bind(&config(&["localhost"], &[]), 1).unwrap_err();
         assert_eq!(error.exit_code(), 78);
         assert!(error.to_string().starts_with("listen.udp = \"localhost\": "), "{error}");
-        let address = "127.0.0.1:80".parse().unwrap();
+        let address: SocketAddr = "127.0.0.1:80".parse().unwrap();
         let denied = Error::bind("listen.tcp", address, io::Error::from_raw_os_error(libc::EACCES));
         assert_eq!(denied.exit_code(), 77);
         assert!(denied.to_string().starts_with("listen.tcp = \"127.0.0.1:80\": "), "{denied}");

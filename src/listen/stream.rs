@@ -1,10 +1,11 @@
-//! Streams of lines: TCP connections into the stream worker, on the one thread whose runtime serves HTTP ingest too.
+//! Streams: TCP connections of lines and unix connections of packets into the stream worker, on the one thread whose
+//! runtime serves HTTP ingest too.
 //!
 //! A connection reads at most `limits.stream_buffer` before the others have their turn, and holds at most one partial
-//! line. Lines that are too long are refused and the stream goes on; an HTTP client's request line is counted and the
-//! stream closed, as is one that stays silent for `limits.stream_idle`, or inside a line for `limits.partial_line`.
-//! Connections beyond `limits.connections`, `limits.connections_per_address` or what `limits.reserved_fds` leaves are
-//! accepted and closed.
+//! line or packet. What is too long is refused and the stream goes on; an HTTP client's request line, or what cannot be
+//! the length of a packet, is counted and the stream closed, as is one that stays silent for `limits.stream_idle`, or
+//! inside a line or packet for `limits.partial_line`. Connections beyond `limits.connections`,
+//! `limits.connections_per_address` or what `limits.reserved_fds` leaves are accepted and closed.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -20,16 +21,17 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use metrics::{Counter, Gauge};
-use socket2::SockRef;
+use socket2::{SockAddr, SockRef, Socket};
 use tokio::io::{AsyncRead, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::runtime::Runtime;
 use tokio::sync::{Notify, watch};
 use tokio::task::{JoinSet, LocalSet, spawn_local, yield_now};
 use tokio::time::sleep;
 
-use super::lines::{Lines, Piece};
-use super::{Limits, OWES_SEAL, PAUSE, SEAL_BURSTS, Stop, burst};
+use super::frames::{self, Frames};
+use super::lines::{self, Lines};
+use super::{DATAGRAM_MAX, Limits, OWES_SEAL, PAUSE, SEAL_BURSTS, Stop, burst};
 use crate::clock::Clock;
 use crate::ingest::{Listener, Source, Worker, Workers};
 use crate::sample::Reason;
@@ -41,7 +43,7 @@ const TASKS_A_LOOK: u32 = 16;
 /// What the stream worker's thread needs.
 pub(super) struct Streams {
     runtime: Runtime,
-    listeners: Vec<TcpListener>,
+    doors: Vec<Door>,
     worker: Worker,
     workers: Arc<Workers>,
     limits: Limits,
@@ -52,21 +54,24 @@ pub(super) struct Streams {
 impl Streams {
     /// A worker for these listeners and all that runs beside them.
     pub(super) fn new(
-        listeners: Vec<std::net::TcpListener>,
+        tcp: Vec<std::net::TcpListener>,
+        unix: Vec<Socket>,
         limits: Limits,
         workers: &Arc<Workers>,
         stop: Arc<Stop>,
     ) -> io::Result<Self> {
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().event_interval(TASKS_A_LOOK).build()?;
-        let listeners = {
+        let doors = {
             let _inside = runtime.enter();
-            listeners.into_iter().map(TcpListener::from_std).collect::<io::Result<_>>()?
+            let tcp = tcp.into_iter().map(|socket| TcpListener::from_std(socket).map(Door::Tcp));
+            let unix = unix.into_iter().map(|socket| UnixListener::from_std(socket.into()).map(Door::Unix));
+            tcp.chain(unix).collect::<io::Result<_>>()?
         };
         let wake = Arc::new(Notify::new());
         let caller = Arc::clone(&wake);
         let worker = workers.register(move || caller.notify_one());
-        Ok(Self { runtime, listeners, worker, workers: Arc::clone(workers), limits, stop, wake })
+        Ok(Self { runtime, doors, worker, workers: Arc::clone(workers), limits, stop, wake })
     }
 
     /// Serves until it is told to stop, and `beside` too.
@@ -74,16 +79,16 @@ impl Streams {
     where
         F: Future<Output = ()> + 'static,
     {
-        let Self { runtime, listeners, worker, workers, limits, stop, wake } = self;
+        let Self { runtime, doors, worker, workers, limits, stop, wake } = self;
         let worker = Rc::new(RefCell::new(worker));
         let ends = stop.ends.subscribe();
         let tasks = LocalSet::new();
         tasks.block_on(&runtime, async {
-            let lines = serve(listeners, Rc::clone(&worker), workers, limits, ends.clone());
+            let streams = serve(doors, Rc::clone(&worker), workers, limits, ends.clone());
             let beside = beside(Rc::clone(&worker), ends.clone());
             let mut until = ends.clone();
             // Readers wait for every worker, so this one stays even if it has nothing to serve.
-            let all = async { tokio::join!(lines, beside, stopped(&mut until)) };
+            let all = async { tokio::join!(streams, beside, stopped(&mut until)) };
             tokio::select! {
                 _ = all => {}
                 () = overdue(ends.clone(), &stop) => {}
@@ -129,56 +134,86 @@ async fn turns(worker: &RefCell<Worker>, wake: &Notify) {
     }
 }
 
-/// Serves streams of lines until `ends` says true; then it reads what the kernel holds, and returns.
+/// Serves streams until `ends` says true; then it reads what the kernel holds, and returns.
 async fn serve(
-    listeners: Vec<TcpListener>,
+    doors: Vec<Door>,
     worker: Rc<RefCell<Worker>>,
     workers: Arc<Workers>,
     limits: Limits,
     ends: watch::Receiver<bool>,
 ) {
     let intake = Rc::new(Intake::new(worker, workers, limits));
-    let accepting = listeners.into_iter().map(|listener| spawn_local(accept(listener, intake.clone(), ends.clone())));
+    let accepting = doors.into_iter().map(|door| spawn_local(accept(door, intake.clone(), ends.clone())));
     for task in accepting.collect::<Vec<_>>() {
         // A task that panicked has ended too.
         drop(task.await);
     }
 }
 
+/// A listening socket.
+enum Door {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+impl Door {
+    const fn listener(&self) -> Listener {
+        match self {
+            Self::Tcp(_) => Listener::Tcp,
+            Self::Unix(_) => Listener::Unix,
+        }
+    }
+
+    /// The next connection, and the address of its peer, if it has one.
+    async fn accept(&self) -> io::Result<(Transport, Option<SocketAddr>)> {
+        match self {
+            Self::Tcp(socket) => socket.accept().await.map(|(stream, peer)| (Transport::Tcp(stream), Some(peer))),
+            Self::Unix(socket) => socket.accept().await.map(|(stream, _)| (Transport::Unix(stream), None)),
+        }
+    }
+
+    /// Connections that the kernel has accepted and nobody has taken. The runtime may not have looked yet; this does.
+    fn waiting(&self, intake: &Rc<Intake>) -> Vec<Connection> {
+        let door = match self {
+            Self::Tcp(socket) => SockRef::from(socket),
+            Self::Unix(socket) => SockRef::from(socket),
+        };
+        let taken = std::iter::from_fn(|| door.accept().ok());
+        taken.filter_map(|(socket, peer)| self.taken(socket, &peer, intake)).collect()
+    }
+
+    fn taken(&self, socket: Socket, peer: &SockAddr, intake: &Rc<Intake>) -> Option<Connection> {
+        socket.set_nonblocking(true).ok()?;
+        let stream = match self {
+            Self::Tcp(_) => Transport::Tcp(TcpStream::from_std(socket.into()).ok()?),
+            Self::Unix(_) => Transport::Unix(UnixStream::from_std(socket.into()).ok()?),
+        };
+        Connection::begin(stream, peer.as_socket(), intake).ok()
+    }
+}
+
 /// Accepts connections until `ends` says true, and returns when the last of them has ended.
-async fn accept(listener: TcpListener, intake: Rc<Intake>, mut ends: watch::Receiver<bool>) {
+async fn accept(door: Door, intake: Rc<Intake>, mut ends: watch::Receiver<bool>) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             () = stopped(&mut ends) => break,
             Some(_) = connections.join_next() => {}
-            accepted = listener.accept() => {
+            accepted = door.accept() => {
                 let begun = accepted.map(|(stream, peer)| Connection::begin(stream, peer, &intake));
                 match begun {
                     Ok(Ok(connection)) => drop(connections.spawn_local(connection.run(ends.clone()))),
-                    Ok(Err(refusal)) => intake.refused(refusal).await,
-                    Err(_) => intake.failed().await,
+                    Ok(Err(refusal)) => intake.refused(door.listener(), refusal).await,
+                    Err(_) => intake.failed(door.listener()).await,
                 }
             }
         }
     }
-    for connection in waiting(&listener, &intake) {
+    for connection in door.waiting(&intake) {
         connections.spawn_local(connection.run(ends.clone()));
     }
-    drop(listener);
+    drop(door);
     while connections.join_next().await.is_some() {}
-}
-
-/// Connections that the kernel has accepted and nobody has taken. The runtime may not have looked yet; this does.
-fn waiting(listener: &TcpListener, intake: &Rc<Intake>) -> Vec<Connection> {
-    let listener = SockRef::from(listener);
-    let taken = std::iter::from_fn(|| listener.accept().ok());
-    let begun = taken.filter_map(|(socket, peer)| {
-        socket.set_nonblocking(true).ok()?;
-        let stream = TcpStream::from_std(socket.into()).ok()?;
-        Connection::begin(stream, peer.as_socket()?, intake).ok()
-    });
-    begun.collect()
 }
 
 /// What all connections share.
@@ -192,9 +227,26 @@ struct Intake {
     buffer: RefCell<Box<[u8]>>,
     by_address: RefCell<HashMap<IpAddr, usize>>,
     connections: Cell<usize>,
+    tcp: Meters,
+    unix: Meters,
+}
+
+/// The metrics of one kind of streams.
+struct Meters {
     open: Gauge,
     bytes: Counter,
     errors: Counter,
+}
+
+impl Meters {
+    fn new(listener: Listener) -> Self {
+        let label = [listener.name()];
+        Self {
+            open: telemetry::CONNECTIONS.gauge(&label),
+            bytes: telemetry::RECEIVED_BYTES.counter(&label),
+            errors: telemetry::ACCEPT_ERRORS.counter(&label),
+        }
+    }
 }
 
 /// Why a connection is closed at once.
@@ -218,7 +270,6 @@ impl Refusal {
 
 impl Intake {
     fn new(worker: Rc<RefCell<Worker>>, workers: Arc<Workers>, limits: Limits) -> Self {
-        let tcp = [Listener::Tcp.name()];
         Self {
             worker,
             workers,
@@ -227,16 +278,19 @@ impl Intake {
             buffer: RefCell::new(vec![0; limits.stream_buffer.bytes().max(1)].into_boxed_slice()),
             by_address: RefCell::default(),
             connections: Cell::new(0),
-            open: telemetry::CONNECTIONS.gauge(&tcp),
-            bytes: telemetry::RECEIVED_BYTES.counter(&tcp),
-            errors: telemetry::ACCEPT_ERRORS.counter(&tcp),
+            tcp: Meters::new(Listener::Tcp),
+            unix: Meters::new(Listener::Unix),
             limits,
         }
     }
 
-    /// A seat for a connection from this address, if there is one. The kernel numbers descriptors from below, so a
+    fn meters(&self, listener: Listener) -> &Meters {
+        if listener == Listener::Unix { &self.unix } else { &self.tcp }
+    }
+
+    /// A seat for a connection of this source, if there is one. The kernel numbers descriptors from below, so a
     /// connection's own says how many there are.
-    fn admit(self: &Rc<Self>, ip: IpAddr, descriptor: u64) -> Result<Seat, Refusal> {
+    fn admit(self: &Rc<Self>, source: Source, descriptor: u64) -> Result<Seat, Refusal> {
         let reserved = self.limits.reserved_fds.min(self.descriptors_max / 2);
         if descriptor >= self.descriptors_max - reserved {
             return Err(Refusal::Descriptors);
@@ -244,36 +298,53 @@ impl Intake {
         if self.connections.get() >= self.limits.connections {
             return Err(Refusal::Connections);
         }
-        let mut by_address = self.by_address.borrow_mut();
-        if by_address.get(&ip).is_some_and(|count| *count >= self.limits.connections_per_address) {
-            return Err(Refusal::PerAddress);
+        if let Some(address) = source.address {
+            let mut by_address = self.by_address.borrow_mut();
+            let count = by_address.entry(address.ip()).or_default();
+            if *count >= self.limits.connections_per_address {
+                return Err(Refusal::PerAddress);
+            }
+            *count += 1;
         }
-        *by_address.entry(ip).or_default() += 1;
         self.connections.set(self.connections.get() + 1);
-        self.open.increment(1.0);
-        Ok(Seat { intake: Rc::clone(self), ip })
+        self.meters(source.listener).open.increment(1.0);
+        Ok(Seat { intake: Rc::clone(self), source })
     }
 
-    async fn refused(&self, refusal: Refusal) {
-        telemetry::CONNECTIONS_REFUSED.counter(&[Listener::Tcp.name(), refusal.name()]).increment(1);
+    async fn refused(&self, listener: Listener, refusal: Refusal) {
+        telemetry::CONNECTIONS_REFUSED.counter(&[listener.name(), refusal.name()]).increment(1);
         if refusal == Refusal::Descriptors {
             sleep(PAUSE).await;
         }
     }
 
-    async fn failed(&self) {
-        self.errors.increment(1);
+    async fn failed(&self, listener: Listener) {
+        self.meters(listener).errors.increment(1);
         sleep(PAUSE).await;
     }
 
     /// Gives a line to the worker; a request line ends the stream.
-    fn give(&self, piece: Piece<'_>, source: Source) -> ControlFlow<()> {
+    fn line(&self, piece: lines::Piece<'_>, source: Source) -> ControlFlow<()> {
         let mut worker = self.worker.borrow_mut();
         match piece {
-            Piece::Line(line) => worker.line(line, source),
-            Piece::TooLong(beginning) => worker.refuse(Reason::LineTooLong, beginning, source),
-            Piece::Request(line) => {
+            lines::Piece::Line(line) => worker.line(line, source),
+            lines::Piece::TooLong(beginning) => worker.refuse(Reason::LineTooLong, beginning, source),
+            lines::Piece::Request(line) => {
                 worker.refuse(Reason::HttpRequest, line, source);
+                return ControlFlow::Break(());
+            }
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// Gives a packet to the worker; what cannot be a length ends the stream.
+    fn packet(&self, piece: frames::Piece<'_>, source: Source) -> ControlFlow<()> {
+        let mut worker = self.worker.borrow_mut();
+        match piece {
+            frames::Piece::Packet(packet) => worker.datagram(packet, source),
+            frames::Piece::TooLong(length) => worker.refuse(Reason::LineTooLong, length, source),
+            frames::Piece::NoLength(length) => {
+                worker.refuse(Reason::BadLength, length, source);
                 return ControlFlow::Break(());
             }
         }
@@ -284,29 +355,92 @@ impl Intake {
 /// The right of a connection to be there, given back when it ends.
 struct Seat {
     intake: Rc<Intake>,
-    ip: IpAddr,
+    source: Source,
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
         self.intake.connections.set(self.intake.connections.get() - 1);
-        self.intake.open.decrement(1.0);
+        self.intake.meters(self.source.listener).open.decrement(1.0);
+        let Some(ip) = self.source.address.map(|address| address.ip()) else { return };
         let mut by_address = self.intake.by_address.borrow_mut();
-        if let Some(count) = by_address.get_mut(&self.ip) {
+        if let Some(count) = by_address.get_mut(&ip) {
             *count -= 1;
             if *count == 0 {
-                by_address.remove(&self.ip);
+                by_address.remove(&ip);
             }
         }
     }
 }
 
-/// One stream of lines.
+/// The kernel's side of a connection.
+enum Transport {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Transport {
+    fn socket(&self) -> SockRef<'_> {
+        match self {
+            Self::Tcp(stream) => SockRef::from(stream),
+            Self::Unix(stream) => SockRef::from(stream),
+        }
+    }
+
+    fn poll_read(&mut self, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Tcp(stream) => Pin::new(stream).poll_read(context, buffer),
+            Self::Unix(stream) => Pin::new(stream).poll_read(context, buffer),
+        }
+    }
+}
+
+/// How a stream's bytes are taken apart.
+enum Framing {
+    Lines(Lines),
+    Packets(Frames),
+}
+
+impl Framing {
+    /// Gives the worker what ends in these bytes, and says whether anything did.
+    fn feed(&mut self, bytes: &[u8], intake: &Intake, source: Source) -> ControlFlow<(), bool> {
+        match self {
+            Self::Lines(lines) => {
+                lines.feed(bytes, |piece| intake.line(piece, source))?;
+                ControlFlow::Continue(memchr::memchr(b'\n', bytes).is_some())
+            }
+            Self::Packets(frames) => {
+                let mut ended = false;
+                frames.feed(bytes, |piece| {
+                    ended = true;
+                    intake.packet(piece, source)
+                })?;
+                ControlFlow::Continue(ended)
+            }
+        }
+    }
+
+    fn is_inside(&self) -> bool {
+        match self {
+            Self::Lines(lines) => lines.is_inside(),
+            Self::Packets(frames) => frames.is_inside(),
+        }
+    }
+
+    /// What is held of a line or packet that has not ended.
+    fn partial(&self) -> &[u8] {
+        match self {
+            Self::Lines(lines) => lines.partial(),
+            Self::Packets(frames) => frames.partial(),
+        }
+    }
+}
+
+/// One stream.
 struct Connection {
-    stream: TcpStream,
-    source: Source,
-    lines: Lines,
-    /// When something came last, and when the line began that has not ended.
+    stream: Transport,
+    framing: Framing,
+    /// When something came last, and when the line or packet began that has not ended.
     heard: Duration,
     begun: Option<Duration>,
     seat: Seat,
@@ -315,23 +449,31 @@ struct Connection {
 /// How a stream ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
-    /// The peer had no more to send: its last line needs no line feed.
+    /// The peer had no more to send: its last line needs no line feed. Of a packet, the end is missing.
     Closed,
     /// It broke, or was silent for too long: what is left of a line is none.
     Broken,
-    /// A client of HTTP.
-    Request,
+    /// A client of another protocol.
+    Foreign,
 }
 
 impl Connection {
-    fn begin(stream: TcpStream, peer: SocketAddr, intake: &Rc<Intake>) -> Result<Self, Refusal> {
-        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-        let seat = intake.admit(peer.ip(), u64::from(stream.as_raw_fd().unsigned_abs()))?;
-        let line = intake.workers.settings().limits.line;
-        let source = Source { listener: Listener::Tcp, address: Some(peer) };
-        let lines = Lines::new(line.min(intake.limits.stream_buffer.bytes()));
+    fn begin(stream: Transport, peer: Option<SocketAddr>, intake: &Rc<Intake>) -> Result<Self, Refusal> {
+        let address = peer.map(|peer| SocketAddr::new(peer.ip().to_canonical(), peer.port()));
+        let (listener, framing) = match stream {
+            Transport::Tcp(_) => {
+                let line = intake.workers.settings().limits.line;
+                (Listener::Tcp, Framing::Lines(Lines::new(line.min(intake.limits.stream_buffer.bytes()))))
+            }
+            Transport::Unix(_) => {
+                let packet = intake.limits.datagram.0.min(DATAGRAM_MAX) as usize;
+                (Listener::Unix, Framing::Packets(Frames::new(packet)))
+            }
+        };
+        let descriptor = u64::from(stream.socket().as_raw_fd().unsigned_abs());
+        let seat = intake.admit(Source { listener, address }, descriptor)?;
         let heard = intake.clock.monotonic();
-        Ok(Self { stream, source, lines, heard, begun: None, seat })
+        Ok(Self { stream, framing, heard, begun: None, seat })
     }
 
     async fn run(mut self, mut ends: watch::Receiver<bool>) {
@@ -368,7 +510,7 @@ impl Connection {
         let intake = Rc::clone(&self.seat.intake);
         let mut buffer = intake.buffer.borrow_mut();
         let mut buffer = ReadBuf::new(&mut buffer);
-        let read = ready!(Pin::new(&mut self.stream).poll_read(context, &mut buffer));
+        let read = ready!(self.stream.poll_read(context, &mut buffer));
         Poll::Ready(self.take(read.map(|()| buffer.filled()), buffer.remaining()))
     }
 
@@ -376,9 +518,9 @@ impl Connection {
     fn drain(&mut self) -> End {
         let intake = Rc::clone(&self.seat.intake);
         let mut buffer = intake.buffer.borrow_mut();
-        let mut left = SockRef::from(&self.stream).recv_buffer_size().unwrap_or(0);
+        let mut left = self.stream.socket().recv_buffer_size().unwrap_or(0);
         while left > 0 {
-            let read = (&*SockRef::from(&self.stream)).read(&mut buffer);
+            let read = (&*self.stream.socket()).read(&mut buffer);
             left = left.saturating_sub(*read.as_ref().unwrap_or(&0));
             if let ControlFlow::Break(end) = self.take(read.map(|length| &buffer[..length]), 0) {
                 return end;
@@ -394,29 +536,29 @@ impl Connection {
             Ok([]) => return ControlFlow::Break(End::Closed),
             Ok(bytes) => bytes,
         };
-        let Self { seat, source, lines, .. } = self;
-        seat.intake.bytes.increment(bytes.len() as u64);
+        let Self { seat, framing, .. } = self;
+        seat.intake.meters(seat.source.listener).bytes.increment(bytes.len() as u64);
         seat.intake.worker.borrow_mut().stamp();
-        if lines.feed(bytes, |piece| seat.intake.give(piece, *source)).is_break() {
-            return ControlFlow::Break(End::Request);
-        }
+        let ControlFlow::Continue(ended) = framing.feed(bytes, &seat.intake, seat.source) else {
+            return ControlFlow::Break(End::Foreign);
+        };
         self.heard = seat.intake.clock.monotonic();
-        if !self.lines.is_inside() {
+        if !self.framing.is_inside() {
             self.begun = None;
-        } else if self.begun.is_none() || memchr::memchr(b'\n', bytes).is_some() {
+        } else if self.begun.is_none() || ended {
             self.begun = Some(self.heard);
         }
         ControlFlow::Continue(if room == 0 { Fill::Whole } else { Fill::Part })
     }
 
-    fn finish(mut self, end: End) {
-        let Self { seat, source, lines, .. } = &mut self;
-        match end {
-            End::Closed => lines.end(|piece| seat.intake.give(piece, *source)),
-            End::Broken if !lines.partial().is_empty() => {
-                seat.intake.worker.borrow_mut().refuse(Reason::PartialLine, lines.partial(), *source);
+    fn finish(self, end: End) {
+        let Seat { intake, source } = &self.seat;
+        match (end, self.framing) {
+            (End::Closed, Framing::Lines(mut lines)) => lines.end(|piece| intake.line(piece, *source)),
+            (End::Closed | End::Broken, framing) if !framing.partial().is_empty() => {
+                intake.worker.borrow_mut().refuse(Reason::PartialLine, framing.partial(), *source);
             }
-            End::Broken | End::Request => {}
+            (End::Closed | End::Broken | End::Foreign, _) => {}
         }
     }
 }
@@ -444,9 +586,13 @@ mod tests {
         Intake::new(worker, workers, limits)
     }
 
+    fn source(ip: [u8; 4]) -> Source {
+        Source { listener: Listener::Tcp, address: Some((ip, 1).into()) }
+    }
+
     #[test]
     fn descriptors_are_kept_back() {
-        let ip = IpAddr::from([127, 0, 0, 1]);
+        let ip = source([127, 0, 0, 1]);
         let intake = Rc::new(Intake { descriptors_max: 1_000, ..intake(Limits::default()) });
         assert!(intake.admit(ip, 1_000 - 64 - 1).is_ok());
         assert_eq!(intake.admit(ip, 1_000 - 64).err(), Some(Refusal::Descriptors));
@@ -460,7 +606,7 @@ mod tests {
     fn seats_are_given_back() {
         let limits = Limits { connections: 2, connections_per_address: 1, ..Limits::default() };
         let intake = Rc::new(Intake { descriptors_max: 1_000, ..intake(limits) });
-        let [one, two, three] = [1, 2, 3].map(|last| IpAddr::from([192, 0, 2, last]));
+        let [one, two, three] = [1, 2, 3].map(|last| source([192, 0, 2, last]));
         let first = intake.admit(one, 9).ok().unwrap();
         assert_eq!(intake.admit(one, 9).err(), Some(Refusal::PerAddress));
         let second = intake.admit(two, 9).ok().unwrap();

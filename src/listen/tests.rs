@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -51,12 +53,18 @@ impl House {
         Self { workers, deliveries, rejects, listeners: Some(listeners), names, totals, answers, closed: 0 }
     }
 
+    /// The addresses of a listener.
+    fn bound(&self, listener: Listener) -> Vec<SocketAddr> {
+        let bound = self.listeners.as_ref().unwrap().bound().iter().filter(|(name, _)| *name == listener);
+        bound.map(|(_, address)| address.to_string().parse().unwrap()).collect()
+    }
+
     fn udp(&self) -> SocketAddr {
-        self.listeners.as_ref().unwrap().udp()[0]
+        self.bound(Listener::Udp)[0]
     }
 
     fn tcp(&self) -> SocketAddr {
-        self.listeners.as_ref().unwrap().tcp()[0]
+        self.bound(Listener::Tcp)[0]
     }
 
     fn fold(&mut self, mut delivery: Delivery) {
@@ -68,7 +76,9 @@ impl House {
             match cell {
                 Aggregate::Counter(counter) => *self.totals.entry(name).or_default() += counter.increments.value(),
                 Aggregate::Gauge(gauge) => drop(self.totals.insert(name, gauge.set.unwrap().1 as f64)),
-                other => panic!("the tests send no {other:?}"),
+                other @ (Aggregate::Observed(_) | Aggregate::Set(_) | Aggregate::Meter(_)) => {
+                    panic!("the tests send no {other:?}")
+                }
             }
         }
         self.answers[delivery.worker] = delivery.answers;
@@ -144,12 +154,69 @@ fn closed(mut stream: TcpStream) {
     }
 }
 
+/// Where a unix socket of a test is, and the configuration that names it.
+fn unix(listener: Listener) -> (tempfile::TempDir, PathBuf, Config) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let mut config = free("none");
+    if listener == Listener::Unix { &mut config.unix } else { &mut config.unixgram }.push(path.clone());
+    (directory, path, config)
+}
+
+#[test]
+fn datagrams_of_a_unix_socket_are_read_like_those_of_udp() {
+    let (_directory, path, config) = unix(Listener::Unixgram);
+    let mut house = House::open(&config, &Limits { datagram: Size(20), ..Limits::default() });
+    let sender = UnixDatagram::unbound().unwrap();
+    sender.connect(&path).unwrap();
+    // More than the kernel holds: the sender waits for the worker.
+    for _ in 0..1_000 {
+        sender.send(b"n:1|c\nm:2|c").unwrap();
+    }
+    sender.send(b"long:1|c\nlong:1|c\nlong:1|c").unwrap();
+    assert_eq!(house.total("n"), 1_000.0);
+    assert_eq!((house.totals["m"], house.totals.get("long")), (2_000.0, None));
+    sender.send(b"last:1|c").unwrap();
+    house.stop(DEADLINE);
+    assert_eq!(house.totals["last"], 1.0);
+    assert!(!path.exists());
+}
+
+fn framed(packet: &[u8]) -> Vec<u8> {
+    [&(packet.len() as u32).to_le_bytes(), packet].concat()
+}
+
+#[test]
+fn packets_of_a_unix_stream_are_read_like_datagrams() {
+    let (_directory, path, config) = unix(Listener::Unix);
+    let mut house = House::open(&config, &Limits { datagram: Size(20), ..Limits::default() });
+    let mut stream = UnixStream::connect(&path).unwrap();
+    let packets = [framed(b"n:1|c\nm:2|c"), framed(&[b'x'; 21]), framed(b""), framed(b"n:4|c")].concat();
+    for part in packets.chunks(7) {
+        stream.write_all(part).unwrap();
+    }
+    house.eventually("n", 5.0);
+    assert_eq!(house.totals["m"], 2.0);
+    stream.write_all(&framed(b"n:8|c")[..6]).unwrap();
+    drop(stream);
+    let mut text = UnixStream::connect(&path).unwrap();
+    text.write_all(b"n:1|c\n").unwrap();
+    text.set_read_timeout(Some(DEADLINE)).unwrap();
+    assert_eq!(text.read(&mut [0; 1]).unwrap_or(0), 0, "closed: it has no lengths");
+    house.stop(DEADLINE);
+    assert_eq!(house.totals["n"], 5.0);
+    let mut reasons: Vec<_> = house.rejected().into_iter().map(|(reason, _)| reason).collect();
+    reasons.sort_unstable();
+    assert_eq!(reasons, [Reason::LineTooLong, Reason::PartialLine, Reason::BadLength]);
+    assert!(!path.exists());
+}
+
 #[test]
 fn what_was_sent_before_a_question_is_in_its_answer() {
     let mut config = free("udp");
     config.udp.push("[::1]:0".to_owned());
     let mut house = House::open(&config, &Limits::default());
-    let addresses = house.listeners.as_ref().unwrap().udp().to_vec();
+    let addresses = house.bound(Listener::Udp);
     let senders: Vec<_> = (0..16).map(|i| sender(addresses[i % 2])).collect();
     let mut sent = 0.0;
     for round in 0..200 {
@@ -304,7 +371,7 @@ fn what_runs_beside_has_the_worker_of_the_streams() {
     let (workers, deliveries) = Workers::new(settings, budget, rejects, 3_600_000);
     let config = Config { workers: 1, ..free("") };
     let beside = |worker: Rc<RefCell<Worker>>, mut ends: watch::Receiver<bool>| async move {
-        let source = crate::ingest::Source { listener: crate::ingest::Listener::Http, address: None };
+        let source = crate::ingest::Source { listener: Listener::Http, address: None };
         worker.borrow_mut().line(b"n:1|c", source);
         ends.wait_for(|ends| *ends).await.unwrap();
         worker.borrow_mut().line(b"n:1|c", source);

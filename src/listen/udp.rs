@@ -1,4 +1,5 @@
-//! A UDP worker: a thread that reads bursts from sockets of its own and gives each datagram to its [`Worker`].
+//! A worker of datagrams: a thread that reads bursts from sockets of its own, of UDP or a unix one, and gives each
+//! datagram to its [`Worker`].
 //!
 //! It waits on purpose. While traffic flows, a worker that has emptied its sockets naps for `listen.linger` and then reads
 //! all that came at once, since wake-ups cost more than datagrams; the nap is cut so that at the present rate half of the
@@ -7,7 +8,6 @@
 //! Counts are plain numbers of the thread, published once a second, and so is what the kernel dropped.
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread;
@@ -29,7 +29,8 @@ const PUBLISH: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Inlet {
     socket: Socket,
-    address: SocketAddr,
+    /// Its address or path, in metrics.
+    name: String,
     /// The receive buffer, as it was asked for.
     receive_buffer: u64,
     /// The kernel's count of drops when it was last read.
@@ -38,13 +39,24 @@ pub(super) struct Inlet {
     counts_drops: bool,
 }
 
+impl Inlet {
+    /// A bound unix socket.
+    pub(super) fn unix(socket: Socket) -> io::Result<Self> {
+        let path = socket.local_addr()?;
+        let name = path.as_pathname().map_or_else(String::new, |path| path.display().to_string());
+        let receive_buffer = sockets::receive_buffer(&socket)?.0;
+        Ok(Self { socket, name, receive_buffer, drops: 0, counts_drops: true })
+    }
+}
+
 /// Deals the sockets of each address to `count` workers. Where there are fewer sockets, workers share them.
 pub(super) fn inlets(shared: &[sockets::Shared], count: usize) -> io::Result<Vec<Vec<Inlet>>> {
     let inlet = |shared: &sockets::Shared, number: usize| {
         let socket = shared.sockets[number % shared.sockets.len()].try_clone()?;
         let receive_buffer = shared.receive_buffer.0;
         let counts_drops = number < shared.sockets.len();
-        Ok(Inlet { socket, address: shared.address, receive_buffer, drops: 0, counts_drops })
+        let name = format!("{}#{number}", shared.address);
+        Ok(Inlet { socket, name, receive_buffer, drops: 0, counts_drops })
     };
     (0..count.max(1)).map(|number| shared.iter().map(|shared| inlet(shared, number)).collect()).collect()
 }
@@ -52,6 +64,7 @@ pub(super) fn inlets(shared: &[sockets::Shared], count: usize) -> io::Result<Vec
 /// What a UDP worker needs.
 pub(super) struct Receiver {
     worker: Worker,
+    listener: Listener,
     inlets: Vec<Inlet>,
     burst: Burst,
     wake: Wake,
@@ -65,7 +78,7 @@ impl Receiver {
     /// A worker with sockets for datagrams of at most `datagram` bytes. It is made on the thread that runs it.
     pub(super) fn new(
         worker: Worker,
-        number: usize,
+        listener: Listener,
         inlets: Vec<Inlet>,
         wake: Wake,
         stop: Arc<Stop>,
@@ -74,9 +87,19 @@ impl Receiver {
     ) -> Self {
         // The kernel doubles what is asked for, and charges its own structures against that.
         let room = 2 * inlets.iter().map(|inlet| inlet.receive_buffer).min().unwrap_or(0);
-        let counts = Counts::new(number, &inlets);
+        let counts = Counts::new(listener, &inlets);
         let pace = Pace { linger, room, ..Pace::default() };
-        Self { worker, inlets, burst: Burst::new(datagram), wake, stop, clock: Clock::default(), pace, counts }
+        Self {
+            worker,
+            listener,
+            inlets,
+            burst: Burst::new(datagram),
+            wake,
+            stop,
+            clock: Clock::default(),
+            pace,
+            counts,
+        }
     }
 
     /// Reads until it is told to stop.
@@ -109,7 +132,7 @@ impl Receiver {
         for inlet in &self.inlets {
             let mut more = true;
             for _ in 0..bursts {
-                let one = read_burst(inlet, &mut self.burst, &mut self.worker, &mut self.counts);
+                let one = read_burst(inlet, self.listener, &mut self.burst, &mut self.worker, &mut self.counts);
                 read.charged += one.charged;
                 more = one.more;
                 if !more {
@@ -146,7 +169,7 @@ impl Receiver {
             let held = 2 * inlet.receive_buffer / CHARGE_MIN;
             for _ in 0..=held / BURST as u64 {
                 let more = self.clock.monotonic() < deadline
-                    && read_burst(inlet, &mut self.burst, &mut self.worker, &mut self.counts).more;
+                    && read_burst(inlet, self.listener, &mut self.burst, &mut self.worker, &mut self.counts).more;
                 if !more {
                     break;
                 }
@@ -167,7 +190,7 @@ struct Read {
     more: bool,
 }
 
-fn read_burst(inlet: &Inlet, burst: &mut Burst, worker: &mut Worker, counts: &mut Counts) -> Read {
+fn read_burst(inlet: &Inlet, listener: Listener, burst: &mut Burst, worker: &mut Worker, counts: &mut Counts) -> Read {
     let received = match burst.receive(inlet.socket.as_fd()) {
         Ok(received) => received,
         Err(error) if error.kind() == io::ErrorKind::Interrupted => return Read { charged: 0, more: true },
@@ -187,7 +210,7 @@ fn read_burst(inlet: &Inlet, burst: &mut Burst, worker: &mut Worker, counts: &mu
         if datagram.truncated {
             counts.truncated += 1;
         } else {
-            worker.datagram(datagram.bytes, Source { listener: Listener::Udp, address: datagram.source });
+            worker.datagram(datagram.bytes, Source { listener, address: datagram.source });
         }
     }
     counts.datagrams += received as u64;
@@ -264,21 +287,20 @@ struct Counts {
 }
 
 impl Counts {
-    fn new(number: usize, inlets: &[Inlet]) -> Self {
-        let name = |inlet: &Inlet| format!("{}#{number}", inlet.address);
+    fn new(listener: Listener, inlets: &[Inlet]) -> Self {
         for inlet in inlets {
-            telemetry::RECEIVE_BUFFER_BYTES.gauge(&[&name(inlet)]).set(inlet.receive_buffer as f64);
+            telemetry::RECEIVE_BUFFER_BYTES.gauge(&[&inlet.name]).set(inlet.receive_buffer as f64);
         }
-        let udp = [Listener::Udp.name()];
+        let listener = [listener.name()];
         Self {
             datagrams: 0,
             bytes: 0,
             truncated: 0,
             due: PUBLISH,
-            errors: telemetry::ACCEPT_ERRORS.counter(&udp),
+            errors: telemetry::ACCEPT_ERRORS.counter(&listener),
             published: [telemetry::DATAGRAMS, telemetry::RECEIVED_BYTES, telemetry::DATAGRAMS_TRUNCATED]
-                .map(|metric| metric.counter(&udp)),
-            drops: inlets.iter().map(|inlet| telemetry::KERNEL_DROPS.counter(&[&name(inlet)])).collect(),
+                .map(|metric| metric.counter(&listener)),
+            drops: inlets.iter().map(|inlet| telemetry::KERNEL_DROPS.counter(&[&inlet.name])).collect(),
         }
     }
 
@@ -321,7 +343,13 @@ mod tests {
         let address = receiver.local_addr().unwrap();
         let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
         sender.connect(address).unwrap();
-        let inlet = Inlet { socket: receiver.into(), address, receive_buffer: 1 << 16, drops: 0, counts_drops: true };
+        let inlet = Inlet {
+            socket: receiver.into(),
+            name: address.to_string(),
+            receive_buffer: 1 << 16,
+            drops: 0,
+            counts_drops: true,
+        };
         (sender, inlet)
     }
 
@@ -336,7 +364,7 @@ mod tests {
     fn datagrams_and_bytes_are_those_read_truncated_ones_among_them() {
         let (sender, inlet) = socket();
         let stop = Arc::new(Stop { grace: OnceLock::new(), ends: watch::Sender::new(false) });
-        let mut receiver = Receiver::new(worker(), 0, vec![inlet], Wake::new().unwrap(), stop, 8, LINGER);
+        let mut receiver = Receiver::new(worker(), Listener::Udp, vec![inlet], Wake::new().unwrap(), stop, 8, LINGER);
         for payload in ["n:1|c", "n:2345|c", "n:23456|c", ""] {
             assert_eq!(sender.send(payload.as_bytes()).unwrap(), payload.len());
         }
@@ -356,15 +384,15 @@ mod tests {
         inlet.socket.connect(&closed.into()).unwrap();
         assert_eq!(inlet.socket.send(b"x").unwrap(), 1);
         let (mut burst, mut worker) = (Burst::new(100), worker());
-        let mut counts = Counts::new(0, slice::from_ref(&inlet));
+        let mut counts = Counts::new(Listener::Udp, slice::from_ref(&inlet));
         let clock = Clock::default();
-        let read = read_burst(&inlet, &mut burst, &mut worker, &mut counts);
+        let read = read_burst(&inlet, Listener::Udp, &mut burst, &mut worker, &mut counts);
         assert!(!read.more);
         assert!(clock.monotonic() >= PAUSE);
         // The socket goes on: it hears its peer, once there is one.
         let peer = UdpSocket::bind(closed).unwrap();
-        assert_eq!(peer.send_to(b"n:1|c", inlet.address).unwrap(), 5);
-        let read = read_burst(&inlet, &mut burst, &mut worker, &mut counts);
+        assert_eq!(peer.send_to(b"n:1|c", inlet.name.as_str()).unwrap(), 5);
+        let read = read_burst(&inlet, Listener::Udp, &mut burst, &mut worker, &mut counts);
         assert_eq!((read.charged, counts.datagrams), (charge(5), 1));
     }
 

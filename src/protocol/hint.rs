@@ -36,6 +36,7 @@ pub fn hint(reject: &Reject<'_>) -> Option<String> {
         Reason::MemberTooLong => says("send a hash of it; limits.set_member bounds a member"),
         Reason::HttpRequest => says("this port takes lines; HTTP is served at http.ingest and http.api"),
         Reason::PartialLine => says("end each line with a line feed"),
+        Reason::BadLength => says("a unix stream has 4 bytes of length, little-endian, before each packet"),
     }
 }
 

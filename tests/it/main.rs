@@ -22,3 +22,4 @@ mod limits;
 mod prometheus;
 mod readme;
 mod redis;
+mod unix;

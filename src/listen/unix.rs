@@ -1,0 +1,153 @@
+//! Unix sockets: paths into bound sockets. Nothing is read here; datagrams go the way of `udp`, streams that of `stream`.
+//!
+//! The file of a socket outlives a process that was killed. One that nobody answers is taken over; one that somebody
+//! answers, or a file that is no socket, is an error. The file goes when its [`File`] does, unless another took its place.
+
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use super::sockets::BACKLOG;
+use super::{Config, Error};
+use crate::units::Mode;
+
+/// A bound socket and its file.
+#[derive(Debug)]
+pub(super) struct Bound {
+    pub(super) socket: Socket,
+    pub(super) file: File,
+}
+
+/// The file of a socket, removed when this is dropped.
+#[derive(Debug)]
+pub(super) struct File {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+impl File {
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for File {
+    fn drop(&mut self) {
+        let is_ours = |file: fs::Metadata| (file.dev(), file.ino()) == (self.device, self.inode);
+        if fs::symlink_metadata(&self.path).is_ok_and(is_ours) {
+            // A file that stays is taken over by the next start.
+            drop(fs::remove_file(&self.path));
+        }
+    }
+}
+
+/// Binds the paths of `listen.unixgram`.
+pub(super) fn datagrams(config: &Config) -> Result<Vec<Bound>, Error> {
+    config.unixgram.iter().map(|path| bind("listen.unixgram", path, Type::DGRAM, config.unix_mode)).collect()
+}
+
+/// Binds the paths of `listen.unix`, and listens.
+pub(super) fn streams(config: &Config) -> Result<Vec<Bound>, Error> {
+    let key = "listen.unix";
+    let listen = |path: &PathBuf| {
+        let bound = bind(key, path, Type::STREAM, config.unix_mode)?;
+        let listening = bound.socket.listen(BACKLOG).and_then(|()| bound.socket.set_nonblocking(true));
+        listening.map_err(|error| Error::bind(key, path.clone(), error))?;
+        Ok(bound)
+    };
+    config.unix.iter().map(listen).collect()
+}
+
+fn bind(key: &'static str, path: &Path, kind: Type, mode: Mode) -> Result<Bound, Error> {
+    let failed = |error| Error::bind(key, path.to_owned(), error);
+    if !path.is_absolute() {
+        return Err(Error::Path { key, value: path.display().to_string() });
+    }
+    let address = SockAddr::unix(path).map_err(|_| Error::Path { key, value: path.display().to_string() })?;
+    let socket = Socket::new(Domain::UNIX, kind, None).map_err(failed)?;
+    make_way(path, &address, kind).map_err(failed)?;
+    socket.bind(&address).map_err(failed)?;
+    let file = fs::symlink_metadata(path).map_err(failed)?;
+    let file = File { path: path.to_owned(), device: file.dev(), inode: file.ino() };
+    fs::set_permissions(path, Permissions::from_mode(mode.0)).map_err(failed)?;
+    Ok(Bound { socket, file })
+}
+
+/// Removes the file of a socket that nobody answers.
+fn make_way(path: &Path, address: &SockAddr, kind: Type) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+        Ok(file) if !file.file_type().is_socket() => Err(io::Error::other("there is a file that is no socket")),
+        Ok(_) => match Socket::new(Domain::UNIX, kind, None)?.connect(address) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
+            // One of the other kind is somebody's as well.
+            Err(error) if error.raw_os_error() != Some(libc::EPROTOTYPE) => Err(error),
+            Ok(()) | Err(_) => Err(io::Error::from_raw_os_error(libc::EADDRINUSE)),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(directory: &Path) -> Config {
+        let unixgram = vec![directory.join("datagrams")];
+        Config { unixgram, unix: vec![directory.join("streams")], ..Config::default() }
+    }
+
+    #[test]
+    fn a_file_goes_with_its_socket_unless_another_took_its_place() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = config(directory.path());
+        let bound = datagrams(&config).unwrap();
+        let mode = fs::metadata(&config.unixgram[0]).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, config.unix_mode.0);
+        drop(bound);
+        assert!(!config.unixgram[0].exists());
+        let bound = streams(&config).unwrap();
+        fs::remove_file(&config.unix[0]).unwrap();
+        fs::write(&config.unix[0], "another's").unwrap();
+        drop(bound);
+        assert!(config.unix[0].exists());
+    }
+
+    #[test]
+    fn a_socket_without_owner_is_taken_over_and_one_with_an_owner_is_in_use() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = config(directory.path());
+        let first = (datagrams(&config).unwrap(), streams(&config).unwrap());
+        let in_use = |error: Error| matches!(error, Error::InUse { .. }) && error.exit_code() == 69;
+        assert!(in_use(datagrams(&config).unwrap_err()));
+        assert!(in_use(streams(&config).unwrap_err()));
+        let swapped = Config { unixgram: config.unix.clone(), unix: config.unixgram.clone(), ..config.clone() };
+        assert!(in_use(datagrams(&swapped).unwrap_err()));
+        // As after `kill -9`: the sockets are gone and their files are not.
+        let (datagram_sockets, stream_sockets) = first;
+        for bound in datagram_sockets.into_iter().chain(stream_sockets) {
+            std::mem::forget(bound.file);
+        }
+        assert!(config.unixgram[0].exists() && config.unix[0].exists());
+        assert!(datagrams(&config).is_ok() && streams(&config).is_ok());
+    }
+
+    #[test]
+    fn errors_name_key_path_and_remedy() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |path: PathBuf| datagrams(&Config { unixgram: vec![path], ..Config::default() }).unwrap_err();
+        let file = directory.path().join("file");
+        fs::write(&file, "").unwrap();
+        let error = at(file.clone());
+        assert!(error.to_string().starts_with(&format!("listen.unixgram = \"{}\": there is a file", file.display())));
+        assert_eq!(
+            (at("relative.sock".into()).exit_code(), at(file.with_file_name("x".repeat(200))).exit_code()),
+            (78, 78)
+        );
+        assert_eq!(at(directory.path().join("no/such")).exit_code(), 66);
+    }
+}
