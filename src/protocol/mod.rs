@@ -314,7 +314,7 @@ pub enum Body {
     Object,
     /// An array of so many records, perhaps of none.
     Array(usize),
-    /// So many lines that are not blank, each of them a record.
+    /// So many lines that are not blank, each of them a record or rejected by itself.
     Lines(usize),
     /// No JSON at all; it was rejected as a whole.
     #[default]
@@ -393,6 +393,11 @@ impl Parser {
     pub fn body(&mut self, body: &[u8], sink: &mut impl Sink) -> Body {
         let body = lines::without_bom(body);
         self.json_body(body, sink)
+    }
+
+    /// Reads an HTTP body that is said to be one record a line.
+    pub fn body_of_lines(&mut self, body: &[u8], sink: &mut impl Sink) -> Body {
+        self.json_lines(lines::without_bom(body), sink)
     }
 
     fn one_line(&mut self, line: &[u8], number: u32, sink: &mut impl Sink) {
