@@ -59,7 +59,8 @@ fn write_metric(metric: &Metric, out: &mut impl Write) -> io::Result<()> {
             row(out, what, text)?;
         }
     }
-    row(out, "series", &metric.series)
+    row(out, "series", &metric.series)?;
+    row(out, "prometheus", &metric.prometheus.join(", "))
 }
 
 fn write_event(event: &EventFound, out: &mut impl Write) -> io::Result<()> {
