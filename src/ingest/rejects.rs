@@ -72,8 +72,9 @@ struct Kept {
 impl Rejects {
     /// None yet.
     pub fn new(limits: &Limits) -> Self {
-        let counts = (0, [0; Reason::ALL.len()], [0; Reason::ALL.len()]);
-        let state = Kept { lines: VecDeque::new(), second: counts.0, noted: counts.1, suppressed: counts.2 };
+        telemetry::REJECTS_SUPPRESSED.begin(Reason::ALL.map(|reason| [reason.name()]));
+        let (noted, suppressed) = ([0; Reason::ALL.len()], [0; Reason::ALL.len()]);
+        let state = Kept { lines: VecDeque::new(), second: 0, noted, suppressed };
         Self { per_second: limits.reject_log, state: Mutex::new(state) }
     }
 

@@ -31,7 +31,7 @@ use tokio::time::sleep;
 use super::lines::{Lines, Piece};
 use super::{Limits, OWES_SEAL, PAUSE, SEAL_BURSTS, Stop, burst};
 use crate::clock::Clock;
-use crate::ingest::{Listener, Source, Worker, Workers};
+use crate::ingest::{self, Listener, Source, Worker, Workers};
 use crate::sample::Reason;
 use crate::telemetry;
 
@@ -206,6 +206,8 @@ enum Refusal {
 }
 
 impl Refusal {
+    const ALL: [Self; 3] = [Self::Connections, Self::PerAddress, Self::Descriptors];
+
     /// The limit, as a label.
     const fn name(self) -> &'static str {
         match self {
@@ -218,7 +220,9 @@ impl Refusal {
 
 impl Intake {
     fn new(worker: Rc<RefCell<Worker>>, workers: Arc<Workers>, limits: Limits) -> Self {
+        ingest::begin(Listener::Tcp);
         let tcp = [Listener::Tcp.name()];
+        telemetry::CONNECTIONS_REFUSED.begin(Refusal::ALL.map(|refusal| [tcp[0], refusal.name()]));
         Self {
             worker,
             workers,
@@ -431,7 +435,7 @@ enum Fill {
 mod tests {
     use super::*;
     use crate::aggregate::shard::{self, Budget};
-    use crate::ingest::{self, Rejects, Settings};
+    use crate::ingest::{Rejects, Settings};
     use crate::protocol;
 
     fn intake(limits: Limits) -> Intake {

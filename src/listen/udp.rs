@@ -19,7 +19,7 @@ use socket2::Socket;
 use super::burst::{self, BURST, Burst, Wake};
 use super::{OWES_SEAL, PAUSE, SEAL_BURSTS, Stop, sockets};
 use crate::clock::Clock;
-use crate::ingest::{Listener, Source, Worker};
+use crate::ingest::{self, Listener, Source, Worker};
 use crate::telemetry;
 
 /// How often counts and drops are published.
@@ -265,6 +265,7 @@ impl Counts {
         for inlet in inlets {
             telemetry::RECEIVE_BUFFER_BYTES.gauge(&[&name(inlet)]).set(inlet.receive_buffer as f64);
         }
+        ingest::begin(Listener::Udp);
         let udp = [Listener::Udp.name()];
         Self {
             datagrams: 0,
@@ -302,7 +303,7 @@ mod tests {
 
     use super::*;
     use crate::aggregate::shard::{self, Budget};
-    use crate::ingest::{self, Rejects, Settings, Workers};
+    use crate::ingest::{Rejects, Settings, Workers};
     use crate::protocol;
 
     const LINGER: Duration = Duration::from_millis(1);
