@@ -36,7 +36,7 @@ pub struct Rejected {
     pub time: u64,
     /// Why.
     pub reason: Reason,
-    /// The byte of the line, from 0, where that was seen.
+    /// The byte of the line, from 1, where that was seen.
     pub column: usize,
     /// The line with control and non-ASCII bytes escaped, cut after 256 bytes.
     pub line: String,
@@ -129,8 +129,8 @@ fn describe(reject: &Reject<'_>, source: Source, now_ms: u64) -> Rejected {
     Rejected {
         time: now_ms,
         reason: reject.reason,
-        column: reject.column,
-        line: kept.escape_ascii().to_string(),
+        column: reject.column + 1,
+        line: protocol::printable(kept),
         hint: protocol::hint(reject).map(|hint| hint.to_string()),
         listener: source.listener.name(),
         source: source.address.map(|address| address.to_string()),

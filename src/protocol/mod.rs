@@ -448,6 +448,19 @@ impl Parser {
     }
 }
 
+/// Bytes as a person reads them: what is no printable ASCII is escaped, and so is the backslash.
+pub fn printable(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(bytes.len());
+    for byte in bytes {
+        match byte {
+            // The line may be JSON: its quotes are no harm here, and who prints them into a text escapes them.
+            b'"' | b'\'' => text.push(char::from(*byte)),
+            _ => text.extend(byte.escape_ascii().map(char::from)),
+        }
+    }
+    text
+}
+
 /// Where `part` begins in `whole`, of which it is a part.
 fn offset(whole: &[u8], part: &[u8]) -> usize {
     (part.as_ptr() as usize).wrapping_sub(whole.as_ptr() as usize).min(whole.len())
