@@ -472,9 +472,15 @@ impl Loaded {
     fn problems(&self) -> Vec<Problem> {
         let mut problems = self.addresses();
         problems.extend(self.paths());
+        problems.extend(self.state_dir());
         problems.extend(self.interval());
         problems.extend(self.prometheus());
         problems
+    }
+
+    fn state_dir(&self) -> Option<Problem> {
+        let is_empty = self.config.state_dir.as_os_str().is_empty();
+        is_empty.then(|| self.wrong("state_dir", &Value::from(""), "no directory; name one"))
     }
 
     fn prometheus(&self) -> Option<Problem> {

@@ -172,6 +172,7 @@ impl Running {
     /// # Errors
     /// When the journal cannot be read or a thread cannot be started.
     pub fn start(parts: Parts, config: &Config, limits: &Limits) -> Result<Self, Error> {
+        begin_counters();
         let (orders, inbox) = unbounded();
         let status = Arc::new(Status::default());
         let mut folding = Folding::new(parts, inbox, config, limits)?;
@@ -450,7 +451,7 @@ impl Folding {
             held.set(self.writer.held[kind as usize] as f64);
         }
         if self.writer.overflowed > 0 {
-            telemetry::LOST.counter(&["non_finite"]).increment(std::mem::take(&mut self.writer.overflowed));
+            telemetry::LOST.counter(&[NON_FINITE]).increment(std::mem::take(&mut self.writer.overflowed));
         }
         telemetry::SERIES_MEMORY_BYTES.gauge(&[]).set(self.budget.bytes() as f64);
     }
@@ -474,6 +475,16 @@ impl Folding {
         let windows = self.ledger.closed_until_ms();
         tracing::debug!(series = self.ledger.len(), windows, "fold ended");
     }
+}
+
+/// Why an accepted change is lost here: a sum would not be finite, or the total to add it to can't be read.
+const NON_FINITE: &str = "non_finite";
+const UNREADABLE: &str = "journal_unreadable";
+
+fn begin_counters() {
+    telemetry::SERIES_CREATED.begin(Kind::ALL.map(|kind| [kind.json()]));
+    telemetry::SERIES_EXPIRED.begin(Kind::ALL.map(|kind| [kind.json()]));
+    telemetry::LOST.begin([[NON_FINITE], [UNREADABLE]]);
 }
 
 /// Tells somebody who waits; one that is gone needs no answer.
@@ -504,7 +515,7 @@ fn restore(writer: &mut Writer, journal: &Journal, limits: &Limits) -> Result<()
 fn recall(journal: &Journal, id: &SeriesId) -> Option<Total> {
     journal.total(id.kind, &id.key).unwrap_or_else(|error| {
         tracing::error!(%error, series = %id.key, "the journal could not be read for a series that returned");
-        telemetry::LOST.counter(&["journal_unreadable"]).increment(1);
+        telemetry::LOST.counter(&[UNREADABLE]).increment(1);
         None
     })
 }

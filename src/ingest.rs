@@ -19,6 +19,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 
 pub use rejects::{Limits, Rejected, Rejects};
 use tally::Tally;
+pub use tally::begin;
 
 use crate::aggregate::shard::{Budget, Cells, Sealed, Shard};
 use crate::clock::Clock;
@@ -319,9 +320,18 @@ impl Worker {
 
     /// Reads an HTTP body.
     pub fn body(&mut self, body: &[u8], source: Source) -> Answer {
+        self.answered(source, |parser, core| parser.body(body, core))
+    }
+
+    /// Reads an HTTP body that is said to be one record a line.
+    pub fn body_of_lines(&mut self, body: &[u8], source: Source) -> Answer {
+        self.answered(source, |parser, core| parser.body_of_lines(body, core))
+    }
+
+    fn answered(&mut self, source: Source, read: impl FnOnce(&mut Parser, &mut Core) -> Body) -> Answer {
         self.core.source = source;
         self.core.answer = Some(Answer::default());
-        let form = self.parser.body(body, &mut self.core);
+        let form = read(&mut self.parser, &mut self.core);
         Answer { form, ..self.core.answer.take().unwrap_or_default() }
     }
 

@@ -98,6 +98,12 @@ impl Metric {
         metrics::with_recorder(|recorder| recorder.register_counter(&self.key(values), &METADATA))
     }
 
+    /// Lets the counters of these rows of label values stand at 0 before they first count: a rate misses the count with
+    /// which a counter appears.
+    pub fn begin<'v, const N: usize>(&self, rows: impl IntoIterator<Item = [&'v str; N]>) {
+        rows.into_iter().for_each(|row| drop(self.counter(&row)));
+    }
+
     /// The gauge of these label values.
     pub fn gauge(&self, values: &[&str]) -> Gauge {
         metrics::with_recorder(|recorder| recorder.register_gauge(&self.key(values), &METADATA))
@@ -183,6 +189,8 @@ pub fn install() -> Result<Exporter, Error> {
     let (recorder, exporter) = recorder();
     metrics::set_global_recorder(recorder).map_err(|_| Error::Installed)?;
     BUILD_INFO.gauge(&[env!("CARGO_PKG_VERSION")]).set(1.0);
+    let bare = ALL.iter().filter(|metric| metric.shape == Shape::Counter && metric.labels.is_empty());
+    bare.for_each(|metric| metric.begin([[]]));
     Ok(exporter)
 }
 

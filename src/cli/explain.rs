@@ -14,13 +14,14 @@ use std::os::unix::ffi::OsStrExt;
 use serde::{Serialize, Serializer};
 
 use super::{Code, Failure, Layers};
+use crate::http::scrape;
 use crate::protocol::{self, Config, Event, Extras, Limits, Parser, Reject, ServiceCheck, Sink};
-use crate::sample::{Identity, Kind, Sample, Value, WireType};
+use crate::sample::{Identity, Kind, Sample, SeriesKey, Value, WireType};
 
 /// Arguments of `explain`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The configuration to read by; of it, the sections protocol and limits matter.
+    /// The configuration to read by; of it, the sections protocol, limits and prometheus matter.
     #[command(flatten)]
     pub layers: Layers,
     /// Print JSON, one object for each input
@@ -40,7 +41,7 @@ pub struct Args {
 /// Explains what it is given. Where something is rejected it says so and fails with [`Code::Data`].
 pub fn run(args: &Args, mut stdin: impl Read, out: &mut impl Write) -> Result<(), Failure> {
     let config = args.layers.load()?.config;
-    let mut reader = Reader::new(&config.protocol, &config.limits.protocol);
+    let mut reader = Reader::new(&config.protocol, &config.limits.protocol, &config.prometheus);
     let mut input = Vec::new();
     if args.lines.is_empty() {
         stdin.read_to_end(&mut input).map_err(|error| Failure::told(Code::Io, format!("standard input: {error}")))?;
@@ -92,6 +93,7 @@ enum Form {
 struct Reader {
     config: Config,
     limits: Limits,
+    prometheus: scrape::Config,
     parser: Parser,
 }
 
@@ -131,6 +133,9 @@ struct Metric {
     #[serde(skip_serializing_if = "Option::is_none")]
     key: Option<String>,
     series: String,
+    /// Name and labels in a scrape; a meter has two.
+    #[serde(skip)]
+    prometheus: Vec<String>,
 }
 
 #[derive(Debug, PartialEq, Serialize)]
@@ -196,13 +201,15 @@ impl Serialize for Number {
 }
 
 impl Reader {
-    fn new(config: &Config, limits: &Limits) -> Self {
-        Self { config: config.clone(), limits: limits.clone(), parser: Parser::new(config, limits) }
+    fn new(config: &Config, limits: &Limits, prometheus: &scrape::Config) -> Self {
+        let parser = Parser::new(config, limits);
+        Self { config: config.clone(), limits: limits.clone(), prometheus: prometheus.clone(), parser }
     }
 
     fn read(&mut self, bytes: &[u8], form: Form) -> Found {
-        let Self { config, limits, parser } = self;
-        let mut finding = Finding { config, limits, bytes, found: Found::default(), tag_errors_of_line: 0 };
+        let Self { config, limits, prometheus, parser } = self;
+        let found = Found::default();
+        let mut finding = Finding { config, limits, prometheus, bytes, found, tag_errors_of_line: 0 };
         match form {
             Form::Line | Form::Datagram => parser.datagram(bytes, &mut finding),
             Form::Body => {
@@ -223,6 +230,7 @@ impl Reader {
 struct Finding<'a> {
     config: &'a Config,
     limits: &'a Limits,
+    prometheus: &'a scrape::Config,
     bytes: &'a [u8],
     found: Found,
     /// The samples of a line share its tags.
@@ -245,7 +253,8 @@ impl Sink for Finding<'_> {
         match protocol::series_key(&sample.identity, self.config, self.limits) {
             Ok((key, bad_tags)) => {
                 self.tag_errors_of_line = bad_tags;
-                self.found.metrics.push(Metric::new(sample, &key));
+                let prometheus = scrape::shown(sample.wire.kind(), &key, self.prometheus);
+                self.found.metrics.push(Metric { prometheus, ..Metric::new(sample, &key) });
             }
             Err(reason) => {
                 let name = match sample.identity {
@@ -305,7 +314,7 @@ fn sorted_tags(field: &str) -> Vec<String> {
 }
 
 impl Metric {
-    fn new(sample: &Sample<'_>, key: &crate::sample::SeriesKey) -> Self {
+    fn new(sample: &Sample<'_>, key: &SeriesKey) -> Self {
         let mut metric = match sample.identity {
             Identity::Line { .. } => Self::of_line(sample, key),
             Identity::Key(_) => Self::of_record(sample),
@@ -325,7 +334,7 @@ impl Metric {
         metric
     }
 
-    fn of_line(sample: &Sample<'_>, key: &crate::sample::SeriesKey) -> Self {
+    fn of_line(sample: &Sample<'_>, key: &SeriesKey) -> Self {
         let tag = |(tag, value): (std::borrow::Cow<'_, str>, Option<std::borrow::Cow<'_, str>>)| match value {
             Some(value) => format!("{tag}:{value}"),
             None => tag.into_owned(),

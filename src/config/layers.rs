@@ -163,7 +163,10 @@ impl Reader {
             let Some(rest) = name.strip_prefix("TALLYD_") else { continue };
             let key = rest.to_ascii_lowercase().replace("__", ".");
             if self.is_leaf(&key) {
-                self.set_text(&key, value, Origin::Environment(name.to_owned()));
+                // Compose files pass on as empty what is not set. An empty list, though, is one.
+                if !value.is_empty() || get(&self.known, &key).is_some_and(Value::is_array) {
+                    self.set_text(&key, value, Origin::Environment(name.to_owned()));
+                }
             } else if name != "TALLYD_CONFIG" && !is_service_link(name, value) {
                 let nearest =
                     self.nearest(&key, false).map(|key| format!("TALLYD_{}", key.to_uppercase().replace('.', "__")));
@@ -252,8 +255,8 @@ impl Reader {
 
 /// What serde says of a type, in the words of whoever writes a configuration.
 fn plain(message: &str) -> String {
-    let words =
-        [("usize", "a whole number"), ("u64", "a whole number"), ("u32", "a whole number"), ("f64", "a number")];
+    let whole = "a whole number, 0 or more";
+    let words = [("usize", whole), ("u64", whole), ("u32", whole), ("f64", "a number")];
     let replace = |message: String, (name, word): (&str, &str)| {
         message.replace(&format!("expected {name}"), &format!("expected {word}"))
     };

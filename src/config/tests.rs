@@ -207,7 +207,7 @@ fn a_wrong_value_is_named_with_its_place_and_the_remedy() {
         ("[flush]\ninterval = 10", "write a duration such as \"10s\"; the default is \"1s\""),
         (
             "[listen]\nworkers = 'all'",
-            "t.toml:2:11: listen.workers = \"all\": invalid type: string \"all\", expected a whole number; the default is 0",
+            "t.toml:2:11: listen.workers = \"all\": invalid type: string \"all\", expected a whole number, 0 or more; the default is 0",
         ),
         ("[listen]\nworkers = -1", "t.toml:2:11: listen.workers = -1: "),
         ("listen = 1", "t.toml:1:10: listen = ...: it is a section; write [listen] and its keys below"),
@@ -366,6 +366,7 @@ fn another(key: &str, default: &Value) -> BoxedStrategy<Value> {
         (_, Value::String(text)) if text.parse::<Size>().is_ok() => {
             (1..1_u64 << 40).prop_map(|size| Value::from(Size(size).to_string())).boxed()
         }
+        ("state_dir", _) => "\\PC+".prop_map(Value::from).boxed(),
         (_, Value::String(_)) => any::<String>().prop_map(Value::from).boxed(),
         (_, Value::Datetime(_) | Value::Table(_)) => panic!("{key} has a type that no key has"),
     }

@@ -24,7 +24,7 @@ use super::idempotency::Answers;
 use super::problem::Problem;
 use super::server::{Asked, Body, Endpoint, JSON, On, Site, TEXT, ok};
 use crate::clock::Clock;
-use crate::ingest::{Answer, Listener, RecordError, Source, Worker};
+use crate::ingest::{self, Answer, Listener, RecordError, Source, Worker};
 use crate::protocol::{self, Body as Form};
 use crate::sample::Reason;
 use crate::units::Time;
@@ -43,6 +43,7 @@ pub(super) struct Ingest {
 
 impl Ingest {
     pub(super) fn new(worker: Rc<RefCell<Worker>>, limits: &Limits) -> Self {
+        ingest::begin(Listener::Http);
         Self {
             worker,
             answers: RefCell::new(Answers::new(limits.idempotency_keys)),
@@ -68,7 +69,10 @@ impl Ingest {
         let source = Source { listener: Listener::Http, address: Some(peer) };
         let mut worker = self.worker.borrow_mut();
         worker.stamp();
-        let answer = worker.body(&body, source);
+        let answer = match media {
+            Media::Json => worker.body(&body, source),
+            Media::Lines => worker.body_of_lines(&body, source),
+        };
         drop(worker);
         let (media_type, text) = tell(&answer, &body, media)?;
         let text = Bytes::from(text);
@@ -97,6 +101,15 @@ impl Site for Ingest {
             | Endpoint::Scrape => Err(Problem::new(StatusCode::NOT_FOUND, "this stands on the API's listeners")),
         }
     }
+}
+
+/// A body that could not be read, so that nothing of it was even looked at.
+fn unreadable(reason: &'static str, detail: &'static str) -> Problem {
+    Problem::bad_request(detail).member("reason", reason)
+}
+
+fn not_inflated(_: io::Error) -> Problem {
+    unreadable("bad_encoding", "the body can't be inflated; compress it as Content-Encoding says")
 }
 
 fn too_late(limit: Time) -> String {
@@ -165,7 +178,9 @@ const fn explained(reason: Reason) -> &'static str {
         Reason::EmptyName => EMPTY_INPUT,
         Reason::BadJson => "not JSON, or no record; a record is an object with name, type and value",
         Reason::InvalidUtf8 => "not UTF-8",
-        Reason::NoValue | Reason::EmptyValue => "no value; only a METER may go without",
+        Reason::NoValue | Reason::EmptyValue => {
+            "no value; only a METER may go without, and a SET takes one `value`, not `values`"
+        }
         Reason::BadValue => "value is no number, and no list of numbers",
         Reason::NonFinite => "value is not finite, or a sum would not stay so",
         Reason::NegativeTimer => "a TIMER is below zero",
@@ -202,12 +217,14 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<Box<[u8]>>, Problem> {
         return Ok(None);
     };
     if value.is_empty() || value.len() > IDEMPOTENCY_KEY_BYTES_MAX {
-        return Err(Problem::bad_request(format!("Idempotency-Key has 1 to {IDEMPOTENCY_KEY_BYTES_MAX} bytes")));
+        let detail = format!("Idempotency-Key has 1 to {IDEMPOTENCY_KEY_BYTES_MAX} bytes");
+        return Err(Problem::bad_request(detail).member("reason", "bad_idempotency_key"));
     }
     Ok(Some(value.as_bytes().into()))
 }
 
-/// What the client says its body is. It decides the answer to a single record; the body itself says how it is read.
+/// What the client says its body is. A body of lines is read line by line and answered with counts, be it a single record;
+/// of any other the body itself says how it is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Media {
     Json,
@@ -280,7 +297,7 @@ async fn read(mut body: Incoming, limits: &Limits, mut held: Held) -> Result<(Ve
     let mut read = Vec::new();
     while let Some(frame) = body.frame().await {
         let frame = frame
-            .map_err(|_| Problem::bad_request("the body ended before it was complete, or its chunks are broken"))?;
+            .map_err(|_| unreadable("bad_body", "the body ended before it was complete, or its chunks are broken"))?;
         let Some(data) = frame.data_ref() else { continue };
         if read.len() + data.len() > max {
             return Err(too_long());
@@ -327,8 +344,6 @@ impl Coding {
     }
 
     fn inflate(self, body: Vec<u8>, max: usize, held: &mut Held) -> Result<Vec<u8>, Problem> {
-        let broken =
-            |_: io::Error| Problem::bad_request("the body can't be inflated; compress it as Content-Encoding says");
         match self {
             Self::Identity => Ok(body),
             Self::Gzip => inflate(flate2::bufread::MultiGzDecoder::new(body.as_slice()), max, held),
@@ -336,8 +351,8 @@ impl Coding {
             Self::Deflate if is_zlib(&body) => inflate(flate2::bufread::ZlibDecoder::new(body.as_slice()), max, held),
             Self::Deflate => inflate(flate2::bufread::DeflateDecoder::new(body.as_slice()), max, held),
             Self::Zstd => {
-                let mut decoder = zstd::stream::read::Decoder::with_buffer(body.as_slice()).map_err(broken)?;
-                decoder.window_log_max(ZSTD_WINDOW_LOG_MAX).map_err(broken)?;
+                let mut decoder = zstd::stream::read::Decoder::with_buffer(body.as_slice()).map_err(not_inflated)?;
+                decoder.window_log_max(ZSTD_WINDOW_LOG_MAX).map_err(not_inflated)?;
                 inflate(decoder, max, held)
             }
         }
@@ -353,9 +368,7 @@ fn inflate(mut decoder: impl Read, max: usize, held: &mut Held) -> Result<Vec<u8
     let mut inflated = Vec::new();
     loop {
         held.more(INFLATE_STEP as usize)?;
-        let step = decoder.by_ref().take(INFLATE_STEP).read_to_end(&mut inflated);
-        let step =
-            step.map_err(|_| Problem::bad_request("the body can't be inflated; compress it as Content-Encoding says"))?;
+        let step = decoder.by_ref().take(INFLATE_STEP).read_to_end(&mut inflated).map_err(not_inflated)?;
         if inflated.len() > max {
             let detail = format!("the inflated body is longer than limits.inflated, {max} bytes");
             return Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, detail));

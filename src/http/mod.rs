@@ -144,11 +144,14 @@ impl Error {
     /// The exit code of a process that can't start for it, after sysexits.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Bind { error, .. } if error.kind() == io::ErrorKind::AddrInUse => 69,
-            Self::Bind { error, .. } if error.kind() == io::ErrorKind::PermissionDenied => 77,
-            Self::Bind { error, .. } if error.kind() == io::ErrorKind::AddrNotAvailable => 78,
+            Self::Bind { error, .. } => match error.kind() {
+                // An address that is not there yet may come up with its interface, so a service is started again.
+                io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable => 69,
+                io::ErrorKind::PermissionDenied => 77,
+                _ => 74,
+            },
             Self::Address { .. } => 78,
-            Self::Bind { .. } | Self::Register(_) => 74,
+            Self::Register(_) => 74,
         }
     }
 }
@@ -157,13 +160,20 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Address { key, text } => {
-                write!(f, "http.{key}: {text:?} is no address; write one such as \"127.0.0.1:8000\"")
-            }
-            Self::Bind { key, address, error } if error.kind() == io::ErrorKind::AddrInUse => {
-                write!(f, "http.{key}: {address} is in use; stop what listens there or set another address")
+                write!(f, "http.{key} = {text:?}: no address with a port; write one such as \"127.0.0.1:8000\"")
             }
             Self::Bind { key, address, error } => {
-                write!(f, "http.{key}: {address} can't be bound: {error}; set an address of this host")
+                write!(f, "http.{key} = \"{address}\": ")?;
+                match error.kind() {
+                    io::ErrorKind::AddrInUse => {
+                        f.write_str("in use; stop the other program there, or take another port")
+                    }
+                    io::ErrorKind::AddrNotAvailable => f.write_str("no address of this host; name one that it has"),
+                    io::ErrorKind::PermissionDenied => {
+                        f.write_str("not permitted; take a port above 1023, or grant CAP_NET_BIND_SERVICE")
+                    }
+                    _ => write!(f, "{error}; mend that, or name another address"),
+                }
             }
             Self::Register(error) => write!(f, "http: a listener can't be watched: {error}"),
         }

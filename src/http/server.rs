@@ -232,6 +232,8 @@ async fn accept<S: Site>(
 ) {
     let label = [S::ON.label()];
     let open = telemetry::CONNECTIONS.gauge(&label);
+    let errors = telemetry::ACCEPT_ERRORS.counter(&label);
+    let refused = telemetry::CONNECTIONS_REFUSED.counter(&[S::ON.label(), "limit"]);
     let turned_away = Arc::new(Semaphore::new(TURNED_AWAY_MAX));
     let mut tasks = JoinSet::new();
     loop {
@@ -245,7 +247,7 @@ async fn accept<S: Site>(
         let (stream, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(_) => {
-                telemetry::ACCEPT_ERRORS.counter(&label).increment(1);
+                errors.increment(1);
                 sleep(ACCEPT_PAUSE).await;
                 continue;
             }
@@ -260,7 +262,7 @@ async fn accept<S: Site>(
                 });
             }
             Err(_) => {
-                telemetry::CONNECTIONS_REFUSED.counter(&[S::ON.label(), "limit"]).increment(1);
+                refused.increment(1);
                 if let Ok(permit) = Arc::clone(&turned_away).try_acquire_owned() {
                     tasks.spawn_local(turn_away(stream, permit));
                 }

@@ -262,9 +262,25 @@ fn many_records_are_answered_with_counts() {
     assert_eq!((reply.status, &reply.json()["accepted"]), (200, &json!(2)));
     let reply = agent.post("Content-Type: application/x-ndjson\r\n", good);
     assert_eq!((reply.status, reply.json()), (200, json!({ "accepted": 1, "rejected": 0, "errors": [] })));
+    let bad = "{\"name\":\"a\",\"type\"";
+    let reply =
+        agent.post("Content-Type: application/x-ndjson\r\n", format!("{bad}\n\n{good}\n[{good}]\n\u{fe}\n a:1|c\n"));
+    let told =
+        reply.json()["errors"].as_array().map(|errors| errors.iter().map(|error| error["index"].clone()).collect());
+    assert_eq!(
+        (reply.status, &reply.json()["accepted"], told),
+        (200, &json!(1), Some(vec![json!(0), json!(2), json!(3), json!(4)]))
+    );
+    let reply = agent.post("Content-Type: application/x-ndjson\r\n", [good.as_bytes(), b"\n\xff\n"].concat());
+    assert_eq!(reply.json()["errors"], json!([{ "index": 1, "reason": "invalid_utf8" }]));
+    assert_eq!(agent.post("Content-Type: application/x-ndjson\r\n", "x\ny").problem(400)["rejected"], 2);
+    assert_eq!(
+        agent.post("Content-Type: application/x-ndjson\r\n", "\n \n").problem(400)["detail"],
+        "ERROR: empty input"
+    );
     let reply = agent.post("", "[]");
     assert_eq!((reply.status, reply.json()), (200, json!({ "accepted": 0, "rejected": 0, "errors": [] })));
-    assert_eq!(agent.get("/data/metrics/a").json()["value"], 5);
+    assert_eq!(agent.get("/data/metrics/a").json()["value"], 7);
 }
 
 #[test]
@@ -303,7 +319,8 @@ fn what_can_not_be_accepted_is_told_with_its_reason() {
         agent.post(&format!("Content-Type: {media_type}\r\n"), RECORD).problem(415);
     }
     for key in [String::new(), "k".repeat(256)] {
-        agent.post(&format!("Idempotency-Key: {key}\r\n"), RECORD).problem(400);
+        let problem = agent.post(&format!("Idempotency-Key: {key}\r\n"), RECORD).problem(400);
+        assert_eq!(problem["reason"], "bad_idempotency_key");
     }
     agent.get("/data/metrics/application.server.get.timer").problem(404);
 }
@@ -340,9 +357,10 @@ fn bodies_are_inflated_within_limits() {
         let reply = agent.post(&header, compressed(coding, RECORD.as_bytes()));
         assert_eq!((reply.status, reply.text()), (200, "Record server.get.timer UPDATED"), "{coding}");
         agent.post(&header, compressed(coding, &vec![b' '; 10_000_000])).problem(413);
-        agent.post(&header, RECORD).problem(400);
         let whole = compressed(coding, RECORD.as_bytes());
-        agent.post(&header, &whole[..whole.len() / 2]).problem(400);
+        for broken in [RECORD.as_bytes(), &whole[..whole.len() / 2]] {
+            assert_eq!(agent.post(&header, broken).problem(400)["reason"], "bad_encoding", "{coding}");
+        }
     }
     for coding in ["br", "gzip, gzip"] {
         let reply = agent.post(&format!("Content-Encoding: {coding}\r\n"), RECORD);
@@ -723,10 +741,15 @@ fn addresses_are_bound_or_named() {
     let error = bind("api", &[address.to_string()]).unwrap_err();
     assert_eq!(
         error.to_string(),
-        format!("http.api: {address} is in use; stop what listens there or set another address")
+        format!("http.api = \"{address}\": in use; stop the other program there, or take another port")
     );
     assert!(matches!(bind("api", &["localhost".to_owned()]), Err(Error::Address { .. })));
-    assert!(matches!(bind("api", &["192.0.2.1:0".to_owned()]), Err(Error::Bind { .. })));
+    let elsewhere = bind("api", &["192.0.2.1:0".to_owned()]).unwrap_err();
+    assert_eq!(elsewhere.to_string(), "http.api = \"192.0.2.1:0\": no address of this host; name one that it has");
+    assert_eq!((error.exit_code(), elsewhere.exit_code()), (69, 69));
+    let denied = io::ErrorKind::PermissionDenied.into();
+    let denied = Error::Bind { key: "api", address: ([127, 0, 0, 1], 80).into(), error: denied };
+    assert!(denied.to_string().contains("CAP_NET_BIND_SERVICE") && denied.exit_code() == 77, "{denied}");
     assert_eq!(bind("api", &["127.0.0.1:0".to_owned()]).unwrap().len(), 1);
 }
 

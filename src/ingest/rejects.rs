@@ -36,7 +36,7 @@ pub struct Rejected {
     pub time: u64,
     /// Why.
     pub reason: Reason,
-    /// The byte of the line, from 0, where that was seen.
+    /// The byte of the line, from 1, where that was seen.
     pub column: usize,
     /// The line with control and non-ASCII bytes escaped, cut after 256 bytes.
     pub line: String,
@@ -72,8 +72,9 @@ struct Kept {
 impl Rejects {
     /// None yet.
     pub fn new(limits: &Limits) -> Self {
-        let counts = (0, [0; Reason::ALL.len()], [0; Reason::ALL.len()]);
-        let state = Kept { lines: VecDeque::new(), second: counts.0, noted: counts.1, suppressed: counts.2 };
+        telemetry::REJECTS_SUPPRESSED.begin(Reason::ALL.map(|reason| [reason.name()]));
+        let (noted, suppressed) = ([0; Reason::ALL.len()], [0; Reason::ALL.len()]);
+        let state = Kept { lines: VecDeque::new(), second: 0, noted, suppressed };
         Self { per_second: limits.reject_log, state: Mutex::new(state) }
     }
 
@@ -128,8 +129,8 @@ fn describe(reject: &Reject<'_>, source: Source, now_ms: u64) -> Rejected {
     Rejected {
         time: now_ms,
         reason: reject.reason,
-        column: reject.column,
-        line: kept.escape_ascii().to_string(),
+        column: reject.column + 1,
+        line: protocol::printable(kept),
         hint: protocol::hint(reject).map(|hint| hint.to_string()),
         listener: source.listener.name(),
         source: source.address.map(|address| address.to_string()),

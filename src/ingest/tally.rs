@@ -24,6 +24,20 @@ pub(super) struct Tally {
     pub(super) refused: u64,
 }
 
+/// Why a new identity goes into `_overflow`: there is no room for its series.
+const REFUSED_FOR: &str = "budget";
+
+/// Lets the counters of a listener that starts stand at 0.
+pub fn begin(listener: Listener) {
+    for metric in [telemetry::LINES, telemetry::LINES_ACCEPTED, telemetry::SAMPLES] {
+        metric.begin([[listener.name()]]);
+    }
+    for metric in [telemetry::LINES_REJECTED, telemetry::SAMPLES_REJECTED] {
+        metric.begin(Reason::ALL.map(|reason| [listener.name(), reason.name()]));
+    }
+    telemetry::SERIES_REFUSED.begin([[REFUSED_FOR]]);
+}
+
 impl Tally {
     /// The counts of a listener.
     #[inline]
@@ -40,7 +54,7 @@ impl Tally {
             }
         }
         add(&mut self.bad_tags, || telemetry::TAGS_REJECTED.counter(&[]));
-        add(&mut self.refused, || telemetry::SERIES_REFUSED.counter(&["budget"]));
+        add(&mut self.refused, || telemetry::SERIES_REFUSED.counter(&[REFUSED_FOR]));
     }
 }
 
@@ -55,7 +69,7 @@ fn publish_listener(listener: &str, tally: &ListenerTally) {
     }
 }
 
-/// Moves a count into a metric, which is registered only when there is something to count.
+/// Moves a count into a metric, which is looked up only when there is something to count.
 fn add(count: &mut u64, metric: impl FnOnce() -> Counter) {
     let count = std::mem::take(count);
     if count > 0 {

@@ -33,7 +33,7 @@ use super::frames::{self, Frames};
 use super::lines::{self, Lines};
 use super::{DATAGRAM_MAX, Limits, OWES_SEAL, PAUSE, SEAL_BURSTS, Stop, burst};
 use crate::clock::Clock;
-use crate::ingest::{Listener, Source, Worker, Workers};
+use crate::ingest::{self, Listener, Source, Worker, Workers};
 use crate::sample::Reason;
 use crate::telemetry;
 
@@ -142,6 +142,10 @@ async fn serve(
     limits: Limits,
     ends: watch::Receiver<bool>,
 ) {
+    for listener in doors.iter().map(Door::listener) {
+        ingest::begin(listener);
+        telemetry::CONNECTIONS_REFUSED.begin(Refusal::ALL.map(|refusal| [listener.name(), refusal.name()]));
+    }
     let intake = Rc::new(Intake::new(worker, workers, limits));
     let accepting = doors.into_iter().map(|door| spawn_local(accept(door, intake.clone(), ends.clone())));
     for task in accepting.collect::<Vec<_>>() {
@@ -258,6 +262,8 @@ enum Refusal {
 }
 
 impl Refusal {
+    const ALL: [Self; 3] = [Self::Connections, Self::PerAddress, Self::Descriptors];
+
     /// The limit, as a label.
     const fn name(self) -> &'static str {
         match self {
@@ -574,7 +580,7 @@ enum Fill {
 mod tests {
     use super::*;
     use crate::aggregate::shard::{self, Budget};
-    use crate::ingest::{self, Rejects, Settings};
+    use crate::ingest::{Rejects, Settings};
     use crate::protocol;
 
     fn intake(limits: Limits) -> Intake {

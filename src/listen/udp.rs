@@ -19,7 +19,7 @@ use socket2::Socket;
 use super::burst::{self, BURST, Burst, Wake};
 use super::{OWES_SEAL, PAUSE, SEAL_BURSTS, Stop, sockets};
 use crate::clock::Clock;
-use crate::ingest::{Listener, Question, Source, Worker};
+use crate::ingest::{self, Listener, Question, Source, Worker};
 use crate::telemetry;
 
 /// How often counts and drops are published.
@@ -291,6 +291,7 @@ impl Counts {
         for inlet in inlets {
             telemetry::RECEIVE_BUFFER_BYTES.gauge(&[&inlet.name]).set(inlet.receive_buffer as f64);
         }
+        ingest::begin(listener);
         let listener = [listener.name()];
         Self {
             datagrams: 0,
@@ -328,7 +329,7 @@ mod tests {
 
     use super::*;
     use crate::aggregate::shard::{self, Budget};
-    use crate::ingest::{self, Rejects, Settings, Workers};
+    use crate::ingest::{Rejects, Settings, Workers};
     use crate::protocol;
 
     const LINGER: Duration = Duration::from_millis(1);

@@ -56,10 +56,45 @@ impl Parser {
 
     /// Reads a line that is a document.
     pub(super) fn json_line(&mut self, line: &str, number: u32, sink: &mut impl Sink) {
-        let document = Document::read(line, self.limits.json_depth);
-        if let Ok(Document::Many(records)) = &document {
-            return self.records(records, sink);
+        match Document::read(line, self.limits.json_depth) {
+            Ok(Document::Many(records)) => self.records(&records, sink),
+            document @ (Ok(Document::One(_)) | Err(_)) => self.one_record(document, line, number, sink),
         }
+    }
+
+    /// Reads an HTTP body that is said to be one record a line: what is wrong in a line stays there. Many lines that are
+    /// one document are read as that.
+    pub(super) fn json_lines(&mut self, body: &[u8], sink: &mut impl Sink) -> Body {
+        let is_document = |text: &str| Document::read(text, self.limits.json_depth).is_ok();
+        let lines = || body.split(|byte| *byte == b'\n').map(lines::trim);
+        let count = lines().filter(|line| !line.is_empty()).count();
+        if count == 0 || str::from_utf8(body).is_ok_and(is_document) {
+            return self.json_body(body, sink);
+        }
+        if count > self.limits.samples {
+            return Body::TooMany(count);
+        }
+        for (number, line) in (1..).zip(lines()).filter(|(_, line)| !line.is_empty()) {
+            match str::from_utf8(line) {
+                Ok(text) => self.one_record(Document::read(text, self.limits.json_depth), text, number, sink),
+                Err(error) => {
+                    let column = error.valid_up_to();
+                    sink.reject(&Reject { reason: Reason::InvalidUtf8, line: number, column, bytes: line });
+                    sink.line_end();
+                }
+            }
+        }
+        Body::Lines(count)
+    }
+
+    /// Reads a line that is one record, as a look at it as a document has shown.
+    fn one_record<'a>(
+        &mut self,
+        document: Result<Document<'a>, Fault<'a>>,
+        line: &'a str,
+        number: u32,
+        sink: &mut impl Sink,
+    ) {
         if let Err(fault) = document.and_then(|_| self.single(line, sink)) {
             sink.reject(&fault.reject(number, line));
         }

@@ -314,7 +314,7 @@ pub enum Body {
     Object,
     /// An array of so many records, perhaps of none.
     Array(usize),
-    /// So many lines that are not blank, each of them a record.
+    /// So many lines that are not blank, each of them a record or rejected by itself.
     Lines(usize),
     /// No JSON at all; it was rejected as a whole.
     #[default]
@@ -395,6 +395,11 @@ impl Parser {
         self.json_body(body, sink)
     }
 
+    /// Reads an HTTP body that is said to be one record a line.
+    pub fn body_of_lines(&mut self, body: &[u8], sink: &mut impl Sink) -> Body {
+        self.json_lines(lines::without_bom(body), sink)
+    }
+
     fn one_line(&mut self, line: &[u8], number: u32, sink: &mut impl Sink) {
         if str::from_utf8(line).is_ok()
             && let Some((sample, length)) =
@@ -441,6 +446,19 @@ impl Parser {
         }
         sink.line_end();
     }
+}
+
+/// Bytes as a person reads them: what is no printable ASCII is escaped, and so is the backslash.
+pub fn printable(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(bytes.len());
+    for byte in bytes {
+        match byte {
+            // The line may be JSON: its quotes are no harm here, and who prints them into a text escapes them.
+            b'"' | b'\'' => text.push(char::from(*byte)),
+            _ => text.extend(byte.escape_ascii().map(char::from)),
+        }
+    }
+    text
 }
 
 /// Where `part` begins in `whole`, of which it is a part.

@@ -272,3 +272,9 @@ fn too_many_records_are_not_begun() {
     assert_eq!(body("{}".to_owned()), (Body::Object, 0));
     assert_eq!(body("{".to_owned()), (Body::Invalid, 0));
 }
+
+#[test]
+fn bytes_are_printed_so_that_a_person_can_read_them() {
+    assert_eq!(printable(b"{\"a\":'b'}"), "{\"a\":'b'}");
+    assert_eq!(printable(b"\\\t\xff\n\x1b[0m"), "\\\\\\t\\xff\\n\\x1b[0m");
+}

@@ -125,6 +125,10 @@ impl Error {
     }
 }
 
+/// The reasons in `tallyd_store_errors_total` of a journal that is open.
+const REASONS: [&str; 8] =
+    ["io", "no_space", "corrupt", "database", "closed", "record", "damaged_record", "moved_aside"];
+
 impl<E: Into<redb::Error>> From<E> for Error {
     fn from(error: E) -> Self {
         Self::Database(Box::new(error.into()))
@@ -135,9 +139,16 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::InUse(dir) => {
-                write!(f, "{}: in use by another process; stop it or set another state_dir", dir.display())
+                write!(f, "state_dir = {dir:?}: in use by another process; stop it or set another state_dir")
             }
-            Self::Io(path, error) => write!(f, "{}: {error}", path.display()),
+            Self::Io(path, error) => {
+                let remedy = match error.kind() {
+                    io::ErrorKind::PermissionDenied => "let this user write there, or set another state_dir",
+                    io::ErrorKind::StorageFull => "make room there",
+                    _ => "mend that, or set another state_dir",
+                };
+                write!(f, "state_dir: {}: {error}; {remedy}", path.display())
+            }
             Self::Database(error) => write!(f, "{error}"),
             Self::Closed => write!(f, "the file could not be opened again after an error"),
             Self::Record => write!(f, "a record could not be encoded"),
@@ -249,6 +260,8 @@ impl Journal {
     /// # Errors
     /// When another process has the directory, or it cannot be made, read or written.
     pub fn open(dir: &Path, config: &Config, limits: &Limits, with_outbox: bool) -> Result<(Self, Opened), Error> {
+        telemetry::STORE_ERRORS.begin(REASONS.map(|reason| ["journal", reason]));
+        telemetry::LOST.begin([["journal_damaged"]]);
         let (database, found) = Database::open(dir, config.cache.bytes())?;
         let (state, minted) = State::load(&database, &found)?;
         let opened = Opened {

@@ -133,6 +133,19 @@ pub enum Error {
 }
 
 impl Error {
+    /// All that may come while an agent runs; the other two are told at its start.
+    pub(super) const RUNNING: [Self; 9] = [
+        Self::Connect,
+        Self::Denied,
+        Self::Dropped,
+        Self::Timeout,
+        Self::OutOfMemory,
+        Self::ReadOnly,
+        Self::Loading,
+        Self::Refused,
+        Self::Foreign,
+    ];
+
     /// The `reason` in `tallyd_store_errors_total`.
     pub const fn reason(self) -> &'static str {
         match self {
@@ -284,6 +297,8 @@ pub(super) enum Failure {
 }
 
 impl Failure {
+    pub(super) const ALL: [Self; 3] = [Self::WrongType, Self::NotANumber, Self::Other];
+
     /// The `reason` in `tallyd_lost_total`.
     pub(super) const fn reason(self) -> &'static str {
         match self {

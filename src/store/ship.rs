@@ -120,12 +120,23 @@ struct Shared {
 pub fn start(parts: Parts) -> Result<Handle, Error> {
     parts.config.check().map_err(Error::Config)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Thread)?;
+    begin_counters();
     let shared = Arc::new(Shared::default());
     let shipper = Shipper::new(parts, Arc::clone(&shared));
     let run = move || runtime.block_on(shipper.run());
     let thread = std::thread::Builder::new().name("ship".to_owned()).spawn(run).map_err(Error::Thread)?;
     Ok(Handle { shared, thread })
 }
+
+fn begin_counters() {
+    telemetry::STORE_ERRORS.begin(["journal", "clone", "restless"].map(|reason| ["redis", reason]));
+    telemetry::STORE_ERRORS.begin(redis::Error::RUNNING.map(|error| ["redis", error.reason()]));
+    telemetry::LOST.begin(redis::Failure::ALL.map(|failure| [failure.reason()]));
+    telemetry::LOST.begin([[ROLLED_BACK]]);
+}
+
+/// The reason in `tallyd_lost_total` of what a store had applied and no longer has.
+const ROLLED_BACK: &str = "store_rolled_back";
 
 impl Handle {
     /// Says that a flush was committed.
@@ -553,7 +564,7 @@ impl Session {
             }
             Applied::Gap { .. } | Applied::NotOwner => return Err(Problem::Restless),
         }
-        telemetry::LOST.counter(&["store_rolled_back"]).increment(lost);
+        telemetry::LOST.counter(&[ROLLED_BACK]).increment(lost);
         tracing::error!(
             partition,
             lost,

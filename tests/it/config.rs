@@ -164,6 +164,45 @@ fn send_delivers_over_udp_and_tcp() {
     agent.wait_for("sent", "value", 20);
 }
 
+/// As a compose file passes on what is not set.
+#[test]
+fn empty_variables_set_nothing() {
+    let names = [
+        "INGEST_PORT",
+        "API_PORT",
+        "STORE",
+        "REDIS_HOST",
+        "REDIS_PORT",
+        "KAFKA_BOOTSTRAP_SERVERS",
+        "KAFKA_TOPIC",
+        "TALLYD_CONFIG",
+        "TALLYD_STATE_DIR",
+        "TALLYD_LIMITS__BODY",
+        "TALLYD_STORE__REDIS__URL",
+        "STATE_DIRECTORY",
+    ];
+    let output = run(&["check", "--print"], &names.map(|name| (name, "")), "");
+    let printed = text(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert!(printed.contains("state_dir = \"tallyd-data\"  # built in") && !printed.contains("# env"), "{printed}");
+    let none = run(&["check", "--print"], &[("TALLYD_LISTEN__UDP", "")], "");
+    assert!(text(&none.stdout).contains("udp = []  # environment TALLYD_LISTEN__UDP"), "an empty list is one");
+}
+
+#[test]
+fn explain_says_what_prometheus_will_see() {
+    for (line, shown) in [
+        ("page-views.2:1|c|#Site.x:a\"b,le:1,flag", "page_views_2{Site_x=\"a\\\"b\",exported_le=\"1\"}"),
+        ("1st:1|ms", "_1st"),
+        ("tallyd_lines_total:1|c", "tallyd_lines_total_client"),
+        ("m:1|m|#k:v", "m_rate{k=\"v\"}, m_total{k=\"v\"}"),
+        (r#"{"level":"a","name":"b","type":"SET","value":"x"}"#, "a_b"),
+    ] {
+        let said = text(&run(&["explain", line], &[], "").stdout);
+        assert!(said.contains(&format!("\n  prometheus {shown}\n")), "{line}: {said}");
+    }
+}
+
 #[test]
 fn the_seeds_environment_names_work() {
     let output = run(

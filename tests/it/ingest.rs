@@ -100,6 +100,17 @@ fn arrays_and_ndjson_count_their_records() {
 }
 
 #[test]
+fn a_bad_line_of_ndjson_does_not_affect_its_neighbours() {
+    let agent = Agent::start(&[]);
+    let body = "{\"name\":\"n\",\"type\":\"c\",\"value\":1}\nbroken\n{\"name\":\"n\",\"type\":\"c\",\"value\":2}\n{\"name\":\"n\",\"ty";
+    let headers = [("Content-Type", "application/x-ndjson")];
+    let answer = crate::http::request(agent.address("ingest"), "POST", "/ingest/metrics", &headers, body.as_bytes());
+    let errors = json!([{"index": 1, "reason": "bad_json"}, {"index": 3, "reason": "bad_json"}]);
+    assert_eq!((answer.status, answer.json()), (200, json!({"accepted": 2, "rejected": 2, "errors": errors})));
+    assert!(same(&agent.metric("n").unwrap()["value"], &json!(3)));
+}
+
+#[test]
 fn json_lines_and_statsd_lines_share_a_packet() {
     let agent = Agent::start(&[]);
     agent.datagram("a:1|c\n{\"level\":\"a\",\"name\":\"b\",\"type\":\"COUNTER\",\"value\":2}\na:2|c\n");

@@ -79,7 +79,8 @@ fn a_port_in_use_ends_the_start_with_one_line_and_69() {
         settings.push(format!("{key}={}", agent.address(listener)));
         let (code, stderr) = failure(&settings);
         assert_eq!(code, Some(69), "{key}: {stderr}");
-        assert!(stderr.contains(&agent.address(listener).to_string()) && stderr.contains("in use"), "{key}: {stderr}");
+        let complaint = format!("tallyd: {key} = \"{}\": in use; ", agent.address(listener));
+        assert!(stderr.contains(&complaint), "{key}: {stderr}");
         let complaints = stderr.lines().filter(|line| line.starts_with("tallyd: ")).count();
         assert_eq!(complaints, 1, "{key}: {stderr}");
     }
@@ -92,7 +93,22 @@ fn a_second_agent_on_the_same_state_directory_is_refused() {
     settings[0] = format!("state_dir={}", agent.state_dir().display());
     let (code, stderr) = failure(&settings);
     assert_eq!(code, Some(69), "{stderr}");
-    assert!(stderr.contains(agent.state_dir().to_str().unwrap()), "{stderr}");
+    assert!(stderr.contains(&format!("tallyd: state_dir = {:?}: in use", agent.state_dir())), "{stderr}");
+}
+
+#[test]
+fn a_state_directory_that_is_none_ends_the_start_with_one_line() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let mut settings = otherwise_free(directory.path());
+    settings[0] = format!("state_dir={}", file.display());
+    let (code, stderr) = failure(&settings);
+    let complaint = format!("tallyd: state_dir: {}: ", file.display());
+    assert!(code == Some(74) && stderr.starts_with(&complaint) && stderr.lines().count() == 1, "{code:?} {stderr}");
+    settings[0] = "state_dir=".to_owned();
+    let (code, stderr) = failure(&settings);
+    assert_eq!((code, stderr.as_str()), (Some(78), "tallyd: --set: state_dir = \"\": no directory; name one\n"));
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
+use tallyd::telemetry::{ALL, Shape};
 use tempfile::TempDir;
 
 use crate::agent::{Agent, same, until};
@@ -42,6 +43,30 @@ fn promtool_finds_nothing_in_our_own_metrics() {
     assert!(own.len() > 50, "{text}");
     let (code, output) = promtool(&(own.join("\n") + "\n"));
     assert_eq!(code, 0, "{output}");
+}
+
+/// A rate misses the count with which a counter appears.
+#[test]
+fn counters_stand_at_0_from_the_start() {
+    let text = Agent::start(&[]).get("/metrics").text();
+    for counter in ALL.iter().filter(|metric| metric.shape == Shape::Counter) {
+        // What will be asked is not known before.
+        let is_there = text.contains(&format!("\n# TYPE {} counter\n", counter.name));
+        assert!(is_there || counter.name == "tallyd_http_requests_total", "{} in {text}", counter.name);
+    }
+    for sample in [
+        "tallyd_lines_total{listener=\"udp\"} 0",
+        "tallyd_lines_rejected_total{listener=\"http\",reason=\"bad_json\"} 0",
+        "tallyd_samples_rejected_total{listener=\"tcp\",reason=\"bad_value\"} 0",
+        "tallyd_store_errors_total{store=\"journal\",reason=\"no_space\"} 0",
+        "tallyd_connections_refused_total{listener=\"tcp\",reason=\"connections\"} 0",
+        "tallyd_connections_refused_total{listener=\"ingest\",reason=\"limit\"} 0",
+        "tallyd_series_expired_total{kind=\"GAUGE\"} 0",
+        "tallyd_series_refused_total{reason=\"budget\"} 0",
+        "tallyd_lost_total{reason=\"journal_damaged\"} 0",
+    ] {
+        assert!(text.contains(&format!("\n{sample}\n")), "{sample} in {text}");
+    }
 }
 
 #[test]

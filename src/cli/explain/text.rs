@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 
 use super::{CheckFound, EventFound, Found, Metric, Number, Rejected};
+use crate::protocol;
 
 /// Longest part of a line that is shown around the place of an error.
 const SHOWN: usize = 60;
@@ -59,7 +60,8 @@ fn write_metric(metric: &Metric, out: &mut impl Write) -> io::Result<()> {
             row(out, what, text)?;
         }
     }
-    row(out, "series", &metric.series)
+    row(out, "series", &metric.series)?;
+    row(out, "prometheus", &metric.prometheus.join(", "))
 }
 
 fn write_event(event: &EventFound, out: &mut impl Write) -> io::Result<()> {
@@ -104,8 +106,8 @@ fn write_rejected(rejected: &Rejected, out: &mut impl Write) -> io::Result<()> {
     let column = (*column).min(bytes.len());
     let start = column.saturating_sub(SHOWN / 2);
     let end = bytes.len().min(start + SHOWN);
-    let before = bytes[start..column].escape_ascii().to_string();
-    let after = bytes[column..end.max(column)].escape_ascii().to_string();
+    let before = protocol::printable(&bytes[start..column]);
+    let after = protocol::printable(&bytes[column..end.max(column)]);
     writeln!(out, "  {before}{after}")?;
     writeln!(out, "  {:1$}^", "", before.len())?;
     match hint {

@@ -40,9 +40,10 @@ use serde::{Deserialize, Serialize};
 
 use self::names::{Index, Marks, Style};
 use self::write::Writer;
-use crate::aggregate::ledger::Series;
+use crate::aggregate::ledger::{Series, State, Total};
+use crate::aggregate::shard::SeriesId;
 use crate::clock::Clock;
-use crate::sample::Kind;
+use crate::sample::{Kind, SeriesKey};
 use crate::telemetry;
 use crate::units::Time;
 
@@ -389,6 +390,15 @@ pub fn conflicts(series: Vec<Arc<Series>>, config: &Config, moment: Moment) -> V
         .collect();
     found.sort_unstable();
     found
+}
+
+/// What a series is shown as in the text format, name and labels, where nothing collides with it; twice for a meter.
+pub fn shown(kind: Kind, key: &SeriesKey, config: &Config) -> Vec<String> {
+    let id = Arc::new(SeriesId { kind, key: key.clone() });
+    let series = Series::new(id, State::new(Total::new(kind, 0)), 0);
+    let style = Style { format: Format::Text, observer_type: config.observer_type };
+    let index = Index::new(vec![Arc::new(series)], style);
+    index.entries.iter().map(|entry| write::line_name(&index, entry)).collect()
 }
 
 #[cfg(test)]
