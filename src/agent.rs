@@ -155,7 +155,7 @@ impl Agent {
         let running = Running::start(parts, &config.flush, &config.limits.flush).map_err(Error::Flush)?;
         let ship = start_ship(config, journal.as_ref(), &running)?;
         let remote = remote(config, journal.as_ref(), ship.as_ref(), &bell)?;
-        let view = View::new(ledger, running.fold(), journal, rejects).sharing(remote);
+        let view = View::new(ledger, running.fold(), journal, rejects, workers.events()).sharing(remote);
         let health = Arc::new(Health::default());
         let mut bound = sockets.bound();
         let api = Api {

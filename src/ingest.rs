@@ -6,6 +6,7 @@
 //!
 //! Metrics: `tallyd_lines_*`, `tallyd_samples_*`, `tallyd_series_refused_total`, `tallyd_seals_total`, published at seals.
 
+mod events;
 mod rejects;
 mod tally;
 
@@ -17,6 +18,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
+pub use events::{Events, KeptCheck, KeptEvent, Received};
 pub use rejects::{Limits, Rejected, Rejects};
 use tally::Tally;
 pub use tally::begin;
@@ -135,6 +137,7 @@ pub struct Workers {
     settings: ArcSwap<Settings>,
     budget: Arc<Budget>,
     rejects: Arc<Rejects>,
+    events: Arc<Events>,
     interval_ms: u64,
 }
 
@@ -151,7 +154,8 @@ impl Workers {
         let settings = ArcSwap::from_pointee(settings);
         let asked = AtomicU64::new(0);
         let seats = Mutex::new(Vec::new());
-        (Arc::new(Self { seats, asked, deliveries, settings, budget, rejects, interval_ms }), receiver)
+        let events = Arc::new(Events::default());
+        (Arc::new(Self { seats, asked, deliveries, settings, budget, rejects, events, interval_ms }), receiver)
     }
 
     /// A new worker. `wake` is called by other threads when it must take a turn although nothing comes in.
@@ -195,6 +199,11 @@ impl Workers {
         self.settings.store(Arc::new(settings));
     }
 
+    /// The last events and service checks.
+    pub fn events(&self) -> Arc<Events> {
+        Arc::clone(&self.events)
+    }
+
     /// How lines are read.
     pub fn settings(&self) -> Arc<Settings> {
         self.settings.load_full()
@@ -223,6 +232,7 @@ struct Core {
     reason: Option<Reason>,
     answer: Option<Answer>,
     rejects: Arc<Rejects>,
+    events: Arc<Events>,
 }
 
 /// The worker's end of the hand-over.
@@ -284,6 +294,7 @@ impl Worker {
             reason: None,
             answer: None,
             rejects: Arc::clone(&workers.rejects),
+            events: Arc::clone(&workers.events),
         };
         let due_ms = next_due(now_ms, workers.interval_ms);
         let answered = workers.asked.load(Ordering::Acquire);
@@ -463,12 +474,16 @@ impl Sink for Core {
         }
     }
 
-    fn event(&mut self, _event: &Event<'_>) {
+    fn event(&mut self, event: &Event<'_>) {
         self.accepted = true;
+        self.tally.of(self.source.listener).events += 1;
+        self.events.event(event, self.source, self.now_ms);
     }
 
-    fn service_check(&mut self, _check: &ServiceCheck<'_>) {
+    fn service_check(&mut self, check: &ServiceCheck<'_>) {
         self.accepted = true;
+        self.tally.of(self.source.listener).checks += 1;
+        self.events.check(check, self.source, self.now_ms);
     }
 
     fn reject(&mut self, reject: &Reject<'_>) {

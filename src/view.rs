@@ -12,7 +12,7 @@ use crate::aggregate::ledger::{Ledger, State, Total};
 use crate::aggregate::shard::SeriesId;
 use crate::aggregate::window::Window;
 use crate::flush::Fold;
-use crate::ingest::{Rejected, Rejects};
+use crate::ingest::{Events, Rejected, Rejects};
 use crate::sample::{Kind, SeriesKey};
 use crate::store::journal::{self, Journal};
 use crate::store::redis::{self, RedisReader, Stored};
@@ -156,12 +156,19 @@ pub struct View {
     journal: Option<Arc<Journal>>,
     remote: Option<Remote>,
     rejects: Arc<Rejects>,
+    events: Arc<Events>,
 }
 
 impl View {
     /// A view of a running agent.
-    pub fn new(ledger: Arc<Ledger>, fold: Fold, journal: Option<Arc<Journal>>, rejects: Arc<Rejects>) -> Self {
-        Self { ledger, fold, journal, remote: None, rejects }
+    pub fn new(
+        ledger: Arc<Ledger>,
+        fold: Fold,
+        journal: Option<Arc<Journal>>,
+        rejects: Arc<Rejects>,
+        events: Arc<Events>,
+    ) -> Self {
+        Self { ledger, fold, journal, remote: None, rejects, events }
     }
 
     /// The same, with the figures of all agents that share a store.
@@ -178,6 +185,11 @@ impl View {
     /// The last rejected lines, newest first.
     pub fn rejects(&self) -> Vec<Rejected> {
         self.rejects.last()
+    }
+
+    /// The last events and service checks.
+    pub fn events(&self) -> &Events {
+        &self.events
     }
 
     /// Returns when all that was accepted before the call can be read.

@@ -15,6 +15,7 @@ use serde::{Serialize, Serializer};
 
 use super::{Code, Failure, Layers};
 use crate::http::scrape;
+use crate::ingest::{KeptCheck, KeptEvent};
 use crate::protocol::{self, Config, Event, Extras, Limits, Parser, Reject, ServiceCheck, Sink};
 use crate::sample::{Identity, Kind, Sample, SeriesKey, Value, WireType};
 
@@ -101,8 +102,8 @@ struct Reader {
 #[derive(Debug, Default, PartialEq, Serialize)]
 struct Found {
     metrics: Vec<Metric>,
-    events: Vec<EventFound>,
-    service_checks: Vec<CheckFound>,
+    events: Vec<KeptEvent>,
+    service_checks: Vec<KeptCheck>,
     errors: Vec<Rejected>,
     tag_errors: u32,
 }
@@ -136,42 +137,6 @@ struct Metric {
     /// Name and labels in a scrape; a meter has two.
     #[serde(skip)]
     prometheus: Vec<String>,
-}
-
-#[derive(Debug, PartialEq, Serialize)]
-struct EventFound {
-    title: String,
-    text: String,
-    priority: &'static str,
-    alert_type: &'static str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    timestamp: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    host: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    aggregation_key: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    source_type: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    tags: Option<Vec<String>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    container_id: Option<String>,
-}
-
-#[derive(Debug, PartialEq, Serialize)]
-struct CheckFound {
-    name: String,
-    status: u8,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    timestamp: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    host: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    tags: Option<Vec<String>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    message: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    container_id: Option<String>,
 }
 
 #[derive(Debug, PartialEq, Serialize)]
@@ -268,30 +233,11 @@ impl Sink for Finding<'_> {
     }
 
     fn event(&mut self, event: &Event<'_>) {
-        self.found.events.push(EventFound {
-            title: event.title.to_string(),
-            text: event.text.to_string(),
-            priority: event.priority.name(),
-            alert_type: event.severity.name(),
-            timestamp: event.timestamp,
-            host: event.host.map(str::to_owned),
-            aggregation_key: event.aggregation_key.map(str::to_owned),
-            source_type: event.source_type.map(str::to_owned),
-            tags: event.tags.map(sorted_tags),
-            container_id: event.container_id.map(str::to_owned),
-        });
+        self.found.events.push(KeptEvent::from(event));
     }
 
     fn service_check(&mut self, check: &ServiceCheck<'_>) {
-        self.found.service_checks.push(CheckFound {
-            name: check.name.to_owned(),
-            status: check.status as u8,
-            timestamp: check.timestamp,
-            host: check.host.map(str::to_owned),
-            tags: check.tags.map(sorted_tags),
-            message: check.message.as_ref().map(ToString::to_string),
-            container_id: check.container_id.map(str::to_owned),
-        });
+        self.found.service_checks.push(KeptCheck::from(check));
     }
 
     fn reject(&mut self, reject: &Reject<'_>) {
@@ -305,12 +251,6 @@ impl Sink for Finding<'_> {
     fn line_end(&mut self) {
         self.found.tag_errors += std::mem::take(&mut self.tag_errors_of_line);
     }
-}
-
-fn sorted_tags(field: &str) -> Vec<String> {
-    let mut tags: Vec<String> = protocol::tag_list(field).map(str::to_owned).collect();
-    tags.sort_unstable();
-    tags
 }
 
 impl Metric {

@@ -111,6 +111,18 @@ impl Data {
         (if found.is_empty() { as_sent } else { decoded }, found)
     }
 
+    /// The last events, those among them that were sent before the question.
+    async fn events(&self) -> Result<Response<Body>, Problem> {
+        self.api.view.fresh().await;
+        json(serde_json::to_vec(&self.api.view.events().events()))
+    }
+
+    /// The last service checks, those among them that were sent before the question.
+    async fn checks(&self) -> Result<Response<Body>, Problem> {
+        self.api.view.fresh().await;
+        json(serde_json::to_vec(&self.api.view.events().checks()))
+    }
+
     /// Names and orders the series on a thread where that delays no other reader, then writes as the client reads.
     async fn scrape(&self, headers: &HeaderMap) -> Result<Response<Body>, Problem> {
         let Ok(permit) = Arc::clone(&self.scrapes).try_acquire_owned() else {
@@ -174,6 +186,8 @@ impl Site for Data {
             Endpoint::One if request.method() == Method::DELETE => self.delete(&asked.rest, &query).await,
             Endpoint::One => self.one(&asked.rest, &query).await,
             Endpoint::Rejects => json(serde_json::to_vec(&self.api.view.rejects())),
+            Endpoint::Events => self.events().await,
+            Endpoint::Checks => self.checks().await,
             Endpoint::Conflicts => self.conflicts().await,
             Endpoint::Scrape => self.scrape(request.headers()).await,
             Endpoint::Ping => Ok(health::ping(Self::ON)),

@@ -97,6 +97,8 @@ impl Site for Ingest {
             | Endpoint::List
             | Endpoint::One
             | Endpoint::Rejects
+            | Endpoint::Events
+            | Endpoint::Checks
             | Endpoint::Conflicts
             | Endpoint::Scrape => Err(Problem::new(StatusCode::NOT_FOUND, "this stands on the API's listeners")),
         }

@@ -86,6 +86,10 @@ pub enum Endpoint {
     One,
     /// `GET /data/rejects`
     Rejects,
+    /// `GET /data/events`
+    Events,
+    /// `GET /data/checks`
+    Checks,
     /// `GET /data/conflicts`
     Conflicts,
     /// `GET /metrics`
@@ -116,6 +120,8 @@ pub const ROUTES: &[Route] = &[
     Route { template: "/data/metrics", endpoint: Endpoint::List, methods: &["GET"], on: &[On::Api] },
     Route { template: "/data/metrics/{key}", endpoint: Endpoint::One, methods: &["GET", "DELETE"], on: &[On::Api] },
     Route { template: "/data/rejects", endpoint: Endpoint::Rejects, methods: &["GET"], on: &[On::Api] },
+    Route { template: "/data/events", endpoint: Endpoint::Events, methods: &["GET"], on: &[On::Api] },
+    Route { template: "/data/checks", endpoint: Endpoint::Checks, methods: &["GET"], on: &[On::Api] },
     Route { template: "/data/conflicts", endpoint: Endpoint::Conflicts, methods: &["GET"], on: &[On::Api] },
     Route { template: "/metrics", endpoint: Endpoint::Scrape, methods: &["GET"], on: &[On::Api, On::Scrape] },
 ];

@@ -48,6 +48,7 @@ fn parts() -> (Rc<RefCell<Worker>>, View, Running) {
         }
     });
     let ledger = Arc::new(Ledger::new(500));
+    let events = workers.events();
     let parts = Parts {
         workers,
         deliveries,
@@ -59,7 +60,7 @@ fn parts() -> (Rc<RefCell<Worker>>, View, Running) {
     };
     let flush = flush::Config { interval: Time::millis(100), window: Time::millis(500), ..Default::default() };
     let running = Running::start(parts, &flush, &Default::default()).unwrap();
-    let view = View::new(ledger, running.fold(), None, rejects);
+    let view = View::new(ledger, running.fold(), None, rejects, events);
     (worker, view, running)
 }
 

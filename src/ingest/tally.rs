@@ -14,6 +14,8 @@ pub(super) struct ListenerTally {
     pub(super) lines_rejected: [u64; Reason::ALL.len()],
     pub(super) samples: u64,
     pub(super) samples_rejected: [u64; Reason::ALL.len()],
+    pub(super) events: u64,
+    pub(super) checks: u64,
 }
 
 /// What came to one worker since the last publication.
@@ -29,7 +31,9 @@ const REFUSED_FOR: &str = "budget";
 
 /// Lets the counters of a listener that starts stand at 0.
 pub fn begin(listener: Listener) {
-    for metric in [telemetry::LINES, telemetry::LINES_ACCEPTED, telemetry::SAMPLES] {
+    for metric in
+        [telemetry::LINES, telemetry::LINES_ACCEPTED, telemetry::SAMPLES, telemetry::EVENTS, telemetry::SERVICE_CHECKS]
+    {
         metric.begin([[listener.name()]]);
     }
     for metric in [telemetry::LINES_REJECTED, telemetry::SAMPLES_REJECTED] {
@@ -62,6 +66,8 @@ fn publish_listener(listener: &str, tally: &ListenerTally) {
     add(&mut tally.lines.clone(), || telemetry::LINES.counter(&[listener]));
     add(&mut tally.lines_accepted.clone(), || telemetry::LINES_ACCEPTED.counter(&[listener]));
     add(&mut tally.samples.clone(), || telemetry::SAMPLES.counter(&[listener]));
+    add(&mut tally.events.clone(), || telemetry::EVENTS.counter(&[listener]));
+    add(&mut tally.checks.clone(), || telemetry::SERVICE_CHECKS.counter(&[listener]));
     for reason in Reason::ALL {
         let labels = [listener, reason.name()];
         add(&mut tally.lines_rejected[reason as usize].clone(), || telemetry::LINES_REJECTED.counter(&labels));

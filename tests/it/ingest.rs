@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::agent::{Agent, same};
+use crate::agent::{Agent, same, until};
 
 /// The seed system's two curl commands, to the letter but for the ports.
 #[test]
@@ -196,4 +196,27 @@ fn lists_are_paged_in_order() {
         path = next.find("/data").map_or_else(|| next.to_owned(), |at| next[at..].to_owned());
     }
     assert_eq!(names, (0..25).map(|i| format!("list.{i:02}")).collect::<Vec<_>>());
+}
+
+#[test]
+fn the_last_events_and_service_checks_are_kept() {
+    let agent = Agent::start(&[]);
+    agent.datagram("_e{5,13}:start|it\\nhas begun|h:web1|t:success|#env:prod,a\n_sc|db.up|2|h:db1|m:no answer\na:1|c");
+    agent.wait_for("a", "value", 1);
+    let events = agent.get("/data/events").json();
+    let event = &events[0];
+    assert_eq!(events.as_array().unwrap().len(), 1);
+    assert_eq!((&event["title"], &event["text"]), (&json!("start"), &json!("it\nhas begun")));
+    assert_eq!((&event["host"], &event["alert_type"]), (&json!("web1"), &json!("success")));
+    assert_eq!((&event["tags"], &event["listener"]), (&json!(["a", "env:prod"]), &json!("udp")));
+    assert!(event["time"].as_u64().unwrap() > 1_700_000_000_000 && event["source"].is_string(), "{event}");
+    let checks = agent.get("/data/checks").json();
+    assert_eq!((&checks[0]["name"], &checks[0]["status"]), (&json!("db.up"), &json!(2)));
+    assert_eq!(checks[0]["message"], "no answer");
+    assert_eq!((agent.own("tallyd_events_total", "udp"), agent.own("tallyd_service_checks_total", "udp")), (1.0, 1.0));
+    for number in 0..150 {
+        agent.connect().write_all(format!("_sc|check{number}|0\n").as_bytes()).unwrap();
+    }
+    until("all to be counted", || (agent.own("tallyd_service_checks_total", "tcp") == 150.0).then_some(()));
+    assert_eq!(agent.get("/data/checks").json().as_array().unwrap().len(), 100);
 }

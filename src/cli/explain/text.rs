@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use super::{CheckFound, EventFound, Found, Metric, Number, Rejected};
+use super::{Found, KeptCheck, KeptEvent, Metric, Number, Rejected};
 use crate::protocol;
 
 /// Longest part of a line that is shown around the place of an error.
@@ -64,7 +64,7 @@ fn write_metric(metric: &Metric, out: &mut impl Write) -> io::Result<()> {
     row(out, "prometheus", &metric.prometheus.join(", "))
 }
 
-fn write_event(event: &EventFound, out: &mut impl Write) -> io::Result<()> {
+fn write_event(event: &KeptEvent, out: &mut impl Write) -> io::Result<()> {
     writeln!(out, "event {}", event.title.escape_debug())?;
     row(out, "text", &event.text.escape_debug().to_string())?;
     row(out, "type", &format!("{}, priority {}", event.alert_type, event.priority))?;
@@ -72,7 +72,7 @@ fn write_event(event: &EventFound, out: &mut impl Write) -> io::Result<()> {
     said(out, event.timestamp, event.tags.as_deref())
 }
 
-fn write_check(check: &CheckFound, out: &mut impl Write) -> io::Result<()> {
+fn write_check(check: &KeptCheck, out: &mut impl Write) -> io::Result<()> {
     writeln!(out, "service check {}", check.name)?;
     let status = ["ok", "warning", "critical", "unknown"].get(usize::from(check.status)).copied().unwrap_or_default();
     row(out, "status", &format!("{} ({status})", check.status))?;
