@@ -196,7 +196,7 @@ impl View {
     /// The series a filter shows, from behind a place on, at most `limit` of them.
     pub async fn page(&self, filter: &Filter, after: Option<Cursor>, limit: usize, scope: Scope) -> Page {
         self.fresh().await;
-        if let (Some(remote), Scope::Global, None | Some(Cursor::Store(_))) = (&self.remote, scope, &after) {
+        if let (Some(remote), None | Some(Cursor::Store(_))) = (self.shared(scope), &after) {
             let from = after.as_ref().and_then(|after| match after {
                 Cursor::Store(cursor) => Some(cursor),
                 Cursor::Key(..) => None,
@@ -243,15 +243,21 @@ impl View {
         // In this order: what the ledger does not know yet as committed is in the snapshot or newer, and what the snapshot
         // does not hold any more is in the store.
         let series: Vec<_> = ids.iter().map(|id| self.ledger.get(id).map(|series| series.state())).collect();
-        let totals = match (&self.remote, scope) {
-            (Some(remote), Scope::Global) => self.global(remote, ids, &series).await,
-            (None, _) | (_, Scope::Local) => None,
+        let totals = match self.shared(scope) {
+            Some(remote) => self.global(remote, ids, &series).await,
+            None => None,
         };
         let scope = if totals.is_none() && self.remote.is_some() { Scope::Local } else { scope };
         let totals =
             totals.unwrap_or_else(|| ids.iter().zip(&series).map(|(id, state)| self.local(id, state)).collect());
         let found = ids.iter().zip(series).zip(totals);
         found.filter_map(|((id, state), total)| Some(self.metric(id, state.as_deref(), total?, scope))).collect()
+    }
+
+    /// The store, where a reader wants its figures and it is not known to be away.
+    fn shared(&self, scope: Scope) -> Option<&Remote> {
+        let remote = self.remote.as_ref().filter(|_| scope == Scope::Global)?;
+        (!remote.bell.status().away).then_some(remote)
     }
 
     fn metric(&self, id: &SeriesId, state: Option<&State>, total: Arc<Total>, scope: Scope) -> Metric {
