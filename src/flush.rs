@@ -285,6 +285,7 @@ impl Folding {
         if let Some(journal) = &parts.journal {
             restore(&mut writer, journal, limits).map_err(Error::Journal)?;
         }
+        writer.close_until(clock::wall_ms());
         let interval_ms = config.interval.as_millis();
         Ok(Self {
             workers: parts.workers,

@@ -36,7 +36,7 @@ pub struct Metric {
     pub key: SeriesKey,
     /// All its life.
     pub total: Arc<Total>,
-    /// The last closed window of this agent, if anything came into it.
+    /// The last closed window of this agent; none where it does not know the series from then.
     pub window: Option<Arc<Window>>,
     /// The end of the last closed window, in milliseconds since the epoch.
     pub closed_until_ms: u64,
@@ -262,7 +262,7 @@ impl View {
 
     fn metric(&self, id: &SeriesId, state: Option<&State>, total: Arc<Total>, scope: Scope) -> Metric {
         let (closed_until_ms, window_ms) = (self.ledger.closed_until_ms(), self.ledger.window_ms());
-        let window = state.and_then(|state| state.window_at(closed_until_ms.saturating_sub(window_ms)).map(Arc::clone));
+        let window = state.and_then(|state| self.ledger.last_window(id.kind, state));
         Metric { kind: id.kind, key: id.key.clone(), total, window, closed_until_ms, window_ms, scope }
     }
 

@@ -265,6 +265,8 @@ pub struct Ledger {
     hasher: RandomState,
     window_ms: u64,
     closed_until_ms: AtomicU64,
+    /// The start of the first window of this process; 0 before it is known.
+    first_ms: AtomicU64,
 }
 
 impl Ledger {
@@ -278,6 +280,7 @@ impl Ledger {
             hasher: RandomState::default(),
             window_ms,
             closed_until_ms: AtomicU64::new(0),
+            first_ms: AtomicU64::new(0),
         }
     }
 
@@ -289,6 +292,16 @@ impl Ledger {
     /// The end of the last window that all shards have delivered.
     pub fn closed_until_ms(&self) -> u64 {
         self.closed_until_ms.load(Ordering::Acquire)
+    }
+
+    /// The last closed window of a series: an empty one where nothing came into it, none where the series or this process
+    /// is younger.
+    pub fn last_window(&self, kind: Kind, state: &State) -> Option<Arc<Window>> {
+        let closed_ms = self.closed_until_ms();
+        let start_ms = closed_ms.checked_sub(self.window_ms)?;
+        let empty = || Arc::new(Window { start_ms, aggregate: Aggregate::new(kind) });
+        let was_there = start_ms >= self.first_ms.load(Ordering::Relaxed) && state.total.start_ms < closed_ms;
+        state.window_at(start_ms).map(Arc::clone).or_else(|| was_there.then(empty))
     }
 
     /// The series of a kind and a key.
@@ -429,6 +442,9 @@ impl Writer {
     pub fn close_until(&self, at_ms: u64) {
         let closed_ms = self.ledger.closed_until_ms();
         let until_ms = open_window(at_ms, self.ledger.window_ms, closed_ms);
+        if closed_ms == 0 || until_ms < closed_ms {
+            self.ledger.first_ms.store(until_ms, Ordering::Relaxed);
+        }
         self.ledger.closed_until_ms.store(until_ms, Ordering::Release);
     }
 
@@ -722,6 +738,28 @@ mod tests {
         pair.count("a", 2_500);
         assert_eq!(pair.writer.ledger.closed_until_ms(), BEGIN_MS);
         assert_eq!(pair.windows("a"), [(30_000, 2), (0, 1)]);
+    }
+
+    #[test]
+    fn an_idle_series_has_an_empty_window_and_a_young_one_none() {
+        let mut pair = pair();
+        let last = |pair: &Pair| {
+            let window = pair.writer.ledger.last_window(Kind::Counter, &pair.state(Kind::Counter, "a"));
+            window.map(|window| (window.start_ms - BEGIN_MS, window.aggregate.samples()))
+        };
+        pair.writer.close_until(BEGIN_MS + 1_000);
+        pair.writer.restore(Kind::Counter, SeriesKey::parse("a"), Total::new(Kind::Counter, 0), BEGIN_MS);
+        assert_eq!(last(&pair), None, "what came before this process began is not known");
+        pair.writer.close_until(BEGIN_MS + 10_000);
+        assert_eq!(last(&pair), Some((0, 0)));
+        pair.count("a", 12_000);
+        assert_eq!(last(&pair), Some((0, 0)));
+        pair.writer.close_until(BEGIN_MS + 20_000);
+        assert_eq!(last(&pair), Some((10_000, 1)));
+        pair.writer.close_until(BEGIN_MS + 30_000);
+        assert_eq!(last(&pair), Some((20_000, 0)));
+        pair.count("b", 31_000);
+        assert!(pair.writer.ledger.last_window(Kind::Counter, &pair.state(Kind::Counter, "b")).is_none());
     }
 
     #[test]
