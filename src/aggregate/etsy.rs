@@ -246,7 +246,7 @@ mod tests {
             ran += usize::from(compared > before);
         }
         // Gauges, sets and other settings are for tests/it/aggregation.rs, which runs or names every case.
-        assert_eq!((ran, compared), (29, 257), "cases and figures compared");
+        assert_eq!((ran, compared), (30, 293), "cases and figures compared");
     }
 
     proptest! {
