@@ -18,7 +18,7 @@ use tallyd::aggregate::{Aggregate, Counter, Observed};
 use tallyd::http::scrape::{Config, Format, Moment, Page, Wanted};
 use tallyd::sample::{Kind, SeriesKey};
 
-const NOW: Moment = Moment { now_ms: 1_764_000_012_345, window_ms: 10_000 };
+const NOW: Moment = Moment { now_ms: 1_764_000_012_345, steady_ms: 1_764_000_012_345, window_ms: 10_000 };
 const RUNS: usize = 7;
 
 fn main() {

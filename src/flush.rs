@@ -19,7 +19,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
-use crate::aggregate::ledger::{Changed, Ledger, Series, Total, Writer};
+use crate::aggregate::ledger::{At, Changed, Ledger, Series, Total, Writer};
 use crate::aggregate::shard::{Budget, SeriesId};
 use crate::clock;
 use crate::ingest::{Delivery, Returned, Workers};
@@ -97,6 +97,8 @@ pub struct Fold {
 pub struct Status {
     problem: ArcSwapOption<String>,
     flushed_until_ms: AtomicU64,
+    /// The number of the last flush that is in the journal, of this process.
+    flush: AtomicU64,
 }
 
 impl Status {
@@ -175,7 +177,7 @@ impl Running {
         begin_counters();
         let (orders, inbox) = unbounded();
         let status = Arc::new(Status::default());
-        let mut folding = Folding::new(parts, inbox, config, limits)?;
+        let mut folding = Folding::new(parts, inbox, Arc::clone(&status), config, limits)?;
         let mut threads = Vec::new();
         if let Some(journal) = folding.journal.clone() {
             let (jobs, taken) = bounded(1);
@@ -235,6 +237,11 @@ struct Folding {
     journal: Option<Arc<Journal>>,
     on_commit: OnCommit,
     jobs: Option<Sender<Job>>,
+    status: Arc<Status>,
+    /// The number of the last flush that was handed over.
+    handed_over: u64,
+    /// Series that were deleted, and may still be in the journal: until this flush is in it.
+    forgotten: HashMap<SeriesId, u64>,
     seen: Vec<Seen>,
     readers: Readers,
     deleted: Vec<SeriesId>,
@@ -266,13 +273,20 @@ impl Readers {
 }
 
 impl Folding {
-    fn new(parts: Parts, orders: Receiver<Order>, config: &Config, limits: &Limits) -> Result<Self, Error> {
+    fn new(
+        parts: Parts,
+        orders: Receiver<Order>,
+        status: Arc<Status>,
+        config: &Config,
+        limits: &Limits,
+    ) -> Result<Self, Error> {
         let flush = parts.journal.as_ref().map_or(0, |journal| journal.last_flush()) + 1;
         let (ledger, budget) = (parts.ledger, parts.budget);
         let mut writer = Writer::new(Arc::clone(&ledger), Arc::clone(&budget), parts.remote, flush);
         if let Some(journal) = &parts.journal {
             restore(&mut writer, journal, limits).map_err(Error::Journal)?;
         }
+        writer.close_until(clock::wall_ms());
         let interval_ms = config.interval.as_millis();
         Ok(Self {
             workers: parts.workers,
@@ -284,6 +298,9 @@ impl Folding {
             journal: parts.journal,
             on_commit: parts.on_commit,
             jobs: None,
+            status,
+            handed_over: 0,
+            forgotten: HashMap::new(),
             seen: Vec::new(),
             readers: Readers { waiting: Vec::new(), open: None, opened: None },
             deleted: Vec::new(),
@@ -326,8 +343,9 @@ impl Folding {
     fn fold(&mut self, mut delivery: Delivery) {
         let begun = Instant::now();
         let journal = self.journal.as_deref();
-        let recall = |id: &SeriesId| journal.and_then(|journal| recall(journal, id));
-        self.writer.fold(delivery.worker, &mut delivery.sealed, delivery.at_ms, recall);
+        let forgotten = &self.forgotten;
+        let recall = |id: &SeriesId| journal.filter(|_| !forgotten.contains_key(id)).and_then(|found| recall(found, id));
+        self.writer.fold(delivery.worker, &mut delivery.sealed, sealed_at(delivery.at_ms), recall);
         self.workers.give_back(delivery.worker, Returned::Cells(delivery.sealed.cells));
         if self.seen.len() <= delivery.worker {
             self.seen.resize(delivery.worker + 1, Seen::default());
@@ -354,6 +372,7 @@ impl Folding {
     fn delete(&mut self, series: Vec<SeriesId>) {
         for id in &series {
             self.writer.reset(id);
+            self.forgotten.insert(id.clone(), self.writer.next_flush());
         }
         self.deleted.extend(series);
     }
@@ -382,8 +401,7 @@ impl Folding {
             // The wall clock was set back.
             self.next_flush_ms = next_multiple(now_ms, self.interval_ms);
         }
-        let complete = self.seen.iter().filter(|seen| !seen.last).map(|seen| seen.complete_until_ms).min();
-        let complete = complete.unwrap_or(now_ms).max(now_ms.saturating_sub(LATE_MS));
+        let complete = self.complete_until(now_ms);
         self.writer.close_until(complete);
         let due = complete >= self.next_flush_ms;
         if due {
@@ -394,27 +412,44 @@ impl Folding {
         }
     }
 
+    /// Until when all shards have delivered. One that is later than `LATE_MS` is not waited for, but nobody is late whose
+    /// delivery waits here.
+    fn complete_until(&self, now_ms: u64) -> u64 {
+        let delivered = self.seen.iter().filter(|seen| !seen.last).map(|seen| seen.complete_until_ms).min();
+        let delivered = delivered.unwrap_or(now_ms);
+        if self.deliveries.is_empty() { delivered.max(now_ms.saturating_sub(LATE_MS)) } else { delivered }
+    }
+
     /// Gives the flush what changed, unless it is still busy with what it got before.
     fn flush(&mut self, until_ms: u64) {
-        let Some(jobs) = &self.jobs else {
+        let Some(jobs) = self.jobs.clone() else {
             self.writer.take_changed();
             self.deleters.drain(..).for_each(answer);
             self.deleted.clear();
+            self.forgotten.clear();
             return;
         };
         if jobs.is_full() {
             return;
         }
+        let job = self.next_job(until_ms);
+        // It can only fail when the flush's thread has ended, after the last job.
+        drop(jobs.send(job));
+    }
+
+    /// All that changed since the last job.
+    fn next_job(&mut self, until_ms: u64) -> Job {
         let flush = self.writer.next_flush();
-        let job = Job {
+        let flushed = self.status.flush.load(Ordering::Acquire);
+        self.forgotten.retain(|_, flush| *flush > flushed);
+        self.handed_over = flush;
+        Job {
             flush,
             changed: self.writer.take_changed(),
             deleted: std::mem::take(&mut self.deleted),
             deleters: std::mem::take(&mut self.deleters),
             until_ms,
-        };
-        // It can only fail when the flush's thread has ended, after the last job.
-        drop(jobs.send(job));
+        }
     }
 
     fn expire_if_due(&mut self) {
@@ -422,11 +457,11 @@ impl Folding {
             return;
         }
         self.next_expiry = Instant::now() + expire_every(&self.limits);
-        if self.jobs.as_ref().is_some_and(Sender::is_full) {
-            // The journal is behind: a series freed now could come back from it as it was before.
+        if self.jobs.is_some() && self.status.flush.load(Ordering::Acquire) < self.handed_over {
+            // The journal is behind, or cannot be written: a series freed now could come back from it as it was before.
             return;
         }
-        let now_ms = clock::wall_ms();
+        let now_ms = clock::steady_ms();
         let Limits { idle, idle_gauges } = self.limits;
         let before_ms = |kind| now_ms.saturating_sub(if kind == Kind::Gauge { idle_gauges } else { idle }.as_millis());
         for (worker, numbers) in self.writer.expire(before_ms).into_iter().enumerate() {
@@ -439,20 +474,13 @@ impl Folding {
 
     fn publish(&mut self) {
         for kind in Kind::ALL {
-            let (created, expired) = (&mut self.writer.created[kind as usize], &mut self.writer.expired[kind as usize]);
-            let held = telemetry::SERIES.gauge(&[kind.json()]);
-            if *created > 0 {
-                telemetry::SERIES_CREATED.counter(&[kind.json()]).increment(*created);
-            }
-            if *expired > 0 {
-                telemetry::SERIES_EXPIRED.counter(&[kind.json()]).increment(*expired);
-            }
-            (*created, *expired) = (0, 0);
-            held.set(self.writer.held[kind as usize] as f64);
+            telemetry::SERIES_CREATED.take(&[kind.json()], &mut self.writer.created[kind as usize]);
+            telemetry::SERIES_EXPIRED.take(&[kind.json()], &mut self.writer.expired[kind as usize]);
+            telemetry::SERIES.gauge(&[kind.json()]).set(self.writer.held[kind as usize] as f64);
         }
-        if self.writer.overflowed > 0 {
-            telemetry::LOST.counter(&[NON_FINITE]).increment(std::mem::take(&mut self.writer.overflowed));
-        }
+        telemetry::LOST.take(&[NON_FINITE], &mut self.writer.overflowed);
+        telemetry::SERIES_COARSENED.take(&["buckets"], &mut self.writer.halved);
+        telemetry::SERIES_COARSENED.take(&["set_exact"], &mut self.writer.estimated);
         telemetry::SERIES_MEMORY_BYTES.gauge(&[]).set(self.budget.bytes() as f64);
     }
 
@@ -463,14 +491,8 @@ impl Folding {
         }
         self.writer.close_until(clock::wall_ms());
         if let Some(jobs) = self.jobs.take() {
-            let job = Job {
-                flush: self.writer.next_flush(),
-                changed: self.writer.take_changed(),
-                deleted: std::mem::take(&mut self.deleted),
-                deleters: std::mem::take(&mut self.deleters),
-                until_ms: clock::wall_ms(),
-            };
-            drop(jobs.send(job));
+            // See `flush` for when it can fail.
+            drop(jobs.send(self.next_job(clock::wall_ms())));
         }
         let windows = self.ledger.closed_until_ms();
         tracing::debug!(series = self.ledger.len(), windows, "fold ended");
@@ -485,6 +507,13 @@ fn begin_counters() {
     telemetry::SERIES_CREATED.begin(Kind::ALL.map(|kind| [kind.json()]));
     telemetry::SERIES_EXPIRED.begin(Kind::ALL.map(|kind| [kind.json()]));
     telemetry::LOST.begin([[NON_FINITE], [UNREADABLE]]);
+}
+
+/// A moment by both clocks, from how long ago it was by the wall clock. A wall clock that was set forward since would make
+/// that long, and what it was late by is not known then; nothing waits longer than this.
+fn sealed_at(at_ms: u64) -> At {
+    let ago_ms = clock::wall_ms().saturating_sub(at_ms).min(LATE_MS);
+    At { wall_ms: at_ms, steady_ms: clock::steady_ms() - ago_ms }
 }
 
 /// Tells somebody who waits; one that is gone needs no answer.
@@ -503,7 +532,7 @@ fn expire_every(limits: &Limits) -> Duration {
 
 /// Puts back the series that were not idle for too long.
 fn restore(writer: &mut Writer, journal: &Journal, limits: &Limits) -> Result<(), journal::Error> {
-    let now_ms = clock::wall_ms();
+    let now_ms = clock::steady_ms();
     journal.totals(|kind, key, total| {
         let idle = if kind == Kind::Gauge { limits.idle_gauges } else { limits.idle };
         if total.update_ms + idle.as_millis() > now_ms {
@@ -599,7 +628,9 @@ impl Flushing {
     fn write(&self, job: Job) -> Result<(), Job> {
         let begun = Instant::now();
         let deleted: Vec<_> = job.deleted.iter().map(|id| (id.kind, id.key.clone())).collect();
-        if let Err(error) = self.journal.commit(job.flush, &job.changed, &deleted, job.until_ms) {
+        // What is kept for days goes by the clock that is behind: a wall clock that is wrong for a while expires nothing.
+        let now_ms = job.until_ms.min(clock::steady_ms());
+        if let Err(error) = self.journal.commit(job.flush, &job.changed, &deleted, now_ms) {
             if self.status.problem().is_none() {
                 tracing::error!(%error, "the journal could not be written; counting goes on in memory");
             }
@@ -612,6 +643,7 @@ impl Flushing {
             tracing::info!("the journal is written again");
         }
         self.status.flushed_until_ms.store(job.until_ms, Ordering::Release);
+        self.status.flush.store(job.flush, Ordering::Release);
         telemetry::FLUSHES.counter(&[]).increment(1);
         telemetry::FLUSH_SECONDS.histogram(&[]).record(begun.elapsed());
         let lag_ms = clock::wall_ms().saturating_sub(job.until_ms);

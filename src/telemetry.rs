@@ -71,6 +71,7 @@ table! {
     SERIES_CREATED = "tallyd_series_created_total", Counter, ["kind"], "Series seen for the first time or again after their expiry.";
     SERIES_EXPIRED = "tallyd_series_expired_total", Counter, ["kind"], "Series freed from memory because they were idle.";
     SERIES_REFUSED = "tallyd_series_refused_total", Counter, ["reason"], "Samples of new identities folded into _overflow.";
+    SERIES_COARSENED = "tallyd_series_coarsened_total", Counter, ["reason"], "Times a series gave precision up to keep a bound; buckets: the scale of its histogram halved, set_exact: the set is an estimate from then on.";
     SERIES_MEMORY_BYTES = "tallyd_series_memory_bytes", Gauge, [], "Memory charged to series, in bytes.";
     SEALS = "tallyd_seals_total", Counter, ["cause"], "Seals taken from shards.";
     FOLD_SECONDS = "tallyd_fold_seconds", Seconds, [], "Time to fold one seal into the ledger.";
@@ -114,6 +115,14 @@ impl Metric {
     /// The histogram of these label values.
     pub fn histogram(&self, values: &[&str]) -> Histogram {
         metrics::with_recorder(|recorder| recorder.register_histogram(&self.key(values), &METADATA))
+    }
+
+    /// Moves a count into the counter of these label values, which is registered only when there is something to count.
+    pub fn take(&self, values: &[&str], count: &mut u64) {
+        let count = std::mem::take(count);
+        if count > 0 {
+            self.counter(values).increment(count);
+        }
     }
 
     fn key(&self, values: &[&str]) -> metrics::Key {

@@ -36,7 +36,7 @@ pub struct Metric {
     pub key: SeriesKey,
     /// All its life.
     pub total: Arc<Total>,
-    /// The last closed window of this agent, if anything came into it.
+    /// The last closed window of this agent; none where it does not know the series from then.
     pub window: Option<Arc<Window>>,
     /// The end of the last closed window, in milliseconds since the epoch.
     pub closed_until_ms: u64,
@@ -208,7 +208,7 @@ impl View {
     /// The series a filter shows, from behind a place on, at most `limit` of them.
     pub async fn page(&self, filter: &Filter, after: Option<Cursor>, limit: usize, scope: Scope) -> Page {
         self.fresh().await;
-        if let (Some(remote), Scope::Global, None | Some(Cursor::Store(_))) = (&self.remote, scope, &after) {
+        if let (Some(remote), None | Some(Cursor::Store(_))) = (self.shared(scope), &after) {
             let from = after.as_ref().and_then(|after| match after {
                 Cursor::Store(cursor) => Some(cursor),
                 Cursor::Key(..) => None,
@@ -255,9 +255,9 @@ impl View {
         // In this order: what the ledger does not know yet as committed is in the snapshot or newer, and what the snapshot
         // does not hold any more is in the store.
         let series: Vec<_> = ids.iter().map(|id| self.ledger.get(id).map(|series| series.state())).collect();
-        let totals = match (&self.remote, scope) {
-            (Some(remote), Scope::Global) => self.global(remote, ids, &series).await,
-            (None, _) | (_, Scope::Local) => None,
+        let totals = match self.shared(scope) {
+            Some(remote) => self.global(remote, ids, &series).await,
+            None => None,
         };
         let scope = if totals.is_none() && self.remote.is_some() { Scope::Local } else { scope };
         let totals =
@@ -266,9 +266,15 @@ impl View {
         found.filter_map(|((id, state), total)| Some(self.metric(id, state.as_deref(), total?, scope))).collect()
     }
 
+    /// The store, where a reader wants its figures and it is not known to be away.
+    fn shared(&self, scope: Scope) -> Option<&Remote> {
+        let remote = self.remote.as_ref().filter(|_| scope == Scope::Global)?;
+        (!remote.bell.status().away).then_some(remote)
+    }
+
     fn metric(&self, id: &SeriesId, state: Option<&State>, total: Arc<Total>, scope: Scope) -> Metric {
         let (closed_until_ms, window_ms) = (self.ledger.closed_until_ms(), self.ledger.window_ms());
-        let window = state.and_then(|state| state.window_at(closed_until_ms.saturating_sub(window_ms)).map(Arc::clone));
+        let window = state.and_then(|state| self.ledger.last_window(id.kind, state));
         Metric { kind: id.kind, key: id.key.clone(), total, window, closed_until_ms, window_ms, scope }
     }
 

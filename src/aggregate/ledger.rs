@@ -18,6 +18,23 @@ use super::shard::{Budget, Sealed, SeriesId, cost};
 use super::window::{Window, start_of};
 use crate::sample::{Kind, SeriesKey};
 
+/// A moment by both clocks, in milliseconds since the epoch: windows and labels go by the one that people see, rates and
+/// expiry by the one that takes no steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct At {
+    /// The wall clock.
+    pub wall_ms: u64,
+    /// The clock that takes no steps.
+    pub steady_ms: u64,
+}
+
+impl At {
+    /// When something that was stamped by the wall clock, shortly before this, happened by the other one.
+    fn steady_of(self, stamp_ms: u64) -> u64 {
+        self.steady_ms.saturating_sub(self.wall_ms.saturating_sub(stamp_ms))
+    }
+}
+
 /// The cumulative figures of a series on this agent since it began: what the journal keeps.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Total {
@@ -40,14 +57,35 @@ impl Total {
 
     /// Adds what came until `now_ms`. `false` when a sum would not stay finite; then nothing changed.
     pub fn add(&mut self, delta: &Aggregate, now_ms: u64) -> bool {
+        self.add_at(delta, At { wall_ms: now_ms, steady_ms: now_ms })
+    }
+
+    /// The same by both clocks. A meter begins with its first mark, not when that was sealed.
+    fn add_at(&mut self, delta: &Aggregate, at: At) -> bool {
+        let is_first = self.aggregate.samples() == 0;
         let finite = self.aggregate.merge(delta, 0);
         if finite {
-            self.update_ms = self.update_ms.max(now_ms);
+            self.update_ms = self.update_ms.max(at.wall_ms);
             if let (Some(rates), Aggregate::Meter(marks)) = (&mut self.rates, delta) {
-                rates.mark(marks.count.value(), now_ms);
+                let marked_ms = at.steady_of(marks.last.1);
+                if is_first {
+                    *rates = Rates::new(marked_ms);
+                }
+                rates.mark(marks.count.value(), marked_ms);
             }
         }
         finite
+    }
+
+    /// Brings back times that lie ahead of now, as a wall clock leaves them that was wrong: a gauge that was set then
+    /// would take no value, and a meter would not tick, until that time comes.
+    fn hold_back(&mut self, now_ms: u64) {
+        self.start_ms = self.start_ms.min(now_ms);
+        self.update_ms = self.update_ms.min(now_ms);
+        self.aggregate.hold_back(now_ms);
+        if let Some(rates) = &mut self.rates {
+            rates.hold_back(now_ms);
+        }
     }
 }
 
@@ -84,11 +122,11 @@ impl State {
         [&self.window, &self.before].into_iter().flatten().find(|window| window.start_ms == start_ms)
     }
 
-    /// Adds a cell that was sealed at `now_ms`.
-    fn fold(&self, cell: &Aggregate, kind: Kind, now_ms: u64, window_ms: u64) -> Option<Self> {
-        let start_ms = start_of(now_ms, window_ms);
+    /// Adds a cell that was sealed at a moment. Windows that ended by `closed_until_ms` stay as they are.
+    fn fold(&self, cell: &Aggregate, kind: Kind, at: At, window_ms: u64, closed_until_ms: u64) -> Option<Self> {
+        let start_ms = open_window(at.wall_ms, window_ms, closed_until_ms);
         let mut next = self.clone();
-        if !Arc::make_mut(&mut next.total).add(cell, now_ms) {
+        if !Arc::make_mut(&mut next.total).add_at(cell, at) {
             return None;
         }
         let late = |window: &Arc<Window>| start_ms < window.start_ms && start_ms + 2 * window_ms > window.start_ms;
@@ -103,6 +141,16 @@ impl State {
         }
         Some(next)
     }
+}
+
+/// How far back, in windows, a cell or a clock may be before the clock is taken to have been set back for good.
+const BACK_MAX: u64 = 2;
+
+/// The window of a cell that was sealed at a moment: its own, or, if that is closed already, the first that is open.
+fn open_window(at_ms: u64, window_ms: u64, closed_until_ms: u64) -> u64 {
+    let start_ms = start_of(at_ms, window_ms);
+    let is_back = start_ms + BACK_MAX * window_ms < closed_until_ms;
+    if is_back { start_ms } else { start_ms.max(closed_until_ms) }
 }
 
 /// Adds a cell to a window that stands at `start_ms`, replacing an older one; a cell older than the window is left out.
@@ -217,6 +265,8 @@ pub struct Ledger {
     hasher: RandomState,
     window_ms: u64,
     closed_until_ms: AtomicU64,
+    /// The start of the first window of this process; 0 before it is known.
+    first_ms: AtomicU64,
 }
 
 impl Ledger {
@@ -230,6 +280,7 @@ impl Ledger {
             hasher: RandomState::default(),
             window_ms,
             closed_until_ms: AtomicU64::new(0),
+            first_ms: AtomicU64::new(0),
         }
     }
 
@@ -241,6 +292,16 @@ impl Ledger {
     /// The end of the last window that all shards have delivered.
     pub fn closed_until_ms(&self) -> u64 {
         self.closed_until_ms.load(Ordering::Acquire)
+    }
+
+    /// The last closed window of a series: an empty one where nothing came into it, none where the series or this process
+    /// is younger.
+    pub fn last_window(&self, kind: Kind, state: &State) -> Option<Arc<Window>> {
+        let closed_ms = self.closed_until_ms();
+        let start_ms = closed_ms.checked_sub(self.window_ms)?;
+        let empty = || Arc::new(Window { start_ms, aggregate: Aggregate::new(kind) });
+        let was_there = start_ms >= self.first_ms.load(Ordering::Relaxed) && state.total.start_ms < closed_ms;
+        state.window_at(start_ms).map(Arc::clone).or_else(|| was_there.then(empty))
     }
 
     /// The series of a kind and a key.
@@ -314,8 +375,12 @@ pub struct Writer {
     pub created: [u64; Kind::ALL.len()],
     /// Series freed since this was asked last, by kind.
     pub expired: [u64; Kind::ALL.len()],
-    /// Cells that a total refused because it would not have stayed finite.
+    /// Cells that a total refused because it would not have stayed finite, since this was asked last.
     pub overflowed: u64,
+    /// How often the scale of a total's histogram fell, since this was asked last.
+    pub halved: u64,
+    /// Sets that went on as estimates, since this was asked last.
+    pub estimated: u64,
 }
 
 impl Writer {
@@ -332,24 +397,27 @@ impl Writer {
             created: [0; Kind::ALL.len()],
             expired: [0; Kind::ALL.len()],
             overflowed: 0,
+            halved: 0,
+            estimated: 0,
         }
     }
 
     /// Puts back a series that the journal holds, at the start.
-    pub fn restore(&mut self, kind: Kind, key: SeriesKey, total: Total, now_ms: u64) {
+    pub fn restore(&mut self, kind: Kind, key: SeriesKey, mut total: Total, now_ms: u64) {
+        total.hold_back(now_ms);
         let id = Arc::new(SeriesId { kind, key });
         self.budget.force(1, cost(&id.key));
         let series = Arc::new(Series::new(Arc::clone(&id), State::new(total), now_ms));
         self.insert(&series);
     }
 
-    /// Folds in what a shard sealed at `at_ms`. `recall` is asked for the total of a series that the ledger does not
+    /// Folds in what a shard sealed at a moment. `recall` is asked for the total of a series that the ledger does not
     /// hold: it may be one that was idle and expired.
     pub fn fold(
         &mut self,
         shard: usize,
         sealed: &mut Sealed,
-        at_ms: u64,
+        at: At,
         mut recall: impl FnMut(&SeriesId) -> Option<Total>,
     ) {
         if self.shards.len() <= shard {
@@ -359,19 +427,25 @@ impl Writer {
             self.release(shard, number);
         }
         for new in sealed.new.drain(..) {
-            let series = self.join(&new.id, at_ms, &mut recall);
+            let series = self.join(&new.id, at, &mut recall);
             self.shards[shard].set(new.number, series);
         }
         for (number, cell) in sealed.cells.drain() {
-            if let Some(series) = self.listed(shard, number, at_ms, &cell) {
-                self.fold_cell(&series, &cell, at_ms);
+            if let Some(series) = self.listed(shard, number, at, &cell) {
+                self.fold_cell(&series, &cell, at);
             }
         }
     }
 
-    /// Says that every shard has delivered what it received before a moment.
+    /// Says that every shard has delivered what it received before a moment. A wall clock that was set back a little opens
+    /// no window again: they stand still until it has come forward.
     pub fn close_until(&self, at_ms: u64) {
-        self.ledger.closed_until_ms.store(start_of(at_ms, self.ledger.window_ms), Ordering::Release);
+        let closed_ms = self.ledger.closed_until_ms();
+        let until_ms = open_window(at_ms, self.ledger.window_ms, closed_ms);
+        if closed_ms == 0 || until_ms < closed_ms {
+            self.ledger.first_ms.store(until_ms, Ordering::Relaxed);
+        }
+        self.ledger.closed_until_ms.store(until_ms, Ordering::Release);
     }
 
     /// Takes what changed since the last time, and begins the next flush.
@@ -417,7 +491,7 @@ impl Writer {
         true
     }
 
-    /// The series that were not folded since `before_ms(kind)`: those no shard knows are freed at once, of the others the
+    /// The series that were not folded since `before_ms(kind)` of the clock that takes no steps: those no shard knows are freed at once, of the others the
     /// shards are to be asked, each for the numbers it gave them.
     pub fn expire(&mut self, before_ms: impl Fn(Kind) -> u64) -> Vec<Vec<u32>> {
         let idle = |series: &Series| {
@@ -442,16 +516,19 @@ impl Writer {
         self.shards.iter().map(numbers).collect()
     }
 
-    fn fold_cell(&mut self, series: &Arc<Series>, cell: &Aggregate, at_ms: u64) {
-        let Some(mut next) = series.state.load().fold(cell, series.kind(), at_ms, self.ledger.window_ms) else {
+    fn fold_cell(&mut self, series: &Arc<Series>, cell: &Aggregate, at: At) {
+        let closed_ms = self.ledger.closed_until_ms();
+        let state = series.state.load();
+        let Some(mut next) = state.fold(cell, series.kind(), at, self.ledger.window_ms, closed_ms) else {
             self.overflowed += 1;
             return;
         };
+        self.count_coarsened(&state.total.aggregate, &next.total.aggregate);
         if self.remote {
             add_unshipped(&mut next.unshipped, cell, self.flush);
         }
         series.state.store(Arc::new(next));
-        series.folded_at_ms.store(at_ms, Ordering::Relaxed);
+        series.folded_at_ms.store(at.steady_ms, Ordering::Relaxed);
         if !series.listed.load(Ordering::Relaxed) {
             self.insert(series);
         }
@@ -460,8 +537,27 @@ impl Writer {
         }
     }
 
+    fn count_coarsened(&mut self, before: &Aggregate, after: &Aggregate) {
+        match (before, after) {
+            (Aggregate::Observed(before), Aggregate::Observed(after)) => {
+                self.halved += u64::from(after.histogram.halvings().saturating_sub(before.histogram.halvings()));
+            }
+            (Aggregate::Set(before), Aggregate::Set(after)) => {
+                self.estimated += u64::from(before.registers().is_none() && after.registers().is_some());
+            }
+            (
+                Aggregate::Counter(_)
+                | Aggregate::Gauge(_)
+                | Aggregate::Observed(_)
+                | Aggregate::Set(_)
+                | Aggregate::Meter(_),
+                _,
+            ) => {}
+        }
+    }
+
     /// The series to which a shard's cell goes, begun again if it was reset; none for a cell without samples.
-    fn listed(&mut self, shard: usize, number: u32, now_ms: u64, cell: &Aggregate) -> Option<Arc<Series>> {
+    fn listed(&mut self, shard: usize, number: u32, at: At, cell: &Aggregate) -> Option<Arc<Series>> {
         let series = Arc::clone(self.shards[shard].by_number.get(number as usize)?.as_ref()?);
         if cell.samples() == 0 {
             return None;
@@ -476,7 +572,7 @@ impl Writer {
             return Some(other);
         }
         if series.changed.load(Ordering::Relaxed) || series.folded_at_ms.load(Ordering::Relaxed) != 0 {
-            series.state.store(Arc::new(State::new(Total::new(series.kind(), now_ms))));
+            series.state.store(Arc::new(State::new(Total::new(series.kind(), at.wall_ms))));
         }
         Some(series)
     }
@@ -485,7 +581,7 @@ impl Writer {
     fn join(
         &mut self,
         id: &Arc<SeriesId>,
-        now_ms: u64,
+        at: At,
         recall: &mut impl FnMut(&SeriesId) -> Option<Total>,
     ) -> Arc<Series> {
         if let Some(series) = self.ledger.get(id) {
@@ -495,7 +591,13 @@ impl Writer {
             return series;
         }
         self.created[id.kind as usize] += 1;
-        let total = recall(id).unwrap_or_else(|| Total::new(id.kind, now_ms));
+        let total = match recall(id) {
+            Some(mut total) => {
+                total.hold_back(at.wall_ms);
+                total
+            }
+            None => Total::new(id.kind, at.wall_ms),
+        };
         let series = Arc::new(Series::new(Arc::clone(id), State::new(total), 0));
         series.holders.store(1, Ordering::Relaxed);
         series
@@ -504,11 +606,14 @@ impl Writer {
     fn release(&mut self, shard: usize, number: u32) {
         let place = self.shards[shard].by_number.get_mut(number as usize);
         let Some(series) = place.and_then(Option::take) else { return };
-        if series.holders.fetch_sub(1, Ordering::Relaxed) == 1 {
-            self.forget(&series);
-        } else {
+        if series.holders.fetch_sub(1, Ordering::Relaxed) > 1 {
             // The shard gave the whole charge back, and another still holds the series.
             self.budget.force(1, 0);
+        } else if series.listed.load(Ordering::Relaxed) && series.changed.load(Ordering::Relaxed) {
+            // A sample was on its way when the shard was asked: the series stays, held by none, until that is flushed.
+            self.budget.force(1, cost(&series.id.key));
+        } else {
+            self.forget(&series);
         }
     }
 
@@ -537,5 +642,206 @@ fn add_unshipped(unshipped: &mut Vec<Unshipped>, cell: &Aggregate, flush: u64) {
             Arc::make_mut(&mut last.delta).merge(cell, 0);
         }
         Some(_) | None => unshipped.push(Unshipped { flush, delta: Arc::new(cell.clone()) }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::aggregate::shard::{Limits, Shard};
+    use crate::sample::{Identity, Value, WireType};
+
+    const WINDOW_MS: u64 = 10_000;
+    /// A multiple of a window.
+    const BEGIN_MS: u64 = 1_764_000_000_000;
+
+    /// A shard and the ledger it delivers to.
+    struct Pair {
+        shard: Shard,
+        writer: Writer,
+        budget: Arc<Budget>,
+    }
+
+    fn pair() -> Pair {
+        let budget = Arc::new(Budget::new(&Limits::default()));
+        let writer = Writer::new(Arc::new(Ledger::new(WINDOW_MS)), Arc::clone(&budget), false, 1);
+        Pair { shard: Shard::new(Arc::clone(&budget)), writer, budget }
+    }
+
+    impl Pair {
+        /// A sample that comes at a moment of the wall clock.
+        fn send(&mut self, kind: Kind, name: &str, value: &Value<'_>, now_ms: u64) -> u32 {
+            let identity = Identity::Line { name: name.as_bytes(), tags: b"" };
+            let number = match self.shard.find(kind, &identity) {
+                Ok(number) => number,
+                Err(vacancy) => self.shard.admit(vacancy, kind, &identity, SeriesKey::parse(name)),
+            };
+            self.shard.add(number, WireType::Plain(kind), value, 1.0, now_ms, 0).unwrap();
+            number
+        }
+
+        fn fold(&mut self, at: At) {
+            let mut sealed = self.shard.seal();
+            self.writer.fold(0, &mut sealed, at, |_| None);
+            self.shard.give_back(sealed.cells);
+        }
+
+        /// A sample of 1, sealed so many milliseconds after [`BEGIN_MS`] by both clocks.
+        fn count(&mut self, name: &str, after_ms: u64) -> u32 {
+            let number = self.send(Kind::Counter, name, &Value::Numbers(&[1.0]), BEGIN_MS + after_ms);
+            self.fold(both(after_ms));
+            number
+        }
+
+        fn state(&self, kind: Kind, name: &str) -> Arc<State> {
+            self.writer.ledger.get(&SeriesId { kind, key: SeriesKey::parse(name) }).unwrap().state()
+        }
+
+        /// How many samples the windows of a counter hold, by their starts after [`BEGIN_MS`], the older one first.
+        fn windows(&self, name: &str) -> Vec<(u64, u64)> {
+            let state = self.state(Kind::Counter, name);
+            let windows = [&state.before, &state.window].into_iter().flatten();
+            windows.map(|window| (window.start_ms - BEGIN_MS, window.aggregate.samples())).collect()
+        }
+    }
+
+    fn both(after_ms: u64) -> At {
+        At { wall_ms: BEGIN_MS + after_ms, steady_ms: BEGIN_MS + after_ms }
+    }
+
+    #[test]
+    fn a_late_cell_goes_to_its_window_until_that_is_closed_and_then_to_the_first_open_one() {
+        let mut pair = pair();
+        pair.count("a", 9_999);
+        pair.count("a", 11_000);
+        pair.count("a", 9_999);
+        assert_eq!(pair.windows("a"), [(0, 2), (10_000, 1)]);
+        pair.writer.close_until(BEGIN_MS + 10_500);
+        pair.count("a", 9_999);
+        assert_eq!(pair.windows("a"), [(0, 2), (10_000, 2)]);
+        assert_eq!(pair.state(Kind::Counter, "a").total.aggregate.samples(), 4);
+    }
+
+    #[test]
+    fn a_wall_clock_that_is_set_back_writes_no_closed_window_again() {
+        let mut pair = pair();
+        pair.count("a", 25_000);
+        pair.writer.close_until(BEGIN_MS + 31_000);
+        pair.count("a", 32_000);
+        // By some seconds: the open window goes on.
+        pair.writer.close_until(BEGIN_MS + 26_000);
+        pair.count("a", 26_000);
+        assert_eq!(pair.writer.ledger.closed_until_ms(), BEGIN_MS + 30_000);
+        assert_eq!(pair.windows("a"), [(20_000, 1), (30_000, 2)]);
+        // By more than windows are late: they begin again there.
+        pair.writer.close_until(BEGIN_MS + 2_000);
+        pair.count("a", 2_500);
+        assert_eq!(pair.writer.ledger.closed_until_ms(), BEGIN_MS);
+        assert_eq!(pair.windows("a"), [(30_000, 2), (0, 1)]);
+    }
+
+    #[test]
+    fn an_idle_series_has_an_empty_window_and_a_young_one_none() {
+        let mut pair = pair();
+        let last = |pair: &Pair| {
+            let window = pair.writer.ledger.last_window(Kind::Counter, &pair.state(Kind::Counter, "a"));
+            window.map(|window| (window.start_ms - BEGIN_MS, window.aggregate.samples()))
+        };
+        pair.writer.close_until(BEGIN_MS + 1_000);
+        pair.writer.restore(Kind::Counter, SeriesKey::parse("a"), Total::new(Kind::Counter, 0), BEGIN_MS);
+        assert_eq!(last(&pair), None, "what came before this process began is not known");
+        pair.writer.close_until(BEGIN_MS + 10_000);
+        assert_eq!(last(&pair), Some((0, 0)));
+        pair.count("a", 12_000);
+        assert_eq!(last(&pair), Some((0, 0)));
+        pair.writer.close_until(BEGIN_MS + 20_000);
+        assert_eq!(last(&pair), Some((10_000, 1)));
+        pair.writer.close_until(BEGIN_MS + 30_000);
+        assert_eq!(last(&pair), Some((20_000, 0)));
+        pair.count("b", 31_000);
+        assert!(pair.writer.ledger.last_window(Kind::Counter, &pair.state(Kind::Counter, "b")).is_none());
+    }
+
+    #[test]
+    fn rates_go_by_the_clock_that_takes_no_steps_and_begin_with_the_first_mark() {
+        let mut pair = pair();
+        pair.send(Kind::Meter, "m", &Value::Numbers(&[60.0]), BEGIN_MS + 100);
+        pair.fold(both(999));
+        // The wall clock is set forward by an hour, and back by a day.
+        for wall_ms in [BEGIN_MS + 3_604_000, BEGIN_MS - 86_400_000] {
+            pair.send(Kind::Meter, "m", &Value::Numbers(&[0.0]), wall_ms);
+            pair.fold(At { wall_ms, steady_ms: BEGIN_MS + 4_000 });
+        }
+        let rates = pair.state(Kind::Meter, "m").total.rates.clone().unwrap();
+        assert_eq!(rates.parts().start_ms, BEGIN_MS + 100);
+        assert_eq!(rates.at(BEGIN_MS + 5_100), [0.0; 3]);
+        assert_eq!(rates.at(BEGIN_MS + 5_101), [12.0; 3]);
+    }
+
+    #[test]
+    fn a_sample_on_its_way_while_its_series_expires_is_flushed() {
+        let mut pair = pair();
+        let number = pair.count("a", 0);
+        assert_eq!(pair.writer.take_changed().len(), 1);
+        let charged = pair.budget.bytes();
+        assert_eq!(pair.writer.expire(|_| u64::MAX), [[number]]);
+        // The shard has sealed a sample when it hears of that, and then gives the number back.
+        pair.send(Kind::Counter, "a", &Value::Numbers(&[1.0]), BEGIN_MS);
+        let mut first = pair.shard.seal();
+        pair.shard.retire(&[number]);
+        let mut second = pair.shard.seal();
+        assert_eq!(second.released, [number]);
+        for sealed in [&mut first, &mut second] {
+            pair.writer.fold(0, sealed, both(1), |_| None);
+        }
+        let changed = pair.writer.take_changed();
+        assert_eq!(changed.len(), 1, "the sample is not flushed");
+        assert_eq!(changed[0].state.total.aggregate.samples(), 2);
+        assert_eq!(pair.budget.bytes(), charged);
+        // It is free to go after that, and to return.
+        pair.writer.expire(|_| u64::MAX);
+        assert!(pair.writer.ledger.is_empty());
+        assert_eq!(pair.budget.bytes(), 0);
+        pair.count("a", 2);
+        assert_eq!(pair.budget.bytes(), charged);
+    }
+
+    #[test]
+    fn what_a_wrong_clock_wrote_into_the_journal_holds_nothing_up() {
+        let ahead_ms = BEGIN_MS + 86_400_000;
+        let ahead = At { wall_ms: ahead_ms, steady_ms: ahead_ms };
+        let mut wrong = pair();
+        wrong.send(Kind::Gauge, "g", &Value::Numbers(&[7.0]), ahead_ms);
+        wrong.send(Kind::Meter, "m", &Value::Numbers(&[7.0]), ahead_ms);
+        wrong.send(Kind::Timer, "t", &Value::Numbers(&[7.0]), ahead_ms);
+        wrong.fold(ahead);
+        let mut pair = pair();
+        for (kind, name) in [(Kind::Gauge, "g"), (Kind::Meter, "m"), (Kind::Timer, "t")] {
+            let total = Total::clone(&wrong.state(kind, name).total);
+            pair.writer.restore(kind, SeriesKey::parse(name), total, BEGIN_MS);
+            pair.send(kind, name, &Value::Numbers(&[3.0]), BEGIN_MS + 10);
+        }
+        pair.fold(both(20));
+        let Aggregate::Gauge(gauge) = &pair.state(Kind::Gauge, "g").total.aggregate else { unreachable!() };
+        assert_eq!(gauge.value(), 3.0);
+        let Aggregate::Observed(observed) = &pair.state(Kind::Timer, "t").total.aggregate else { unreachable!() };
+        assert_eq!(observed.last, (3.0, BEGIN_MS + 10));
+        let rates = pair.state(Kind::Meter, "m").total.rates.clone().unwrap();
+        assert_eq!(rates.at(BEGIN_MS + 5_001), [2.0; 3]);
+    }
+
+    #[test]
+    fn precision_that_is_given_up_is_counted() {
+        let mut pair = pair();
+        for number in 0..2_100_i32 {
+            let value = (f64::from(number) / 64.0).exp2();
+            pair.send(Kind::Timer, "t", &Value::Numbers(&[value]), BEGIN_MS);
+            pair.send(Kind::Set, "u", &Value::Member(&number.to_le_bytes()), BEGIN_MS);
+        }
+        pair.fold(both(1));
+        assert_eq!((pair.writer.halved, pair.writer.estimated), (1, 1));
+        pair.send(Kind::Set, "u", &Value::Member(b"another"), BEGIN_MS);
+        pair.fold(both(2));
+        assert_eq!((pair.writer.halved, pair.writer.estimated), (1, 1));
     }
 }

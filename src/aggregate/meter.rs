@@ -95,6 +95,12 @@ impl Rates {
         finite
     }
 
+    /// Brings times back that lie ahead of now: they are of a clock that was wrong, and no tick would come until then.
+    pub fn hold_back(&mut self, now_ms: u64) {
+        self.0.start_ms = self.0.start_ms.min(now_ms);
+        self.0.tick_ms = self.0.tick_ms.min(now_ms);
+    }
+
     /// What it consists of.
     pub fn parts(&self) -> Parts {
         *self.0

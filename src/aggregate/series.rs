@@ -440,6 +440,20 @@ impl Aggregate {
         }
     }
 
+    /// Brings times back that lie ahead of now: they are of a clock that was wrong, and what is newer would seem older.
+    pub fn hold_back(&mut self, now_ms: u64) {
+        let hold = |at_ms: &mut u64| *at_ms = now_ms.min(*at_ms);
+        match self {
+            Self::Gauge(gauge) => {
+                gauge.set.iter_mut().for_each(|(_, at_ms)| hold(at_ms));
+                hold(&mut gauge.changed_at);
+            }
+            Self::Observed(observed) => hold(&mut observed.last.1),
+            Self::Meter(marks) => hold(&mut marks.last.1),
+            Self::Counter(_) | Self::Set(_) => {}
+        }
+    }
+
     /// How many bytes it holds on the heap.
     pub fn memory(&self) -> usize {
         match self {

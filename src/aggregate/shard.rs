@@ -70,13 +70,13 @@ impl Budget {
         }
     }
 
-    /// Takes one series and its bytes, if there is room for both.
-    fn charge(&self, bytes: i64) -> bool {
-        let series = self.series.fetch_add(1, Ordering::Relaxed);
-        let held = self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        let fits = series < self.series_max && held + bytes <= self.bytes_max;
+    /// Takes so many series and bytes, if there is room for both.
+    fn charge(&self, series: i64, bytes: i64) -> bool {
+        let held = self.series.fetch_add(series, Ordering::Relaxed) + series;
+        let held_bytes = self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let fits = (series == 0 || held <= self.series_max) && held_bytes <= self.bytes_max;
         if !fits {
-            self.refund(1, bytes);
+            self.refund(series, bytes);
         }
         fits
     }
@@ -101,6 +101,11 @@ impl Budget {
 /// What a series with a key of this length is charged.
 pub fn cost(key: &SeriesKey) -> i64 {
     IDENTITY_BYTES + 2 * key.as_str().len() as i64
+}
+
+/// What each further spelling of a series is charged.
+fn spelling_cost(spelling: &[u8]) -> i64 {
+    IDENTITY_BYTES / 4 + spelling.len() as i64
 }
 
 /// The cells of a shard by series number, and which of them hold something.
@@ -162,6 +167,8 @@ struct Entry {
     /// See [`spell`].
     spelling: Box<[u8]>,
     number: u32,
+    /// The series has another spelling, which is paid for with it; this one is charged by itself.
+    is_further: bool,
 }
 
 /// A place in the index that was looked for and not found.
@@ -215,19 +222,25 @@ impl Shard {
         entry.map(|entry| entry.number).ok_or(Vacancy(hash))
     }
 
-    /// Gives an identity that was not found the number of the series with this key.
+    /// Gives an identity that was not found the number of the series with this key. A further spelling for which there
+    /// is no room is not kept: it comes here again with its next sample, which costs time and counts where it should.
     pub fn admit(&mut self, vacancy: Vacancy, kind: Kind, identity: &Identity<'_>, key: SeriesKey) -> u32 {
         let id = SeriesId { kind, key };
+        let spelling = spell(kind, identity);
         let known = self.numbers.get(&id).copied();
-        let bytes = if known.is_some() { IDENTITY_BYTES / 4 } else { cost(&id.key) };
-        if known.is_some() {
-            self.budget.force(0, bytes);
-        } else if !self.budget.charge(bytes) {
-            self.refused += 1;
-            return self.overflow(kind);
-        }
-        let number = known.unwrap_or_else(|| self.number(id));
-        let entry = Entry { spelling: spell(kind, identity), number };
+        let is_further = known.is_some();
+        let (series, bytes) = if is_further { (0, spelling_cost(&spelling)) } else { (1, cost(&id.key)) };
+        let has_room = self.budget.charge(series, bytes);
+        let number = match known {
+            Some(number) if !has_room => return number,
+            Some(number) => number,
+            None if !has_room => {
+                self.refused += 1;
+                return self.overflow(kind);
+            }
+            None => self.number(id),
+        };
+        let entry = Entry { spelling, number, is_further };
         let hasher = &self.hasher;
         self.index.insert_unique(vacancy.0, entry, |entry| hash_spelling(hasher, &entry.spelling));
         number
@@ -334,7 +347,13 @@ impl Shard {
             }
             stays
         });
-        self.index.retain(|entry| !gone[entry.number as usize]);
+        self.index.retain(|entry| {
+            let stays = !gone[entry.number as usize];
+            if !stays && entry.is_further {
+                budget.refund(0, spelling_cost(&entry.spelling));
+            }
+            stays
+        });
         self.baselines.retain(|(number, _), _| !gone[*number as usize]);
         let released = (0..self.next).filter(|number| gone[*number as usize]);
         self.released.extend(released.clone());
@@ -421,9 +440,10 @@ fn hash_spelling(hasher: &RandomState, spelling: &[u8]) -> u64 {
 #[inline]
 fn add_counter(cell: &mut Counter, numbers: &[f64], rate: f64) -> bool {
     numbers.iter().all(|number| {
-        cell.samples += 1;
         let step = number / rate;
-        if step >= 0.0 { cell.increments.add(step) } else { cell.decrements.add(-step) }
+        let added = if step >= 0.0 { cell.increments.add(step) } else { cell.decrements.add(-step) };
+        cell.samples += u64::from(added);
+        added
     })
 }
 
@@ -435,16 +455,24 @@ fn set_gauge(cell: &mut Gauge, numbers: &[f64], now_ms: u64) -> bool {
 }
 
 fn change_gauge(cell: &mut Gauge, changes: &[f64], now_ms: u64) -> bool {
-    cell.changed_at = now_ms;
-    cell.samples += changes.len() as u64;
-    changes.iter().all(|change| cell.change.add(*change))
+    changes.iter().all(|change| {
+        let added = cell.change.add(*change);
+        if added {
+            cell.changed_at = now_ms;
+            cell.samples += 1;
+        }
+        added
+    })
 }
 
 fn add_marks(cell: &mut Marks, numbers: &[f64], rate: f64, now_ms: u64) -> bool {
     numbers.iter().all(|number| {
-        cell.samples += 1;
-        cell.last = (*number, now_ms);
-        cell.count.add(number / rate)
+        let added = cell.count.add(number / rate);
+        if added {
+            cell.last = (*number, now_ms);
+            cell.samples += 1;
+        }
+        added
     })
 }
 
@@ -517,6 +545,35 @@ mod tests {
         assert_eq!(sealed.new[2].id.key.as_str(), OVERFLOW);
         let sum: f64 = sealed.cells.drain().map(|(_, cell)| increments(&cell)).sum();
         assert!((sum - 8.0).abs() < f64::EPSILON);
+    }
+
+    #[test]
+    fn a_spelling_without_room_counts_where_it_should_and_is_not_kept() {
+        let key = SeriesKey::parse("a;k=v");
+        let room = cost(&key) as u64 + 3 * (IDENTITY_BYTES as u64 / 4 + 40);
+        let budget = Arc::new(Budget::new(&Limits { series: 10, memory: Size(room) }));
+        let mut shard = Shard::new(Arc::clone(&budget));
+        for time in 0..1_000 {
+            let tags = format!("k:v|T{time:010}|#k:v");
+            let identity = Identity::Line { name: b"a", tags: tags.as_bytes() };
+            let vacancy = shard.find(Kind::Counter, &identity).unwrap_err();
+            assert_eq!(shard.admit(vacancy, Kind::Counter, &identity, key.clone()), 0);
+        }
+        assert!(shard.index.len() <= 4 && budget.bytes() <= room, "{} of {room}", budget.bytes());
+        assert_eq!(shard.take_refused(), 0);
+        shard.retire(&[0]);
+        assert_eq!((shard.index.len(), budget.bytes()), (0, 0));
+    }
+
+    #[test]
+    fn a_value_that_is_refused_is_not_counted() {
+        let mut shard = shard(10);
+        let number = count(&mut shard, "a", f64::MAX);
+        let wire = WireType::Plain(Kind::Counter);
+        let error = shard.add(number, wire, &Value::Numbers(&[f64::MAX]), 1.0, 1, 0);
+        assert_eq!(error, Err(Reason::NonFinite));
+        let mut sealed = shard.seal();
+        assert_eq!(sealed.cells.drain().next().unwrap().1.samples(), 1);
     }
 
     #[test]

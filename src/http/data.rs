@@ -26,7 +26,7 @@ use super::scrape::{self, Moment};
 use super::server::{Asked, Body, Endpoint, JSON, On, Site, TEXT, ok};
 use super::{Api, Limits, health};
 use crate::aggregate::ledger::Series;
-use crate::clock::wall_ms;
+use crate::clock::{steady_ms, wall_ms};
 use crate::sample::{Kind, SeriesKey};
 use crate::view::{self, Cursor, Filter, Metric, Page, Scope};
 
@@ -154,13 +154,13 @@ impl Data {
         let work = move || {
             let mut series = Vec::with_capacity(ledger.len());
             ledger.for_each(|one| series.push(Arc::clone(one)));
-            work(series, Moment { now_ms: wall_ms(), window_ms: ledger.window_ms() })
+            work(series, Moment { now_ms: wall_ms(), steady_ms: steady_ms(), window_ms: ledger.window_ms() })
         };
         spawn_blocking(work).await.map_err(|_| Problem::busy("the agent is stopping"))
     }
 
     fn how<'h>(&'h self, quantiles: &'h [f64]) -> How<'h> {
-        How { quantiles, percentiles: &self.api.percentiles, now_ms: wall_ms() }
+        How { quantiles, percentiles: &self.api.percentiles, now_ms: steady_ms() }
     }
 }
 

@@ -19,7 +19,7 @@ pub(super) struct How<'a> {
     pub(super) quantiles: &'a [f64],
     /// `flush.percentiles`.
     pub(super) percentiles: &'a [f64],
-    /// For the rates of meters.
+    /// For the rates of meters: by the clock that takes no steps.
     pub(super) now_ms: u64,
 }
 

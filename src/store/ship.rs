@@ -71,6 +71,8 @@ pub struct Parts {
 pub struct Status {
     /// Whether it answers.
     pub connected: bool,
+    /// Whether it was asked and did not answer: a reader need not wait for it to find that out.
+    pub away: bool,
     /// Why the agent is not ready, for a person; empty when all is well.
     pub reasons: Vec<String>,
 }
@@ -276,7 +278,8 @@ impl Shipper {
 
     async fn run(mut self) {
         let shared = Arc::clone(&self.shared);
-        self.report(Some("not connected yet"));
+        let yet = "store: not connected yet".to_owned();
+        self.shared.status.store(Arc::new(Status { reasons: vec![yet], ..Status::default() }));
         tokio::select! {
             () = self.work() => {}
             () = shared.past_deadline() => {}
@@ -478,7 +481,7 @@ impl Shipper {
                 "store: Redis lost {lost} batches that it had acknowledged and that are kept nowhere else"
             ));
         }
-        let status = Status { connected: problem.is_none(), reasons };
+        let status = Status { connected: problem.is_none(), away: problem.is_some(), reasons };
         if **self.shared.status.load() != status {
             self.shared.status.store(Arc::new(status));
         }

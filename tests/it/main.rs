@@ -15,6 +15,7 @@ mod http;
 mod net;
 
 mod accounting;
+mod aggregation;
 mod config;
 mod ingest;
 mod lifecycle;

@@ -136,6 +136,8 @@ impl std::error::Error for Error {}
 pub struct Moment {
     /// The wall clock, in milliseconds since the epoch.
     pub now_ms: u64,
+    /// The clock that takes no steps, by which rates go.
+    pub steady_ms: u64,
     /// The length of a window.
     pub window_ms: u64,
 }

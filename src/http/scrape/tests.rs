@@ -15,7 +15,7 @@ use crate::aggregate::window::Window;
 use crate::aggregate::{Aggregate, Counter, Gauge, Marks as MeterMarks, Observed};
 use crate::sample::{SeriesKey, Tags};
 
-const NOW: Moment = Moment { now_ms: 1_764_000_012_345, window_ms: 10_000 };
+const NOW: Moment = Moment { now_ms: 1_764_000_012_345, steady_ms: 1_764_000_012_345, window_ms: 10_000 };
 const CURRENT_MS: u64 = 1_764_000_010_000;
 const CLOSED_MS: u64 = 1_764_000_000_000;
 
@@ -491,6 +491,7 @@ fn sets_that_fall_together_are_united() {
 fn meter(key: &str) -> Arc<Series> {
     let mut marks = MeterMarks::default();
     marks.count.add(6.0);
+    marks.last = (6.0, NOW.now_ms - 3_000);
     series(Kind::Meter, key, NOW.now_ms - 3_000, &Aggregate::Meter(marks))
 }
 

@@ -182,14 +182,11 @@ impl Writer {
         let (mut rates, mut mean) = ([0.0; 3], 0.0);
         for series in self.sources(same) {
             let state = series.state();
-            let now = state.total.rates.as_ref().map(|rates| rates.at(self.moment.now_ms)).unwrap_or_default();
-            for (all, now) in rates.iter_mut().zip(now) {
+            let Some(own) = &state.total.rates else { continue };
+            for (all, now) in rates.iter_mut().zip(own.at(self.moment.steady_ms)) {
                 *all += now;
             }
-            if let Aggregate::Meter(marks) = &state.total.aggregate {
-                let age_ms = self.moment.now_ms.saturating_sub(state.total.start_ms);
-                mean += if age_ms == 0 { 0.0 } else { marks.count.value() * 1000.0 / age_ms as f64 };
-            }
+            mean += own.mean(self.moment.steady_ms);
         }
         for (window, rate) in ["window=\"1m\"", "window=\"5m\"", "window=\"15m\""].into_iter().zip(rates) {
             self.sample(out, "", window, rate);

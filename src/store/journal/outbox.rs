@@ -275,13 +275,13 @@ impl Journal {
     }
 
     /// Takes a new name, because another agent goes by ours: this journal, or that one's, is a copy. Batches that were
-    /// there when the journal was opened are dropped, since the other holds them as well; those made since are numbered
-    /// from 1. Answers the new name, and how many batches that were not acknowledged it dropped.
+    /// there when the journal was opened are dropped, since the other holds them as well, and so are those that the store
+    /// has under the old name; the others are numbered from 1. Answers the new name, and how many batches that were not acknowledged it dropped.
     ///
     /// # Errors
     /// When it could not be written; then nothing is changed.
     pub fn mint_agent(&self) -> Result<(AgentId, u64), Error> {
-        self.rename(AgentId::mint()?, |queue| queue.inherited)
+        self.rename(AgentId::mint()?, |queue| queue.inherited.max(queue.acknowledged))
     }
 
     /// Goes on under a name of which the store has nothing: drops batches up to `shared`, and numbers the others from 1.

@@ -473,6 +473,21 @@ fn a_copy_that_takes_a_new_name_keeps_only_what_is_its_own() {
 }
 
 #[test]
+fn what_the_store_has_under_the_old_name_is_not_sent_under_the_new_one() {
+    let dir = scratch();
+    let (journal, _) = open(dir.path());
+    let place = partition(&key(0));
+    for flush in 1..=3 {
+        journal.commit(flush, &[changed(0, 1.0, Some(1.0))], &[], NOW).unwrap();
+    }
+    assert_eq!(journal.outbox(place, 0, usize::MAX).unwrap().len(), 3);
+    // Two are in the store, which might still lose them; a copy of this journal then takes the name.
+    journal.acknowledge(place, 2);
+    let (_, dropped) = journal.mint_agent().unwrap();
+    assert_eq!((dropped, batches(&journal, place).len()), (0, 1));
+}
+
+#[test]
 fn totals_without_an_update_expire() {
     let dir = scratch();
     let (journal, _) = open(dir.path());

@@ -103,21 +103,22 @@ verb['l'] = function(key, at)
 end
 
 -- g value time changed 'change' whole 'changefrac' fraction: a gauge that was set at `time` ('' for never) and since
--- then changed by whole + fraction, last at `changed` (0 for never). The newest set wins, changes after it count.
+-- then changed by whole + fraction, last at `changed` (0 for never). The newest set wins, changes after it count. Of one
+-- agent the later set is the newer one, whatever its clock said: it may have been wrong.
 verb['g'] = function(key, at)
   local time, changed = ARGV[at + 1], number(ARGV[at + 2])
   local old = call('HMGET', key, 'valueTime', 'valueAgent', 'changeTime')
   local old_time, old_changed = old[1] and number(old[1]), number(old[3] or '0')
   local counts = changed > 0
-  if time ~= '' and (not old_time or number(time) > old_time
+  if time ~= '' and (not old_time or agent == old[2] or number(time) > old_time
       or number(time) == old_time and agent >= (old[2] or '')) then
     call('HSET', key, 'value', ARGV[at], 'valueTime', time, 'valueAgent', agent)
-    if old_changed <= number(time) then
+    if old_changed <= number(time) or old_time and number(time) < old_time then
       call('HDEL', key, 'change', 'changefrac', 'changeTime')
       old_changed = 0
     end
   elseif old_time then
-    counts = counts and (changed > old_time or time == '' and changed == old_time)
+    counts = counts and (changed > old_time or agent == old[2] or time == '' and changed == old_time)
   end
   if counts then
     verb['i'](key, at + 3)

@@ -130,10 +130,11 @@ fn batches(steps: &[Step], keys: &[SeriesKey]) -> Vec<Vec<Batch>> {
     let mut agents = vec![Vec::new(); 3];
     for (number, step) in steps.iter().enumerate() {
         let mut seen = BTreeSet::new();
-        let at_ms = 1_700_000_000_000 + (number as u64 * 7_919 % 1_000) * 10;
+        // The clock of an agent goes forward; clocks of agents differ.
+        let at_ms = 1_700_000_000_000 + number as u64 * 10;
         let fresh = step.operations.iter().filter(|(key, kind, _)| seen.insert((*key, *kind)));
         let operations = fresh.map(|(key, kind, numbers)| {
-            let at_ms = at_ms + step.agent as u64 * 3;
+            let at_ms = at_ms + step.agent as u64 * 103;
             operation(*kind, &keys[*key], at_ms, delta(*kind, at_ms, numbers))
         });
         let operations = operations.collect();
@@ -408,6 +409,28 @@ fn a_list_is_the_same_in_pages_of_any_size() {
         let page = reader.list(None, one, |_, _| true, 1_000).await.unwrap();
         assert!(page.series.iter().all(|(_, key)| key.as_str().starts_with(one)) && !page.series.is_empty());
         assert_eq!(reader.list(None, "key", |kind, _| kind == Kind::Set, 10).await.unwrap(), Page::default());
+    });
+}
+
+#[test]
+fn a_gauge_whose_agent_was_ahead_of_its_time_goes_on() {
+    let server = Server::start(&[]);
+    run(async {
+        let key = &keys(1)[0];
+        let connection = claimed(&server).await;
+        let far_ms = 1_900_000_000_000;
+        for (sequence, at_ms, numbers, value) in [
+            (1, far_ms, [16, 9].as_slice(), 25.0),
+            (2, 1_000, &[32, 1], 33.0),
+            (3, far_ms, &[80], 80.0),
+            (4, 2_000, &[7], 87.0),
+            (5, 3_000, &[48], 48.0),
+        ] {
+            apply(&connection, sequence, vec![operation(Kind::Gauge, key, at_ms, delta(Kind::Gauge, at_ms, numbers))]).await;
+            let total = total(&server, Kind::Gauge, key).await.unwrap().unwrap();
+            let Aggregate::Gauge(gauge) = total.aggregate else { unreachable!() };
+            assert_eq!(gauge.value() * 8.0, value, "after batch {sequence}");
+        }
     });
 }
 
