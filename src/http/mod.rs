@@ -10,7 +10,7 @@
 use std::cell::RefCell;
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv6Addr, SocketAddr, TcpListener};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -182,21 +182,25 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// Binds the addresses of `http.<key>`. Without SO_REUSEPORT, so an address that another process has is an error. An
-/// address of the default that this host has no family for is left out.
+/// Binds the addresses of `http.<key>`. Without SO_REUSEPORT, so an address that another process has is an error. On a
+/// host without IPv6 its loopback is left out where the same port of IPv4's stands beside it, as in the defaults and where
+/// `INGEST_PORT` and `API_PORT` put both.
 pub fn bind(key: &'static str, addresses: &[String]) -> Result<Vec<TcpListener>, Error> {
-    let defaults = Config::default();
-    let optional = |text: &String| defaults.ingest.contains(text) || defaults.api.contains(text);
     let mut listeners = Vec::with_capacity(addresses.len());
     for text in addresses {
         let address: SocketAddr = text.parse().map_err(|_| Error::Address { key, text: text.clone() })?;
         match TcpListener::bind(address) {
             Ok(listener) => listeners.push(listener),
-            Err(error) if address.is_ipv6() && optional(text) && is_no_such_family(&error) => {}
+            Err(error) if has_twin(address, addresses) && is_no_such_family(&error) => {}
             Err(error) => return Err(Error::Bind { key, address, error }),
         }
     }
     Ok(listeners)
+}
+
+/// Whether an address is the loopback of IPv6, and that of IPv4 has the same port.
+fn has_twin(address: SocketAddr, addresses: &[String]) -> bool {
+    address.ip() == Ipv6Addr::LOCALHOST && addresses.contains(&format!("127.0.0.1:{}", address.port()))
 }
 
 fn is_no_such_family(error: &io::Error) -> bool {

@@ -755,6 +755,16 @@ fn addresses_are_bound_or_named() {
 }
 
 #[test]
+fn only_a_loopback_of_ipv6_beside_its_twin_may_be_missing() {
+    let both = |port: u16| [format!("127.0.0.1:{port}"), format!("[::1]:{port}")];
+    for list in [Config::default().ingest, Config::default().api, both(9000).to_vec()] {
+        assert!(has_twin(list[1].parse().unwrap(), &list) && !has_twin(list[0].parse().unwrap(), &list), "{list:?}");
+    }
+    assert!(!has_twin("[::1]:9001".parse().unwrap(), &both(9000)));
+    assert!(!has_twin("[fe80::1]:9000".parse().unwrap(), &both(9000)));
+}
+
+#[test]
 fn the_document_describes_every_route() {
     let document: Value = serde_json::from_str(include_str!("openapi.json")).unwrap();
     let mut described: Vec<String> = Vec::new();

@@ -437,7 +437,8 @@ fn write_key(name: &str, tags: Vec<Tag>, limits: &Limits, key: &mut String) -> O
         Some(end) => {
             let value = tag.text[end + 1..].to_owned();
             tag.text.truncate(end);
-            (tag.text, Some(value))
+            // A bare tag is shown with an empty text, so that is how it is sent.
+            (tag.text, Some(value).filter(|value| !value.is_empty()))
         }
         None => (tag.text, None),
     };

@@ -7,6 +7,17 @@ use serde_json::{Value, json};
 
 use crate::agent::{Agent, same, until};
 
+#[test]
+fn tags_are_sent_in_json_as_they_are_shown() {
+    let agent = Agent::start(&[]);
+    agent.datagram("a:1|c|#bare,k:v");
+    agent.wait_for("a;bare;k=v", "value", 1);
+    let tags = agent.metric("a;bare;k=v").unwrap()["tags"].clone();
+    assert_eq!(tags, json!({"bare": "", "k": "v"}));
+    agent.ingest(json!({"name": "a", "type": "COUNTER", "value": 2, "tags": tags}).to_string());
+    assert!(same(&agent.metric("a;bare;k=v").unwrap()["value"], &json!(3)), "one series by both ways");
+}
+
 /// The seed system's two curl commands, to the letter but for the ports.
 #[test]
 fn the_seeds_curl_examples_work() {
@@ -146,6 +157,8 @@ fn a_bad_line_has_a_reason_and_its_neighbours_count() {
     let rejects = agent.get("/data/rejects").json();
     assert_eq!(rejects.as_array().unwrap().len(), 6, "{rejects}");
     assert!(rejects.to_string().contains("127.0.0.1"), "{rejects}");
+    let explained = rejects.as_array().unwrap().iter().find(|reject| reject["reason"] == "unknown_type").unwrap();
+    assert_eq!((&explained["line"], &explained["column"]), (&json!("worse:1|zz"), &json!(9)), "as `explain` counts");
 }
 
 #[test]
