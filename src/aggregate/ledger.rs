@@ -578,12 +578,7 @@ impl Writer {
     }
 
     /// The series of a key that a shard has begun to use.
-    fn join(
-        &mut self,
-        id: &Arc<SeriesId>,
-        at: At,
-        recall: &mut impl FnMut(&SeriesId) -> Option<Total>,
-    ) -> Arc<Series> {
+    fn join(&mut self, id: &Arc<SeriesId>, at: At, recall: &mut impl FnMut(&SeriesId) -> Option<Total>) -> Arc<Series> {
         if let Some(series) = self.ledger.get(id) {
             // The shard charged the series as its own; the ledger, or another shard, has done so before.
             let bytes = if series.holders.fetch_add(1, Ordering::Relaxed) == 0 { cost(&id.key) } else { 0 };
