@@ -86,7 +86,8 @@ fn worker() -> (Arc<Workers>, crossbeam_channel::Receiver<ingest::Delivery>, Wor
     let limits = shard::Limits { series: 10_000_000, memory: tallyd::units::Size(16 << 30) };
     let budget = Arc::new(Budget::new(&limits));
     let rejects = Arc::new(Rejects::new(&ingest::Limits::default()));
-    let (workers, deliveries) = Workers::new(settings, budget, rejects, 1_000);
+    let (workers, deliveries) =
+        Workers::new(settings, budget, rejects, ingest::Times { interval_ms: 1_000, window_ms: 10_000 });
     let worker = workers.register(|| {});
     (workers, deliveries, worker)
 }

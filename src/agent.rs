@@ -23,7 +23,7 @@ use crate::aggregate::shard::{Budget, SeriesId};
 use crate::config::{Config, Kind};
 use crate::flush::{self, Parts, Running};
 use crate::http::{self, Api, Health, Reload};
-use crate::ingest::{Rejects, Settings, Worker, Workers};
+use crate::ingest::{Rejects, Settings, Times, Worker, Workers};
 use crate::listen::{self, Listeners};
 use crate::store::journal::{self, Journal};
 use crate::store::redis::{Deleted, RedisReader};
@@ -139,9 +139,9 @@ impl Agent {
         let ledger = Arc::new(Ledger::new(config.flush.window.as_millis()));
         let budget = Arc::new(Budget::new(&config.limits.aggregate));
         let rejects = Arc::new(Rejects::new(&config.limits.ingest));
-        let interval_ms = config.flush.interval.as_millis();
-        let (workers, deliveries) =
-            Workers::new(settings(config), Arc::clone(&budget), Arc::clone(&rejects), interval_ms);
+        let flush::Config { interval, window, .. } = config.flush;
+        let times = Times { interval_ms: interval.as_millis(), window_ms: window.as_millis() };
+        let (workers, deliveries) = Workers::new(settings(config), Arc::clone(&budget), Arc::clone(&rejects), times);
         let bell = Arc::new(OnceLock::new());
         let parts = Parts {
             workers: Arc::clone(&workers),

@@ -24,6 +24,7 @@ use tally::Tally;
 pub use tally::begin;
 
 use crate::aggregate::shard::{Budget, Cells, Sealed, Shard};
+use crate::aggregate::window::start_of;
 use crate::clock::Clock;
 use crate::protocol::{self, Body, Event, Parser, Reject, ServiceCheck, Sink};
 use crate::sample::{Kind, Reason, Sample};
@@ -97,6 +98,15 @@ pub struct Settings {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Question(u64);
 
+/// The lengths by which time is divided, in milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Times {
+    /// Seals are due at its multiples.
+    pub interval_ms: u64,
+    /// Windows begin at its multiples.
+    pub window_ms: u64,
+}
+
 /// What a seal delivers to the fold.
 #[derive(Debug)]
 pub struct Delivery {
@@ -138,16 +148,16 @@ pub struct Workers {
     budget: Arc<Budget>,
     rejects: Arc<Rejects>,
     events: Arc<Events>,
-    interval_ms: u64,
+    times: Times,
 }
 
 impl Workers {
-    /// No workers yet. Seals are due at multiples of `interval_ms`; the receiver is the fold's.
+    /// No workers yet. The receiver is the fold's.
     pub fn new(
         settings: Settings,
         budget: Arc<Budget>,
         rejects: Arc<Rejects>,
-        interval_ms: u64,
+        times: Times,
     ) -> (Arc<Self>, Receiver<Delivery>) {
         // Bounded by its use: a worker has at most `CELLS_OUT` deliveries on their way.
         let (deliveries, receiver) = unbounded();
@@ -155,7 +165,7 @@ impl Workers {
         let asked = AtomicU64::new(0);
         let seats = Mutex::new(Vec::new());
         let events = Arc::new(Events::default());
-        (Arc::new(Self { seats, asked, deliveries, settings, budget, rejects, events, interval_ms }), receiver)
+        (Arc::new(Self { seats, asked, deliveries, settings, budget, rejects, events, times }), receiver)
     }
 
     /// A new worker. `wake` is called by other threads when it must take a turn although nothing comes in.
@@ -233,6 +243,7 @@ struct Core {
     answer: Option<Answer>,
     rejects: Arc<Rejects>,
     events: Arc<Events>,
+    window_ms: u64,
 }
 
 /// The worker's end of the hand-over.
@@ -295,8 +306,9 @@ impl Worker {
             answer: None,
             rejects: Arc::clone(&workers.rejects),
             events: Arc::clone(&workers.events),
+            window_ms: workers.times.window_ms,
         };
-        let due_ms = next_due(now_ms, workers.interval_ms);
+        let due_ms = next_due(now_ms, workers.times.interval_ms);
         let answered = workers.asked.load(Ordering::Acquire);
         let port = Port { workers, number, returned, clock, out: 0, answered, due_ms };
         Self { parser: Parser::new(&settings.protocol, &settings.limits), core, port }
@@ -364,7 +376,7 @@ impl Worker {
     pub fn turn(&mut self, question: Question) -> Duration {
         self.take_returned();
         let now_ms = self.port.clock.wall_ms();
-        let interval_ms = self.port.workers.interval_ms;
+        let interval_ms = self.port.workers.times.interval_ms;
         // A wall clock that was set back must not put the next seal off.
         let due = now_ms >= self.port.due_ms || self.port.due_ms > now_ms + interval_ms;
         if due || self.owes(question) {
@@ -398,12 +410,12 @@ impl Worker {
         }
         let answers = question.0.max(self.port.answered);
         let due_ms = self.port.due_ms;
-        let late = due && now_ms >= due_ms && now_ms - due_ms < self.port.workers.interval_ms;
+        let late = due && now_ms >= due_ms && now_ms - due_ms < self.port.workers.times.interval_ms;
         let (at_ms, complete_until_ms) = if late { (due_ms - 1, due_ms) } else { (now_ms, now_ms) };
         telemetry_seal(due);
         self.deliver(at_ms, complete_until_ms, answers, false);
         self.port.answered = answers;
-        self.port.due_ms = next_due(now_ms, self.port.workers.interval_ms);
+        self.port.due_ms = next_due(now_ms, self.port.workers.times.interval_ms);
         self.take_settings();
     }
 
@@ -434,6 +446,11 @@ fn next_due(now_ms: u64, interval_ms: u64) -> u64 {
     (now_ms / interval_ms + 1) * interval_ms
 }
 
+/// A timestamp as it was sent, in milliseconds. Below 1e11 it is seconds, as in JSON: that many milliseconds were 1973.
+fn stamp_ms(timestamp: u64) -> u64 {
+    if timestamp < 100_000_000_000 { timestamp * 1_000 } else { timestamp }
+}
+
 impl Core {
     /// The number of a sample's series, admitted if this is its first sample here.
     #[inline]
@@ -451,8 +468,32 @@ impl Core {
 
     fn try_sample(&mut self, sample: &Sample<'_>) -> Result<u64, Reason> {
         let number = self.series(sample, sample.wire.kind())?;
+        if sample.timestamp != 0 {
+            return self.add_stamped(number, sample);
+        }
         let source = self.source.host();
         self.shard.add(number, sample.wire, &sample.value, sample.rate, self.now_ms, source)
+    }
+
+    /// A sample that says when it was taken goes into the window of that time if it is the present one or the one before,
+    /// which is kept. With any other time it counts as taken now, and so do marks, whose rates are those of their arrival.
+    fn add_stamped(&mut self, number: u32, sample: &Sample<'_>) -> Result<u64, Reason> {
+        let Sample { wire, value, rate, .. } = sample;
+        let source = self.source.host();
+        let present_ms = start_of(self.now_ms, self.window_ms);
+        let at_ms = stamp_ms(sample.timestamp);
+        if wire.kind() == Kind::Meter {
+            return self.shard.add(number, *wire, value, *rate, self.now_ms, source);
+        }
+        if at_ms >= present_ms && at_ms < present_ms + self.window_ms {
+            return self.shard.add(number, *wire, value, *rate, at_ms.min(self.now_ms), source);
+        }
+        let before_ms = present_ms.saturating_sub(self.window_ms);
+        if at_ms >= before_ms && at_ms < present_ms {
+            return self.shard.add_earlier(number, *wire, value, *rate, at_ms, before_ms);
+        }
+        self.tally.unplaced += 1;
+        self.shard.add(number, *wire, value, *rate, self.now_ms, source)
     }
 }
 
@@ -521,16 +562,26 @@ impl Sink for Core {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::aggregate::shard;
+    use crate::aggregate::{Aggregate, shard};
 
-    #[test]
-    fn a_question_that_came_after_the_last_read_waits_for_the_next_turn() {
+    /// Seals come only when they are asked for.
+    const TIMES: Times = Times { interval_ms: 86_400_000, window_ms: 10_000 };
+
+    const SOURCE: Source = Source { listener: Listener::Tcp, address: None };
+
+    fn worker() -> (Arc<Workers>, Receiver<Delivery>, Worker) {
         let settings = Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default() };
         let budget = Arc::new(Budget::new(&shard::Limits::default()));
         let rejects = Arc::new(Rejects::new(&Limits::default()));
-        let (workers, deliveries) = Workers::new(settings, budget, rejects, 86_400_000);
-        let mut worker = workers.register(|| {});
-        worker.line(b"a:1|c", Source { listener: Listener::Tcp, address: None });
+        let (workers, deliveries) = Workers::new(settings, budget, rejects, TIMES);
+        let worker = workers.register(|| {});
+        (workers, deliveries, worker)
+    }
+
+    #[test]
+    fn a_question_that_came_after_the_last_read_waits_for_the_next_turn() {
+        let (workers, deliveries, mut worker) = worker();
+        worker.line(b"a:1|c", SOURCE);
         let before = worker.question();
         let asked = workers.ask();
         worker.turn(before);
@@ -538,5 +589,34 @@ mod tests {
         worker.turn(worker.question());
         assert_eq!(deliveries.recv().unwrap().answers, asked);
         assert!(!worker.owes(worker.question()));
+    }
+
+    #[test]
+    fn a_sample_goes_into_the_window_of_its_timestamp_if_that_is_kept() {
+        let (workers, deliveries, mut worker) = worker();
+        worker.core.now_ms = 1_764_000_005_500;
+        let inside = [("1764000005", false), ("1764000000", false), ("1764000009", false), ("1764000009999", false)];
+        let earlier = [("1763999999", true), ("1763999990", true), ("1763999990000", true)];
+        let outside = [("1763999989", false), ("1764000010", false), ("1", false), ("18446744073709551615", false)];
+        for (timestamp, _) in inside.into_iter().chain(earlier).chain(outside) {
+            worker.line(format!("c:1|c|T{timestamp}").as_bytes(), SOURCE);
+        }
+        worker.line(b"g:3|g|T1764000004", SOURCE);
+        worker.line(b"g:5|g|T1763999999", SOURCE);
+        assert_eq!(worker.core.tally.unplaced, outside.len() as u64);
+        workers.ask();
+        worker.turn(worker.question());
+        let mut cells = deliveries.recv().unwrap().sealed.cells;
+        let counted = |cell: &Aggregate| match cell {
+            Aggregate::Counter(counter) => counter.increments.value(),
+            Aggregate::Gauge(gauge) => gauge.set.unwrap().1 as f64,
+            Aggregate::Observed(_) | Aggregate::Set(_) | Aggregate::Meter(_) => 0.0,
+        };
+        let mut found: Vec<_> =
+            cells.drain_earlier().map(|(number, start, cell)| (number, start, counted(&cell))).collect();
+        found.sort_by_key(|(number, ..)| *number);
+        assert_eq!(found, [(0, 1_763_999_990_000, 3.0), (1, 1_763_999_990_000, 1_763_999_999_000.0)]);
+        let found: Vec<_> = cells.drain().map(|(number, cell)| (number, counted(&cell))).collect();
+        assert_eq!(found, [(0, 8.0), (1, 1_764_000_004_000.0)]);
     }
 }

@@ -62,6 +62,7 @@ table! {
     SAMPLES_REJECTED = "tallyd_samples_rejected_total", Counter, ["listener", "reason"], "Samples rejected, those of partly accepted lines among them.";
     EVENTS = "tallyd_events_total", Counter, ["listener"], "Events accepted.";
     SERVICE_CHECKS = "tallyd_service_checks_total", Counter, ["listener"], "Service checks accepted.";
+    TIMESTAMPS_UNPLACED = "tallyd_timestamps_unplaced_total", Counter, [], "Samples whose timestamp lies in no window that is kept; they count in the present one.";
     TAGS_REJECTED = "tallyd_tags_rejected_total", Counter, [], "Tags without key or value, left out of a series when it was first seen.";
     REJECTS_SUPPRESSED = "tallyd_reject_log_suppressed_total", Counter, ["reason"], "Rejected lines that were counted but not logged.";
     CONNECTIONS = "tallyd_connections", Gauge, ["listener"], "Open stream connections.";

@@ -122,9 +122,8 @@ impl State {
         [&self.window, &self.before].into_iter().flatten().find(|window| window.start_ms == start_ms)
     }
 
-    /// Adds a cell that was sealed at a moment. Windows that ended by `closed_until_ms` stay as they are.
-    fn fold(&self, cell: &Aggregate, kind: Kind, at: At, window_ms: u64, closed_until_ms: u64) -> Option<Self> {
-        let start_ms = open_window(at.wall_ms, window_ms, closed_until_ms);
+    /// Adds a cell that was sealed at a moment, to the window that begins at `start_ms`.
+    fn fold(&self, cell: &Aggregate, kind: Kind, at: At, start_ms: u64, window_ms: u64) -> Option<Self> {
         let mut next = self.clone();
         if !Arc::make_mut(&mut next.total).add_at(cell, at) {
             return None;
@@ -430,10 +429,19 @@ impl Writer {
             let series = self.join(&new.id, at, &mut recall);
             self.shards[shard].set(new.number, series);
         }
+        let start_ms = open_window(at.wall_ms, self.ledger.window_ms, self.ledger.closed_until_ms());
+        // What bears an earlier time came into a window that is closed for all else.
+        for (number, start_ms, cell) in sealed.cells.drain_earlier() {
+            self.fold_number(shard, number, &cell, at, start_ms);
+        }
         for (number, cell) in sealed.cells.drain() {
-            if let Some(series) = self.listed(shard, number, at, &cell) {
-                self.fold_cell(&series, &cell, at);
-            }
+            self.fold_number(shard, number, &cell, at, start_ms);
+        }
+    }
+
+    fn fold_number(&mut self, shard: usize, number: u32, cell: &Aggregate, at: At, start_ms: u64) {
+        if let Some(series) = self.listed(shard, number, at, cell) {
+            self.fold_cell(&series, cell, at, start_ms);
         }
     }
 
@@ -516,10 +524,9 @@ impl Writer {
         self.shards.iter().map(numbers).collect()
     }
 
-    fn fold_cell(&mut self, series: &Arc<Series>, cell: &Aggregate, at: At) {
-        let closed_ms = self.ledger.closed_until_ms();
+    fn fold_cell(&mut self, series: &Arc<Series>, cell: &Aggregate, at: At, start_ms: u64) {
         let state = series.state.load();
-        let Some(mut next) = state.fold(cell, series.kind(), at, self.ledger.window_ms, closed_ms) else {
+        let Some(mut next) = state.fold(cell, series.kind(), at, start_ms, self.ledger.window_ms) else {
             self.overflowed += 1;
             return;
         };

@@ -113,6 +113,8 @@ fn spelling_cost(spelling: &[u8]) -> i64 {
 pub struct Cells {
     cells: Vec<Option<Aggregate>>,
     touched: Vec<u32>,
+    /// Of samples that bear the time of an earlier window, by series number and the start of that window.
+    earlier: HashMap<(u32, u64), Aggregate, RandomState>,
 }
 
 impl Cells {
@@ -122,8 +124,19 @@ impl Cells {
         self.touched.drain(..).filter_map(|number| cells[number as usize].take().map(|cell| (number, cell)))
     }
 
+    /// Takes out what came for earlier windows: series number, start of the window, and the cell.
+    pub fn drain_earlier(&mut self) -> impl Iterator<Item = (u32, u64, Aggregate)> {
+        self.earlier.drain().map(|((number, start_ms), cell)| (number, start_ms, cell))
+    }
+
     fn is_empty(&self) -> bool {
-        self.touched.is_empty()
+        self.touched.is_empty() && self.earlier.is_empty()
+    }
+
+    /// Whether a series has a sample since the seal.
+    fn holds(&self, number: u32) -> bool {
+        self.cells.get(number as usize).is_some_and(Option::is_some)
+            || (!self.earlier.is_empty() && self.earlier.keys().any(|(other, _)| *other == number))
     }
 
     /// The cell of a series, made when this is its first sample since the seal.
@@ -269,32 +282,24 @@ impl Shard {
         if wire == WireType::AbsoluteCounter {
             return self.add_absolute(number, value, source);
         }
-        let added = match (self.cells.cell(number, wire.kind()), value) {
-            (Aggregate::Counter(cell), Value::Numbers(numbers)) => add_counter(cell, numbers, rate),
-            (Aggregate::Gauge(cell), Value::Numbers(numbers)) => set_gauge(cell, numbers, now_ms),
-            (Aggregate::Gauge(cell), Value::Changes(changes)) => change_gauge(cell, changes, now_ms),
-            (Aggregate::Observed(cell), Value::Numbers(numbers)) => {
-                numbers.iter().all(|number| cell.observe(*number, 1.0 / rate, now_ms))
-            }
-            (Aggregate::Set(cell), Value::Member(member)) => {
-                cell.insert(member);
-                true
-            }
-            (Aggregate::Meter(cell), Value::Numbers(numbers)) => add_marks(cell, numbers, rate, now_ms),
-            (
-                Aggregate::Counter(_)
-                | Aggregate::Gauge(_)
-                | Aggregate::Observed(_)
-                | Aggregate::Set(_)
-                | Aggregate::Meter(_),
-                Value::Numbers(_) | Value::Changes(_) | Value::Member(_),
-            ) => return Err(Reason::BadValue),
-        };
-        let values = match value {
-            Value::Numbers(numbers) | Value::Changes(numbers) => numbers.len() as u64,
-            Value::Member(_) => 1,
-        };
-        if added { Ok(values) } else { Err(Reason::NonFinite) }
+        add_to(self.cells.cell(number, wire.kind()), value, rate, now_ms)
+    }
+
+    /// Adds a sample to an earlier window, one that begins at `start_ms`. The caller bounds how many of them there are.
+    ///
+    /// # Errors
+    /// As [`Shard::add`].
+    pub fn add_earlier(
+        &mut self,
+        number: u32,
+        wire: WireType,
+        value: &Value<'_>,
+        rate: f64,
+        at_ms: u64,
+        start_ms: u64,
+    ) -> Result<u64, Reason> {
+        let cell = self.cells.earlier.entry((number, start_ms)).or_insert_with(|| Aggregate::new(wire.kind()));
+        add_to(cell, value, rate, at_ms)
     }
 
     /// An absolute counter counts the difference to the last value of the same source: nothing for the first one, and
@@ -334,9 +339,8 @@ impl Shard {
 
     /// Forgets series that the ledger wants to expire, but for those with new samples. The next seal says which.
     pub fn retire(&mut self, numbers: &[u32]) {
-        let idle = |number: &u32| self.cells.cells.get(*number as usize).is_none_or(Option::is_none);
         let mut gone = vec![false; self.next as usize];
-        for number in numbers.iter().filter(|number| idle(number)) {
+        for number in numbers.iter().filter(|number| !self.cells.holds(**number)) {
             gone[*number as usize] = true;
         }
         let budget = &self.budget;
@@ -435,6 +439,37 @@ fn hash_spelling(hasher: &RandomState, spelling: &[u8]) -> u64 {
     hasher.write(&spelling[1..between]);
     hasher.write(&spelling[between + 1..]);
     hasher.finish()
+}
+
+/// Adds a sample to a cell of its kind, and says how many values were added.
+#[inline]
+fn add_to(cell: &mut Aggregate, value: &Value<'_>, rate: f64, at_ms: u64) -> Result<u64, Reason> {
+    let added = match (cell, value) {
+        (Aggregate::Counter(cell), Value::Numbers(numbers)) => add_counter(cell, numbers, rate),
+        (Aggregate::Gauge(cell), Value::Numbers(numbers)) => set_gauge(cell, numbers, at_ms),
+        (Aggregate::Gauge(cell), Value::Changes(changes)) => change_gauge(cell, changes, at_ms),
+        (Aggregate::Observed(cell), Value::Numbers(numbers)) => {
+            numbers.iter().all(|number| cell.observe(*number, 1.0 / rate, at_ms))
+        }
+        (Aggregate::Set(cell), Value::Member(member)) => {
+            cell.insert(member);
+            true
+        }
+        (Aggregate::Meter(cell), Value::Numbers(numbers)) => add_marks(cell, numbers, rate, at_ms),
+        (
+            Aggregate::Counter(_)
+            | Aggregate::Gauge(_)
+            | Aggregate::Observed(_)
+            | Aggregate::Set(_)
+            | Aggregate::Meter(_),
+            Value::Numbers(_) | Value::Changes(_) | Value::Member(_),
+        ) => return Err(Reason::BadValue),
+    };
+    let values = match value {
+        Value::Numbers(numbers) | Value::Changes(numbers) => numbers.len() as u64,
+        Value::Member(_) => 1,
+    };
+    if added { Ok(values) } else { Err(Reason::NonFinite) }
 }
 
 #[inline]

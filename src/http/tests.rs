@@ -18,7 +18,7 @@ use super::*;
 use crate::aggregate::ledger::Ledger;
 use crate::aggregate::shard::Budget;
 use crate::flush::{self, Parts, Running};
-use crate::ingest::{Rejects, Settings, Workers};
+use crate::ingest::{Rejects, Settings, Times, Workers};
 
 /// Both servers on a thread of their own.
 struct Agent {
@@ -35,7 +35,8 @@ fn parts() -> (Rc<RefCell<Worker>>, View, Running) {
     let budget = Arc::new(Budget::new(&Default::default()));
     let rejects = Arc::new(Rejects::new(&Default::default()));
     let settings = Settings { protocol: Default::default(), limits: Default::default() };
-    let (workers, deliveries) = Workers::new(settings, Arc::clone(&budget), Arc::clone(&rejects), 100);
+    let (workers, deliveries) =
+        Workers::new(settings, Arc::clone(&budget), Arc::clone(&rejects), Times { interval_ms: 100, window_ms: 500 });
     let wake = Arc::new(Notify::new());
     let caller = Arc::clone(&wake);
     let worker = Rc::new(RefCell::new(workers.register(move || caller.notify_one())));

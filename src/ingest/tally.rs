@@ -24,6 +24,7 @@ pub(super) struct Tally {
     by_listener: [ListenerTally; Listener::ALL.len()],
     pub(super) bad_tags: u64,
     pub(super) refused: u64,
+    pub(super) unplaced: u64,
 }
 
 /// Why a new identity goes into `_overflow`: there is no room for its series.
@@ -40,6 +41,7 @@ pub fn begin(listener: Listener) {
         metric.begin(Reason::ALL.map(|reason| [listener.name(), reason.name()]));
     }
     telemetry::SERIES_REFUSED.begin([[REFUSED_FOR]]);
+    telemetry::TIMESTAMPS_UNPLACED.begin([[]]);
 }
 
 impl Tally {
@@ -58,6 +60,7 @@ impl Tally {
             }
         }
         add(&mut self.bad_tags, || telemetry::TAGS_REJECTED.counter(&[]));
+        add(&mut self.unplaced, || telemetry::TIMESTAMPS_UNPLACED.counter(&[]));
         add(&mut self.refused, || telemetry::SERIES_REFUSED.counter(&[REFUSED_FOR]));
     }
 }

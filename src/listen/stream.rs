@@ -587,7 +587,8 @@ mod tests {
         let settings = Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default() };
         let budget = Arc::new(Budget::new(&shard::Limits::default()));
         let rejects = Arc::new(Rejects::new(&ingest::Limits::default()));
-        let workers = Workers::new(settings, budget, rejects, 1_000).0;
+        let workers =
+            Workers::new(settings, budget, rejects, ingest::Times { interval_ms: 1_000, window_ms: 10_000 }).0;
         let worker = Rc::new(RefCell::new(workers.register(|| {})));
         Intake::new(worker, workers, limits)
     }

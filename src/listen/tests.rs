@@ -16,9 +16,12 @@ use socket2::{Domain, Socket, Type};
 use super::*;
 use crate::aggregate::{self, Aggregate};
 use crate::clock;
-use crate::ingest::{Delivery, Rejects, Returned, Settings};
+use crate::ingest::{Delivery, Rejects, Returned, Settings, Times};
 use crate::protocol;
 use crate::sample::Reason;
+
+/// Seals come only when they are asked for.
+const RARELY: Times = Times { interval_ms: 3_600_000, window_ms: 3_600_000 };
 
 /// A wait that fails the test.
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -41,12 +44,11 @@ fn free(listener: &str) -> Config {
 }
 
 impl House {
-    /// Seals come only when they are asked for.
     fn open(config: &Config, limits: &Limits) -> Self {
         let settings = Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default() };
         let budget = Arc::new(aggregate::shard::Budget::new(&aggregate::shard::Limits::default()));
         let rejects = Arc::new(Rejects::new(&crate::ingest::Limits { reject_log: 1_000 }));
-        let (workers, deliveries) = Workers::new(settings, budget, Arc::clone(&rejects), 3_600_000);
+        let (workers, deliveries) = Workers::new(settings, budget, Arc::clone(&rejects), RARELY);
         let listeners = start(config, limits, &workers, |_worker, _ends| async {}).unwrap();
         let answers = vec![0; workers.len()];
         let (names, totals) = (HashMap::new(), HashMap::new());
@@ -368,7 +370,7 @@ fn what_runs_beside_has_the_worker_of_the_streams() {
     let settings = Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default() };
     let budget = Arc::new(aggregate::shard::Budget::new(&aggregate::shard::Limits::default()));
     let rejects = Arc::new(Rejects::new(&crate::ingest::Limits::default()));
-    let (workers, deliveries) = Workers::new(settings, budget, rejects, 3_600_000);
+    let (workers, deliveries) = Workers::new(settings, budget, rejects, RARELY);
     let config = Config { workers: 1, ..free("") };
     let beside = |worker: Rc<RefCell<Worker>>, mut ends: watch::Receiver<bool>| async move {
         let source = crate::ingest::Source { listener: Listener::Http, address: None };

@@ -233,3 +233,21 @@ fn the_last_events_and_service_checks_are_kept() {
     until("all to be counted", || (agent.own("tallyd_service_checks_total", "tcp") == 150.0).then_some(()));
     assert_eq!(agent.get("/data/checks").json().as_array().unwrap().len(), 100);
 }
+
+/// A counter and a timer that say when they were taken are in the window of that time, closed or not.
+#[test]
+fn a_timestamp_chooses_the_window() {
+    let agent = Agent::start(&["flush.interval=500ms", "flush.window=30s"]);
+    let now_ms = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64;
+    // So that no window ends within the test.
+    until("a window with time left", || (now_ms() % 30_000 < 20_000).then_some(()));
+    let before = now_ms() / 30_000 * 30 - 1;
+    agent.datagram(format!("late:5|c|T{before}\nlate:2|c\nold:1|c|T1"));
+    agent.ingest(format!(r#"{{"name":"t","type":"TIMER","value":8,"timestamp":{before}}}"#));
+    agent.wait_for("old", "value", 1);
+    let late = agent.metric("late").unwrap();
+    assert_eq!((&late["value"], &late["window"]["count"]), (&json!(7), &json!(1)), "{late}");
+    assert_eq!(late["window"]["start"], (before + 1 - 30) * 1_000);
+    assert_eq!(agent.metric("t").unwrap()["window"]["max"], 8);
+    assert_eq!(agent.own("tallyd_timestamps_unplaced_total", ""), 1.0);
+}
