@@ -308,6 +308,8 @@ pub struct Writer {
     /// The number of the flush that will carry what is folded now; kept only with a remote store.
     flush: u64,
     remote: bool,
+    /// Series of a kind that were not folded since then were idle when expiry was asked for last.
+    idle_before_ms: [u64; Kind::ALL.len()],
     /// Series in the ledger, by kind.
     pub held: [u64; Kind::ALL.len()],
     /// Series made since this was asked last, by kind.
@@ -328,6 +330,7 @@ impl Writer {
             changed: Vec::new(),
             flush,
             remote,
+            idle_before_ms: [0; Kind::ALL.len()],
             held: [0; Kind::ALL.len()],
             created: [0; Kind::ALL.len()],
             expired: [0; Kind::ALL.len()],
@@ -420,13 +423,10 @@ impl Writer {
     /// The series that were not folded since `before_ms(kind)`: those no shard knows are freed at once, of the others the
     /// shards are to be asked, each for the numbers it gave them.
     pub fn expire(&mut self, before_ms: impl Fn(Kind) -> u64) -> Vec<Vec<u32>> {
-        let idle = |series: &Series| {
-            !series.changed.load(Ordering::Relaxed)
-                && series.folded_at_ms.load(Ordering::Relaxed) < before_ms(series.kind())
-        };
+        self.idle_before_ms = Kind::ALL.map(before_ms);
         let mut orphans = Vec::new();
         self.ledger.for_each(|series| {
-            if series.holders.load(Ordering::Relaxed) == 0 && idle(series) {
+            if series.holders.load(Ordering::Relaxed) == 0 && self.is_idle(series) {
                 orphans.push(Arc::clone(series));
             }
         });
@@ -436,7 +436,7 @@ impl Writer {
         }
         let numbers = |shard: &ShardSeries| {
             let numbered = shard.by_number.iter().enumerate();
-            let idle = numbered.filter(|(_, series)| series.as_ref().is_some_and(|series| idle(series)));
+            let idle = numbered.filter(|(_, series)| series.as_ref().is_some_and(|series| self.is_idle(series)));
             idle.map(|(number, _)| number as u32).collect()
         };
         self.shards.iter().map(numbers).collect()
@@ -504,12 +504,21 @@ impl Writer {
     fn release(&mut self, shard: usize, number: u32) {
         let place = self.shards[shard].by_number.get_mut(number as usize);
         let Some(series) = place.and_then(Option::take) else { return };
-        if series.holders.fetch_sub(1, Ordering::Relaxed) == 1 {
-            self.forget(&series);
-        } else {
+        if series.holders.fetch_sub(1, Ordering::Relaxed) > 1 {
             // The shard gave the whole charge back, and another still holds the series.
             self.budget.force(1, 0);
+        } else if series.listed.load(Ordering::Relaxed) && !self.is_idle(&series) {
+            // Samples were on their way when the shard was asked. The ledger holds the series until it is idle again.
+            self.budget.force(1, cost(&series.id.key));
+        } else {
+            self.forget(&series);
         }
+    }
+
+    /// Whether nothing waits for a flush, and nothing was folded for as long as the last expiry asked for.
+    fn is_idle(&self, series: &Series) -> bool {
+        !series.changed.load(Ordering::Relaxed)
+            && series.folded_at_ms.load(Ordering::Relaxed) < self.idle_before_ms[series.kind() as usize]
     }
 
     fn forget(&mut self, series: &Arc<Series>) {
