@@ -9,7 +9,7 @@
 //! `tallyd_connections_refused_total`, `tallyd_accept_errors_total`.
 
 mod burst;
-mod lines;
+pub mod lines;
 mod sockets;
 mod stream;
 #[cfg(test)]
