@@ -147,7 +147,7 @@ fn no_part_names_itself_through_others() {
 
 #[test]
 fn every_file_says_what_it_is_for() {
-    let folders = ["src", "tests", "benches"].map(|folder| rust_files(&root().join(folder)));
+    let folders = ["src", "tests", "benches", "fuzz"].map(|folder| rust_files(&root().join(folder)));
     let silent: Vec<_> = folders.concat().into_iter().filter(|file| !opens_with_a_doc(file)).collect();
     assert!(silent.is_empty(), "no module doc at the top of {silent:?}");
 }

@@ -368,6 +368,8 @@ pub struct Writer {
     /// The number of the flush that will carry what is folded now; kept only with a remote store.
     flush: u64,
     remote: bool,
+    /// Series of a kind that were not folded since then were idle when expiry was asked for last.
+    idle_before_ms: [u64; Kind::ALL.len()],
     /// Series in the ledger, by kind.
     pub held: [u64; Kind::ALL.len()],
     /// Series made since this was asked last, by kind.
@@ -392,6 +394,7 @@ impl Writer {
             changed: Vec::new(),
             flush,
             remote,
+            idle_before_ms: [0; Kind::ALL.len()],
             held: [0; Kind::ALL.len()],
             created: [0; Kind::ALL.len()],
             expired: [0; Kind::ALL.len()],
@@ -499,16 +502,13 @@ impl Writer {
         true
     }
 
-    /// The series that were not folded since `before_ms(kind)` of the clock that takes no steps: those no shard knows are freed at once, of the others the
-    /// shards are to be asked, each for the numbers it gave them.
+    /// The series that were not folded since `before_ms(kind)` of the clock that takes no steps: those no shard knows are
+    /// freed at once, of the others the shards are to be asked, each for the numbers it gave them.
     pub fn expire(&mut self, before_ms: impl Fn(Kind) -> u64) -> Vec<Vec<u32>> {
-        let idle = |series: &Series| {
-            !series.changed.load(Ordering::Relaxed)
-                && series.folded_at_ms.load(Ordering::Relaxed) < before_ms(series.kind())
-        };
+        self.idle_before_ms = Kind::ALL.map(before_ms);
         let mut orphans = Vec::new();
         self.ledger.for_each(|series| {
-            if series.holders.load(Ordering::Relaxed) == 0 && idle(series) {
+            if series.holders.load(Ordering::Relaxed) == 0 && self.is_idle(series) {
                 orphans.push(Arc::clone(series));
             }
         });
@@ -518,7 +518,7 @@ impl Writer {
         }
         let numbers = |shard: &ShardSeries| {
             let numbered = shard.by_number.iter().enumerate();
-            let idle = numbered.filter(|(_, series)| series.as_ref().is_some_and(|series| idle(series)));
+            let idle = numbered.filter(|(_, series)| series.as_ref().is_some_and(|series| self.is_idle(series)));
             idle.map(|(number, _)| number as u32).collect()
         };
         self.shards.iter().map(numbers).collect()
@@ -611,12 +611,18 @@ impl Writer {
         if series.holders.fetch_sub(1, Ordering::Relaxed) > 1 {
             // The shard gave the whole charge back, and another still holds the series.
             self.budget.force(1, 0);
-        } else if series.listed.load(Ordering::Relaxed) && series.changed.load(Ordering::Relaxed) {
-            // A sample was on its way when the shard was asked: the series stays, held by none, until that is flushed.
+        } else if series.listed.load(Ordering::Relaxed) && !self.is_idle(&series) {
+            // Samples were on their way when the shard was asked. The ledger holds the series until it is idle again.
             self.budget.force(1, cost(&series.id.key));
         } else {
             self.forget(&series);
         }
+    }
+
+    /// Whether nothing waits for a flush, and nothing was folded for as long as the last expiry asked for.
+    fn is_idle(&self, series: &Series) -> bool {
+        !series.changed.load(Ordering::Relaxed)
+            && series.folded_at_ms.load(Ordering::Relaxed) < self.idle_before_ms[series.kind() as usize]
     }
 
     fn forget(&mut self, series: &Arc<Series>) {

@@ -343,11 +343,14 @@ impl Shard {
         for number in numbers.iter().filter(|number| !self.cells.holds(**number)) {
             gone[*number as usize] = true;
         }
+        // The ledger asks again until it knows, so some of them may be free already.
+        let mut released = Vec::new();
         let budget = &self.budget;
         self.numbers.retain(|id, number| {
             let stays = !gone[*number as usize];
             if !stays {
                 budget.refund(1, cost(&id.key));
+                released.push(*number);
             }
             stays
         });
@@ -359,9 +362,9 @@ impl Shard {
             stays
         });
         self.baselines.retain(|(number, _), _| !gone[*number as usize]);
-        let released = (0..self.next).filter(|number| gone[*number as usize]);
-        self.released.extend(released.clone());
-        self.free.extend(released);
+        released.sort_unstable();
+        self.released.extend(&released);
+        self.free.extend(&released);
     }
 
     /// The number for a new key.
@@ -625,6 +628,17 @@ mod tests {
         assert_eq!(count(&mut shard, "d", 1.0), 0);
         assert_eq!(count(&mut shard, "b", 1.0), 1);
         assert_eq!(shard.seal().new.len(), 1);
+    }
+
+    #[test]
+    fn a_number_that_is_retired_twice_is_free_once() {
+        let mut shard = shard(10);
+        let old = count(&mut shard, "old", 1.0);
+        shard.seal();
+        shard.retire(&[old]);
+        shard.retire(&[old]);
+        assert_eq!(shard.seal().released, [old]);
+        assert_ne!(count(&mut shard, "one", 1.0), count(&mut shard, "other", 1.0));
     }
 
     #[test]

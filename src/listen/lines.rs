@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 
 /// What a line of a stream is to the transport.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Piece<'a> {
+pub enum Piece<'a> {
     /// A line without its line feed. A carriage return may end it.
     Line(&'a [u8]),
     /// The beginning of a line that is too long; the rest of it is skipped.
@@ -16,7 +16,7 @@ pub(super) enum Piece<'a> {
 
 /// Splits a stream into lines.
 #[derive(Debug)]
-pub(super) struct Lines {
+pub struct Lines {
     partial: Vec<u8>,
     skipping: bool,
     max: usize,
@@ -24,16 +24,12 @@ pub(super) struct Lines {
 
 impl Lines {
     /// For a stream whose lines have at most `max` bytes; the carriage return before a line feed does not count.
-    pub(super) fn new(max: usize) -> Self {
+    pub fn new(max: usize) -> Self {
         Self { partial: Vec::new(), skipping: false, max }
     }
 
     /// Takes the next bytes of the stream and hands over each line that ends in them, until told to stop.
-    pub(super) fn feed(
-        &mut self,
-        mut bytes: &[u8],
-        mut each: impl FnMut(Piece<'_>) -> ControlFlow<()>,
-    ) -> ControlFlow<()> {
+    pub fn feed(&mut self, mut bytes: &[u8], mut each: impl FnMut(Piece<'_>) -> ControlFlow<()>) -> ControlFlow<()> {
         while let Some(at) = memchr::memchr(b'\n', bytes) {
             let (line, rest) = (&bytes[..at], &bytes[at + 1..]);
             bytes = rest;
@@ -52,7 +48,7 @@ impl Lines {
     }
 
     /// Hands over the last line, if the stream ends without a line feed.
-    pub(super) fn end(&mut self, each: impl FnOnce(Piece<'_>) -> ControlFlow<()>) {
+    pub fn end(&mut self, each: impl FnOnce(Piece<'_>) -> ControlFlow<()>) {
         if !self.partial.is_empty() {
             // Nothing comes after it that could be stopped.
             let _ended = each(classify(&self.partial, self.max));
@@ -62,12 +58,12 @@ impl Lines {
     }
 
     /// Whether a line has begun and not ended.
-    pub(super) fn is_inside(&self) -> bool {
+    pub fn is_inside(&self) -> bool {
         self.skipping || !self.partial.is_empty()
     }
 
     /// What is held of a line that has begun; empty too while a long line is skipped.
-    pub(super) fn partial(&self) -> &[u8] {
+    pub fn partial(&self) -> &[u8] {
         &self.partial
     }
 

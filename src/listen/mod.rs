@@ -10,7 +10,7 @@
 
 mod burst;
 mod frames;
-mod lines;
+pub mod lines;
 mod sockets;
 mod stream;
 #[cfg(test)]

@@ -190,10 +190,12 @@ impl Parser {
 }
 
 /// How many records there are, if a body that is no document is one record a line: more than one, all of them objects.
+/// A line of white space that is not trimmed off lines is none of them, and still read.
 fn record_lines(text: &str) -> Option<usize> {
     let lines = || text.split('\n').map(|line| line.trim_matches(lines::is_space)).filter(|line| !line.is_empty());
-    let count = lines().count();
-    (count > 1 && lines().all(|line| line.starts_with('{') && line.ends_with('}'))).then_some(count)
+    let are_objects = lines().nth(1).is_some() && lines().all(|line| line.starts_with('{') && line.ends_with('}'));
+    let read = text.split('\n').filter(|line| !lines::trim(line.as_bytes()).is_empty());
+    are_objects.then(|| read.count())
 }
 
 /// Why a document or record is bad, and the part of it that is the reason.
