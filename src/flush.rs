@@ -343,7 +343,8 @@ impl Folding {
         let begun = Instant::now();
         let journal = self.journal.as_deref();
         let forgotten = &self.forgotten;
-        let recall = |id: &SeriesId| journal.filter(|_| !forgotten.contains_key(id)).and_then(|found| recall(found, id));
+        let recall =
+            |id: &SeriesId| journal.filter(|_| !forgotten.contains_key(id)).and_then(|found| recall(found, id));
         self.writer.fold(delivery.worker, &mut delivery.sealed, sealed_at(delivery.at_ms), recall);
         self.workers.give_back(delivery.worker, Returned::Cells(delivery.sealed.cells));
         if self.seen.len() <= delivery.worker {

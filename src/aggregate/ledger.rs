@@ -62,7 +62,7 @@ impl Total {
 
     /// The same by both clocks. A meter begins with its first mark, not when that was sealed.
     fn add_at(&mut self, delta: &Aggregate, at: At) -> bool {
-        let is_first = self.aggregate.samples() == 0;
+        let is_first = self.aggregate.is_empty();
         let finite = self.aggregate.merge(delta, 0);
         if finite {
             self.update_ms = self.update_ms.max(at.wall_ms);
@@ -559,7 +559,7 @@ impl Writer {
     /// The series to which a shard's cell goes, begun again if it was reset; none for a cell without samples.
     fn listed(&mut self, shard: usize, number: u32, at: At, cell: &Aggregate) -> Option<Arc<Series>> {
         let series = Arc::clone(self.shards[shard].by_number.get(number as usize)?.as_ref()?);
-        if cell.samples() == 0 {
+        if cell.is_empty() {
             return None;
         }
         if series.listed.load(Ordering::Relaxed) {
@@ -578,12 +578,7 @@ impl Writer {
     }
 
     /// The series of a key that a shard has begun to use.
-    fn join(
-        &mut self,
-        id: &Arc<SeriesId>,
-        at: At,
-        recall: &mut impl FnMut(&SeriesId) -> Option<Total>,
-    ) -> Arc<Series> {
+    fn join(&mut self, id: &Arc<SeriesId>, at: At, recall: &mut impl FnMut(&SeriesId) -> Option<Total>) -> Arc<Series> {
         if let Some(series) = self.ledger.get(id) {
             // The shard charged the series as its own; the ledger, or another shard, has done so before.
             let bytes = if series.holders.fetch_add(1, Ordering::Relaxed) == 0 { cost(&id.key) } else { 0 };

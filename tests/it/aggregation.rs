@@ -79,7 +79,8 @@ fn every_case_is_run_or_named() {
     for (id, _) in LEFT {
         assert!(all.iter().any(|case| text(case, "id") == *id), "{id} is no case");
     }
-    let run: Vec<_> = [Way::Window, Way::Scrape, Way::Total, Way::Meter, Way::Agents].map(|way| of_way(way).len()).into();
+    let run: Vec<_> =
+        [Way::Window, Way::Scrape, Way::Total, Way::Meter, Way::Agents].map(|way| of_way(way).len()).into();
     assert_eq!(run, [37, 5, 5, 1, 1], "cases by the way they are run");
     assert_eq!(run.iter().sum::<usize>() + LEFT.len(), all.len());
 }
@@ -142,7 +143,8 @@ fn compare_window(case: &Value, step: &Value, metrics: &[Value]) {
         let want = want.as_object().unwrap();
         for (figure, want) in want {
             let factor = if ["rate", "count_ps"].contains(&figure.as_str()) { by_window } else { 1.0 };
-            let is_ranked = figure.contains('_') && figure != "count_ps" && figure != "sum_squares" || figure == "median";
+            let is_ranked =
+                figure.contains('_') && figure != "count_ps" && figure != "sum_squares" || figure == "median";
             let is_kept = step["lines"].as_array().unwrap().len() <= 64;
             let tolerance = if is_ranked && !is_kept { 0.01 } else { 1e-9 };
             let have = have.get(figure).and_then(Value::as_f64);
@@ -247,7 +249,8 @@ fn compare_total(case: &Value, agent: &Agent, key: &str, want: &Value) {
 fn agents_that_share_a_store_have_one_true_percentile() {
     let redis = Redis::start();
     for case in of_way(Way::Agents) {
-        let agents: Vec<_> = case["agents"].as_array().unwrap().iter().map(|lines_| (store_agent(&redis), lines_)).collect();
+        let agents: Vec<_> =
+            case["agents"].as_array().unwrap().iter().map(|lines_| (store_agent(&redis), lines_)).collect();
         for (agent, lines_) in &agents {
             agent.connect().write_all(lines(&case, &serde_json::json!({ "lines": lines_ })).as_bytes()).unwrap();
         }
@@ -284,7 +287,8 @@ fn a_meter_ticks_five_seconds_after_its_first_mark() {
 fn the_scrape_has_the_figures_of_the_corpus() {
     for case in of_way(Way::Scrape) {
         let settings = case["config"]["prometheus"].as_object().cloned().unwrap_or_default();
-        let settings: Vec<_> = settings.iter().map(|(name, value)| format!("prometheus.{name}={}", plain(value))).collect();
+        let settings: Vec<_> =
+            settings.iter().map(|(name, value)| format!("prometheus.{name}={}", plain(value))).collect();
         let agent = Agent::start(&settings.iter().map(String::as_str).collect::<Vec<_>>());
         agent.connect().write_all(lines(&case, &case).as_bytes()).unwrap();
         until("all lines", || (agent.own("tallyd_lines_accepted_total", "tcp") as usize == count(&case)).then_some(()));

@@ -426,7 +426,8 @@ fn a_gauge_whose_agent_was_ahead_of_its_time_goes_on() {
             (4, 2_000, &[7], 87.0),
             (5, 3_000, &[48], 48.0),
         ] {
-            apply(&connection, sequence, vec![operation(Kind::Gauge, key, at_ms, delta(Kind::Gauge, at_ms, numbers))]).await;
+            apply(&connection, sequence, vec![operation(Kind::Gauge, key, at_ms, delta(Kind::Gauge, at_ms, numbers))])
+                .await;
             let total = total(&server, Kind::Gauge, key).await.unwrap().unwrap();
             let Aggregate::Gauge(gauge) = total.aggregate else { unreachable!() };
             assert_eq!(gauge.value() * 8.0, value, "after batch {sequence}");
