@@ -62,7 +62,7 @@ impl Total {
 
     /// The same by both clocks. A meter begins with its first mark, not when that was sealed.
     fn add_at(&mut self, delta: &Aggregate, at: At) -> bool {
-        let is_first = self.aggregate.samples() == 0;
+        let is_first = self.aggregate.is_empty();
         let finite = self.aggregate.merge(delta, 0);
         if finite {
             self.update_ms = self.update_ms.max(at.wall_ms);
@@ -566,7 +566,7 @@ impl Writer {
     /// The series to which a shard's cell goes, begun again if it was reset; none for a cell without samples.
     fn listed(&mut self, shard: usize, number: u32, at: At, cell: &Aggregate) -> Option<Arc<Series>> {
         let series = Arc::clone(self.shards[shard].by_number.get(number as usize)?.as_ref()?);
-        if cell.samples() == 0 {
+        if cell.is_empty() {
             return None;
         }
         if series.listed.load(Ordering::Relaxed) {

@@ -189,6 +189,17 @@ impl Gauge {
         self.exact_value().map_or_else(|| self.change.value().signum() * f64::MAX, |value| value.value())
     }
 
+    /// Changes it. Refused, with nothing changed, when the value would not stay finite.
+    pub fn change_by(&mut self, step: f64, now_ms: u64) -> bool {
+        let mut changed = self.clone();
+        let finite = changed.change.add(step) && changed.exact_value().is_some();
+        if finite {
+            (changed.changed_at, changed.samples) = (now_ms, self.samples + 1);
+            *self = changed;
+        }
+        finite
+    }
+
     /// The value, if it is finite.
     fn exact_value(&self) -> Option<Sum> {
         let mut value = self.change;
@@ -437,6 +448,14 @@ impl Aggregate {
             Self::Observed(observed) => observed.n,
             Self::Set(members) => members.cardinality(),
             Self::Meter(marks) => marks.samples,
+        }
+    }
+
+    /// Whether nothing came. Of a set this does not cost its estimate.
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Self::Set(members) => members.is_empty(),
+            Self::Counter(_) | Self::Gauge(_) | Self::Observed(_) | Self::Meter(_) => self.samples() == 0,
         }
     }
 
@@ -852,6 +871,16 @@ mod tests {
             assert!(!observed.observe(value, 1.0, 2));
             assert_eq!(observed, before);
         }
+    }
+
+    #[test]
+    fn a_change_that_would_take_a_gauge_beyond_all_numbers_is_refused() {
+        let mut gauge = Gauge { set: Some((f64::MAX, 1)), samples: 1, ..Gauge::default() };
+        let before = gauge.clone();
+        assert!(!gauge.change_by(f64::MAX, 2) && !gauge.change_by(f64::NAN, 2));
+        assert_eq!(gauge, before);
+        assert!(gauge.change_by(-f64::MAX, 3));
+        assert_eq!((gauge.value(), gauge.changed_at, gauge.samples), (0.0, 3, 2));
     }
 
     #[test]

@@ -72,6 +72,10 @@ impl Budget {
 
     /// Takes so many series and bytes, if there is room for both.
     fn charge(&self, series: i64, bytes: i64) -> bool {
+        if series > 0 && self.series.load(Ordering::Relaxed) >= self.series_max {
+            // So that a flood of new names beyond the limit only reads what all workers share.
+            return false;
+        }
         let held = self.series.fetch_add(series, Ordering::Relaxed) + series;
         let held_bytes = self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
         let fits = (series == 0 || held <= self.series_max) && held_bytes <= self.bytes_max;
@@ -331,6 +335,13 @@ impl Shard {
         self.cells.is_empty() && self.new.is_empty() && self.released.is_empty()
     }
 
+    /// Forgets how identities were read, because they may mean other series from now on. The series stay.
+    pub fn forget_spellings(&mut self) {
+        let further = self.index.drain().filter(|entry| entry.is_further);
+        let bytes = further.map(|entry| spelling_cost(&entry.spelling)).sum();
+        self.budget.refund(0, bytes);
+    }
+
     /// Takes back cells that were drained.
     pub fn give_back(&mut self, cells: Cells) {
         debug_assert!(cells.is_empty());
@@ -493,14 +504,7 @@ fn set_gauge(cell: &mut Gauge, numbers: &[f64], now_ms: u64) -> bool {
 }
 
 fn change_gauge(cell: &mut Gauge, changes: &[f64], now_ms: u64) -> bool {
-    changes.iter().all(|change| {
-        let added = cell.change.add(*change);
-        if added {
-            cell.changed_at = now_ms;
-            cell.samples += 1;
-        }
-        added
-    })
+    changes.iter().all(|change| cell.change_by(*change, now_ms))
 }
 
 fn add_marks(cell: &mut Marks, numbers: &[f64], rate: f64, now_ms: u64) -> bool {
@@ -601,6 +605,17 @@ mod tests {
         assert_eq!(shard.take_refused(), 0);
         shard.retire(&[0]);
         assert_eq!((shard.index.len(), budget.bytes()), (0, 0));
+    }
+
+    #[test]
+    fn forgotten_spellings_are_read_again() {
+        let mut shard = shard(10);
+        let (a, b) = (count(&mut shard, "a", 1.0), count(&mut shard, "b", 1.0));
+        let charged = shard.budget.bytes();
+        shard.forget_spellings();
+        assert_eq!((count(&mut shard, "a", 1.0), count(&mut shard, "b", 1.0)), (a, b));
+        shard.forget_spellings();
+        assert_eq!(shard.budget.bytes(), charged);
     }
 
     #[test]

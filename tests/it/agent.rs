@@ -194,10 +194,29 @@ impl Agent {
         until("tallyd to end", || child.try_wait().unwrap())
     }
 
+    /// Another agent with the same settings and a copy of the state as it is now.
+    pub fn copy(&self) -> Self {
+        let copy = Arc::new(tempfile::tempdir().unwrap());
+        let to = copy.path().join("state");
+        std::fs::create_dir(&to).unwrap();
+        for file in std::fs::read_dir(self.state_dir()).unwrap() {
+            let file = file.unwrap();
+            std::fs::copy(file.path(), to.join(file.file_name())).unwrap();
+        }
+        let settings: Vec<_> = self.settings.iter().map(String::as_str).collect();
+        Self::start_in(copy, &settings)
+    }
+
     /// Ends it by a signal and starts it again with the same state.
-    pub fn restart_after(mut self, signal: &str) -> Self {
+    pub fn restart_after(self, signal: &str) -> Self {
+        self.restart_with(signal, |_| {})
+    }
+
+    /// The same, with a change of its state directory before it starts again.
+    pub fn restart_with(mut self, signal: &str, change: impl FnOnce(&Path)) -> Self {
         self.signal(signal);
         self.wait();
+        change(&self.state_dir());
         let settings: Vec<_> = self.settings.iter().map(String::as_str).collect();
         Self::start_in(Arc::clone(&self.state), &settings)
     }

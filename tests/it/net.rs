@@ -56,6 +56,12 @@ impl Redis {
         format!("store.redis.url=redis://127.0.0.1:{}", self.port)
     }
 
+    /// Sends it a signal by its name.
+    pub fn signal(&self, name: &str) {
+        let status = Command::new("kill").args([format!("-{name}"), self.child.id().to_string()]).status().unwrap();
+        assert!(status.success());
+    }
+
     /// Kills it; its files stay.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();

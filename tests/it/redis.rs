@@ -1,5 +1,7 @@
 //! A real Redis as the store: many agents share it, it may go away, nothing is lost or counted twice.
 
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
 use serde_json::json;
 
 use crate::agent::{Agent, same, until};
@@ -98,4 +100,127 @@ fn a_delete_resets_every_agent() {
     until("the other agent to reset", || b.get("/data/metrics/both?scope=local").status.eq(&404).then_some(()));
     b.datagram("both:1|c");
     a.wait_for("both", "value", 1);
+}
+
+/// Counts `key` up by one request after the other while `fault` happens; answers how many were acknowledged.
+fn under_load(agent: &Agent, key: &str, fault: impl FnOnce()) -> u64 {
+    let (ended, acknowledged) = (AtomicBool::new(false), AtomicU64::new(0));
+    let record = format!(r#"{{"name":"{key}","type":"COUNTER","value":1}}"#);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !ended.load(Ordering::Relaxed) {
+                assert_eq!(agent.ingest(&record).status, 200);
+                acknowledged.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        let so_far = || acknowledged.load(Ordering::Relaxed);
+        until("the load", || (so_far() > 10).then_some(()));
+        fault();
+        let before = so_far();
+        until("the load to go on", || (so_far() > before + 10).then_some(()));
+        ended.store(true, Ordering::Relaxed);
+    });
+    acknowledged.load(Ordering::Relaxed)
+}
+
+#[test]
+fn a_redis_that_hangs_or_is_killed_under_load_has_all_in_the_end() {
+    let mut redis = Redis::start();
+    let agent = Agent::start(&[
+        "store.kind=redis",
+        &redis.url(),
+        "flush.interval=100ms",
+        "flush.window=1s",
+        "limits.redis_reply=500ms",
+        "limits.redis_connect=500ms",
+    ]);
+    let stored_all = |redis: &Redis, sum: u64| {
+        until("the store to hold all", || (stored(redis, "load") == sum as f64).then_some(()));
+        agent.wait_for("load", "value", sum);
+    };
+    let mut sum = under_load(&agent, "load", || {
+        redis.signal("STOP");
+        let connected = || agent.own("tallyd_store_connected", "");
+        until("the agent to find out", || (connected() == 0.0).then_some(()));
+        let read = agent.metric("load").unwrap();
+        assert_eq!(read["scope"], "local", "{read}");
+        redis.signal("CONT");
+    });
+    stored_all(&redis, sum);
+    for _ in 0..2 {
+        sum += under_load(&agent, "load", || {
+            redis.kill();
+            redis.start_again();
+        });
+        stored_all(&redis, sum);
+    }
+    assert!(agent.own("tallyd_lost_total", "") == 0.0);
+}
+
+#[test]
+fn a_redis_that_lost_everything_gets_what_is_left_once_and_the_loss_is_named() {
+    let redis = Redis::start();
+    let agent = agent(&redis);
+    for _ in 0..5 {
+        agent.ingest(r#"{"name":"before","type":"COUNTER","value":1}"#);
+    }
+    // Once these are safe they are in the store alone.
+    until("the outbox to be empty", || {
+        (stored(&redis, "before") == 5.0 && agent.own("tallyd_outbox_batches", "") == 0.0).then_some(())
+    });
+    redis.cli(&["FLUSHALL"]);
+    for _ in 0..7 {
+        agent.ingest(r#"{"name":"before","type":"COUNTER","value":1}"#);
+    }
+    until("the rest to be stored", || (stored(&redis, "before") == 7.0).then_some(()));
+    assert!(agent.own("tallyd_lost_total", "store_rolled_back") >= 1.0);
+    let ready = agent.get("/-/ready");
+    assert_eq!(ready.status, 503);
+    assert!(ready.text().contains("lost"), "{}", ready.text());
+    agent.wait_for("before", "value", 7);
+    assert!(same(&agent.get("/data/metrics/before?scope=local").json()["value"], &json!(12)), "the agent knows better");
+}
+
+#[test]
+fn a_spoilt_key_spoils_only_itself() {
+    let redis = Redis::start();
+    let agent = agent(&redis);
+    agent.datagram("spoilt:1|c\nother:1|c");
+    until("both to be stored", || (stored(&redis, "spoilt") == 1.0 && stored(&redis, "other") == 1.0).then_some(()));
+    let name = redis.cli(&["--scan", "--pattern", "tallyd:*:s:c:spoilt"]);
+    redis.cli(&["DEL", name.trim()]);
+    redis.cli(&["SET", name.trim(), "not ours"]);
+    agent.datagram("spoilt:1|c\nother:1|c");
+    until("the other to be stored", || (stored(&redis, "other") == 2.0).then_some(()));
+    until("the loss", || (agent.own("tallyd_lost_total", "store_wrong_type") == 1.0).then_some(()));
+    agent.wait_for("spoilt", "value", 2);
+}
+
+#[test]
+fn a_copied_state_directory_counts_nothing_twice() {
+    let redis = Redis::start();
+    let agent = agent(&redis);
+    let mut sum = 0;
+    let mut count = |agent: &Agent| {
+        for _ in 0..10 {
+            agent.ingest(r#"{"name":"copied","type":"COUNTER","value":1}"#);
+            sum += 1;
+        }
+        sum
+    };
+    let first = count(&agent);
+    until("the first to be stored", || (stored(&redis, "copied") == f64::from(first)).then_some(()));
+    // Both hold batches that the store has and might lose yet, under one name.
+    let copy = agent.copy();
+    for _ in 0..3 {
+        count(&agent);
+        count(&copy);
+    }
+    let all = count(&agent);
+    until("all to be stored", || (stored(&redis, "copied") >= f64::from(all)).then_some(()));
+    for reader in [&agent, &copy] {
+        until("a new name", || (agent.stderr() + &copy.stderr()).contains("has a new one").then_some(()));
+        reader.wait_for("copied", "value", all);
+    }
+    assert_eq!(stored(&redis, "copied"), f64::from(all));
 }
