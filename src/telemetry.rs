@@ -52,7 +52,7 @@ table! {
     BUILD_INFO = "tallyd_build_info", Gauge, ["version"], "Always 1; the labels say what was built.";
     DATAGRAMS = "tallyd_datagrams_total", Counter, ["listener"], "Datagrams read from a socket.";
     DATAGRAMS_TRUNCATED = "tallyd_datagrams_truncated_total", Counter, ["listener"], "Datagrams longer than limits.datagram, dropped whole.";
-    RECEIVED_BYTES = "tallyd_received_bytes_total", Counter, ["listener"], "Payload bytes read.";
+    RECEIVED_BYTES = "tallyd_received_bytes_total", Counter, ["listener"], "Payload bytes read, of HTTP bodies as sent.";
     KERNEL_DROPS = "tallyd_kernel_drops_total", Counter, ["socket"], "Datagrams that the kernel dropped because a socket's buffer was full.";
     RECEIVE_BUFFER_BYTES = "tallyd_receive_buffer_bytes", Gauge, ["socket"], "Receive buffer that the kernel granted, in bytes.";
     LINES = "tallyd_lines_total", Counter, ["listener"], "Lines and JSON records read, blank ones left out.";

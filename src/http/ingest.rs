@@ -15,6 +15,7 @@ use http_body_util::BodyExt;
 use hyper::body::{Body as _, Incoming};
 use hyper::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use hyper::{Request, Response, StatusCode};
+use metrics::Counter;
 use serde_json::json;
 use tokio::time::timeout;
 
@@ -27,6 +28,7 @@ use crate::clock::Clock;
 use crate::ingest::{self, Answer, Listener, RecordError, Source, Worker};
 use crate::protocol::{self, Body as Form};
 use crate::sample::Reason;
+use crate::telemetry;
 use crate::units::Time;
 
 /// What the seed system said, and its users look for, when a record was empty.
@@ -37,6 +39,7 @@ pub(super) struct Ingest {
     worker: Rc<RefCell<Worker>>,
     answers: RefCell<Answers>,
     held: Rc<Cell<usize>>,
+    bytes: Counter,
     clock: Clock,
     limits: Limits,
 }
@@ -48,6 +51,7 @@ impl Ingest {
             worker,
             answers: RefCell::new(Answers::new(limits.idempotency_keys)),
             held: Rc::default(),
+            bytes: telemetry::RECEIVED_BYTES.counter(&[Listener::Http.name()]),
             clock: Clock::default(),
             limits: limits.clone(),
         }
@@ -60,6 +64,7 @@ impl Ingest {
         let read = read(request.into_body(), &self.limits, Held::new(&self.held, self.limits.bodies.bytes()));
         let late = |_| Problem::new(StatusCode::REQUEST_TIMEOUT, too_late(self.limits.body_time));
         let (body, mut held) = timeout(self.limits.body_time.0, read).await.map_err(late)??;
+        self.bytes.increment(body.len() as u64);
         let body = coding.inflate(body, self.limits.inflated.bytes(), &mut held)?;
         // From here on nothing waits.
         let now = self.clock.monotonic();

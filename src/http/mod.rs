@@ -9,7 +9,7 @@
 
 use std::cell::RefCell;
 use std::fmt;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::net::{Ipv6Addr, SocketAddr, TcpListener};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -144,12 +144,12 @@ impl Error {
     /// The exit code of a process that can't start for it, after sysexits.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Bind { error, .. } => match error.kind() {
-                // An address that is not there yet may come up with its interface, so a service is started again.
-                io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable => 69,
-                io::ErrorKind::PermissionDenied => 77,
-                _ => 74,
-            },
+            // An address that is not there yet may come up with its interface, so a service is started again.
+            Self::Bind { error, .. } if [ErrorKind::AddrInUse, ErrorKind::AddrNotAvailable].contains(&error.kind()) => {
+                69
+            }
+            Self::Bind { error, .. } if error.kind() == ErrorKind::PermissionDenied => 77,
+            Self::Bind { .. } => 74,
             Self::Address { .. } => 78,
             Self::Register(_) => 74,
         }
@@ -163,16 +163,18 @@ impl fmt::Display for Error {
                 write!(f, "http.{key} = {text:?}: no address with a port; write one such as \"127.0.0.1:8000\"")
             }
             Self::Bind { key, address, error } => {
+                let told = [
+                    (ErrorKind::AddrInUse, "in use; stop the other program there, or take another port"),
+                    (ErrorKind::AddrNotAvailable, "no address of this host; name one that it has"),
+                    (
+                        ErrorKind::PermissionDenied,
+                        "not permitted; take a port above 1023, or grant CAP_NET_BIND_SERVICE",
+                    ),
+                ];
                 write!(f, "http.{key} = \"{address}\": ")?;
-                match error.kind() {
-                    io::ErrorKind::AddrInUse => {
-                        f.write_str("in use; stop the other program there, or take another port")
-                    }
-                    io::ErrorKind::AddrNotAvailable => f.write_str("no address of this host; name one that it has"),
-                    io::ErrorKind::PermissionDenied => {
-                        f.write_str("not permitted; take a port above 1023, or grant CAP_NET_BIND_SERVICE")
-                    }
-                    _ => write!(f, "{error}; mend that, or name another address"),
+                match told.iter().find(|(kind, _)| *kind == error.kind()) {
+                    Some((_, told)) => f.write_str(told),
+                    None => write!(f, "{error}; mend that, or name another address"),
                 }
             }
             Self::Register(error) => write!(f, "http: a listener can't be watched: {error}"),
@@ -204,7 +206,7 @@ fn has_twin(address: SocketAddr, addresses: &[String]) -> bool {
 }
 
 fn is_no_such_family(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::AddrNotAvailable || error.raw_os_error() == Some(libc::EAFNOSUPPORT)
+    error.kind() == ErrorKind::AddrNotAvailable || error.raw_os_error() == Some(libc::EAFNOSUPPORT)
 }
 
 /// What the API answers from.

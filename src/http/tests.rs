@@ -749,7 +749,7 @@ fn addresses_are_bound_or_named() {
     let elsewhere = bind("api", &["192.0.2.1:0".to_owned()]).unwrap_err();
     assert_eq!(elsewhere.to_string(), "http.api = \"192.0.2.1:0\": no address of this host; name one that it has");
     assert_eq!((error.exit_code(), elsewhere.exit_code()), (69, 69));
-    let denied = io::ErrorKind::PermissionDenied.into();
+    let denied = ErrorKind::PermissionDenied.into();
     let denied = Error::Bind { key: "api", address: ([127, 0, 0, 1], 80).into(), error: denied };
     assert!(denied.to_string().contains("CAP_NET_BIND_SERVICE") && denied.exit_code() == 77, "{denied}");
     assert_eq!(bind("api", &["127.0.0.1:0".to_owned()]).unwrap().len(), 1);

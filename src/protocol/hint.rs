@@ -17,14 +17,21 @@ pub fn hint(reject: &Reject<'_>) -> Option<String> {
         Reason::MissingType => missing_type(&line),
         Reason::UnknownType => unknown_type(field),
         Reason::BadValue => bad_value(field),
+        Reason::BadSampleRate if line.starts_with('{') => says("`sampleRate` is a number above 0 and at most 1"),
         Reason::BadSampleRate => Some(bad_sample_rate(field)),
         Reason::BadEvent => bad_event(&line),
         Reason::BadJson => Some(bad_json(&line, &from)),
         Reason::InvalidUtf8 => Some(invalid_utf8(reject.bytes)),
         Reason::BadName => says("a control character in a name; protocol.name_policy = \"etsy\" would drop it"),
+        Reason::EmptyValue if line.starts_with('{') => {
+            says("a record needs a `value`; only a METER may go without, and a SET takes no `values`")
+        }
         Reason::EmptyValue => says("write a number before the type; a set takes any text there"),
         Reason::NonFinite => says("leave out what is not a number; a division by zero in the client?"),
         Reason::NegativeTimer => says("a duration below zero: was a clock set back? `h` and `d` take any number"),
+        Reason::BadTimestamp if line.starts_with('{') => {
+            says("`timestamp` is a positive whole number, of seconds or milliseconds since 1970")
+        }
         Reason::BadTimestamp => says("`T` is followed by whole seconds since 1970, as in `|T1764000000`"),
         Reason::MalformedTags => says("SignalFX tags stand in one pair of brackets: `name[tag=value,tag=value]:1|c`"),
         Reason::BadServiceCheck => says("write `_sc|name|status`, with a status of 0, 1, 2 or 3"),
@@ -231,6 +238,9 @@ mod tests {
             ("{'name':'a'}", "double quotation marks"),
             ("{\"name\":\"a\",}", "a comma too much"),
             ("{\"name\":\"a\"", "ends too early"),
+            ("{\"name\":\"a\",\"type\":\"SET\",\"values\":[\"b\"]}", "a SET takes no `values`"),
+            ("{\"name\":\"a\",\"type\":\"METER\",\"rate\":2}", "`sampleRate` is"),
+            ("{\"name\":\"a\",\"type\":\"METER\",\"timestamp\":-1}", "whole number, of seconds or milliseconds"),
             ("$$$:x|c", "nothing is left"),
         ] {
             let hint = hint_of(line);

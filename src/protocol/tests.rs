@@ -88,6 +88,15 @@ fn too_many_records_are_not_begun() {
     assert_eq!(body("[]".to_owned()), (Body::Array(0), 0));
     assert_eq!(body("{}".to_owned()), (Body::Object, 0));
     assert_eq!(body("{".to_owned()), (Body::Invalid, 0));
+    let lines = |text: String| {
+        let mut found = Record::default();
+        let body = Parser::new(&Config::default(), &limits).body_of_lines(text.as_bytes(), &mut found);
+        (body, found.samples)
+    };
+    assert_eq!(lines(format!("\u{feff}{record}\n\nx\n")), (Body::Lines(2), 1));
+    assert_eq!(lines(format!("{record}\nx\n{record}")), (Body::TooMany(3), 0));
+    assert_eq!(lines(format!("[\n{record},\n{record},\n{record}]")), (Body::TooMany(3), 0));
+    assert_eq!(lines("\n\r\n".to_owned()), (Body::Invalid, 0));
 }
 
 #[test]

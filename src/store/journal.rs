@@ -142,10 +142,12 @@ impl fmt::Display for Error {
                 write!(f, "state_dir = {dir:?}: in use by another process; stop it or set another state_dir")
             }
             Self::Io(path, error) => {
-                let remedy = match error.kind() {
-                    io::ErrorKind::PermissionDenied => "let this user write there, or set another state_dir",
-                    io::ErrorKind::StorageFull => "make room there",
-                    _ => "mend that, or set another state_dir",
+                let remedy = if error.kind() == io::ErrorKind::PermissionDenied {
+                    "let this user write there, or set another state_dir"
+                } else if error.kind() == io::ErrorKind::StorageFull {
+                    "make room there"
+                } else {
+                    "mend that, or set another state_dir"
                 };
                 write!(f, "state_dir: {}: {error}; {remedy}", path.display())
             }

@@ -45,6 +45,20 @@ fn promtool_finds_nothing_in_our_own_metrics() {
     assert_eq!(code, 0, "{output}");
 }
 
+#[test]
+fn bytes_are_counted_by_listener() {
+    let agent = Agent::start(&[]);
+    agent.datagram("a:1|c");
+    drop(std::io::Write::write_all(&mut agent.connect(), b"a:1|c\na:1|c\n"));
+    let record = r#"{"name":"a","type":"COUNTER","value":1}"#;
+    agent.ingest(record);
+    agent.wait_for("a", "value", 4);
+    for (listener, bytes) in [("udp", 5), ("tcp", 12), ("http", record.len())] {
+        let counted = || agent.own("tallyd_received_bytes_total", &format!("listener=\"{listener}\""));
+        until(&format!("{bytes} by {listener}"), || (counted() == bytes as f64).then_some(()));
+    }
+}
+
 /// A rate misses the count with which a counter appears.
 #[test]
 fn counters_stand_at_0_from_the_start() {
