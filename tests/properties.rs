@@ -15,11 +15,11 @@ use std::time::Duration;
 use crossbeam_channel::Receiver;
 use laws::{Call, Name, Reading, Readings, Record};
 use proptest::prelude::*;
-use tallyd::aggregate::ledger::{Ledger, Total, Writer};
+use tallyd::aggregate::ledger::{At, Ledger, Total, Writer};
 use tallyd::aggregate::shard::{self, Budget, SeriesId};
 use tallyd::aggregate::{Aggregate, Gauge};
 use tallyd::config::{Config, Sources};
-use tallyd::ingest::{self, Delivery, Listener, Rejects, Returned, Settings, Source, Worker, Workers};
+use tallyd::ingest::{self, Delivery, Listener, Rejects, Returned, Settings, Source, Times, Worker, Workers};
 use tallyd::protocol::{self, Event, Parser, Reject, ServiceCheck, Sink, series_key};
 use tallyd::sample::{Identity, Kind, Sample, SeriesKey, WireType};
 use tallyd::telemetry::{self, Metric};
@@ -373,7 +373,8 @@ impl Agent {
         let settings = Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default() };
         let rejects = Arc::new(Rejects::new(&ingest::Limits::default()));
         // Nothing is due for an hour; a seal that is due all the same changes no total.
-        let (workers, deliveries) = Workers::new(settings, Arc::clone(&budget), rejects, 3_600_000);
+        let times = Times { interval_ms: 3_600_000, window_ms: 10_000 };
+        let (workers, deliveries) = Workers::new(settings, Arc::clone(&budget), rejects, times);
         let each = (0..WORKERS).map(|_| workers.register(|| {})).collect();
         let writer = Writer::new(Arc::new(Ledger::new(10_000)), budget, false, 1);
         Self { workers, each, deliveries, waiting: Default::default(), writer, flushed: HashMap::new() }
@@ -387,7 +388,8 @@ impl Agent {
             }
             Step::Seal(worker) => {
                 self.workers.ask();
-                self.each[*worker].turn();
+                let question = self.each[*worker].question();
+                self.each[*worker].turn(question);
             }
             Step::Fold(worker) => self.fold(*worker),
             Step::Flush => self.flush(),
@@ -405,7 +407,8 @@ impl Agent {
         }
         while let Some(mut delivery) = self.waiting[worker].pop_front() {
             let recall = |id: &SeriesId| self.flushed.get(id).cloned();
-            self.writer.fold(worker, &mut delivery.sealed, delivery.at_ms, recall);
+            let at = At { wall_ms: delivery.at_ms, steady_ms: delivery.at_ms };
+            self.writer.fold(worker, &mut delivery.sealed, at, recall);
             self.workers.give_back(worker, Returned::Cells(delivery.sealed.cells));
         }
     }
