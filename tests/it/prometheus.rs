@@ -49,7 +49,7 @@ fn promtool_finds_nothing_in_our_own_metrics() {
 fn bytes_are_counted_by_listener() {
     let agent = Agent::start(&[]);
     agent.datagram("a:1|c");
-    drop(std::io::Write::write_all(&mut agent.connect(), b"a:1|c\na:1|c\n"));
+    agent.connect().write_all(b"a:1|c\na:1|c\n").unwrap();
     let record = r#"{"name":"a","type":"COUNTER","value":1}"#;
     agent.ingest(record);
     agent.wait_for("a", "value", 4);
