@@ -444,8 +444,9 @@ fn write_key(name: &str, tags: Vec<Tag>, limits: &Limits, key: &mut String) -> O
         }
         None => (tag.text, None),
     };
-    // An empty text names no tag.
-    let tags = Tags::new(tags.into_iter().filter(|tag| !tag.text.is_empty()).map(pair).collect());
+    // Neither key nor value is no tag.
+    let pairs = tags.into_iter().map(pair).filter(|(key, value)| !key.is_empty() || value.is_some());
+    let tags = Tags::new(pairs.collect());
     if let Err(reason) = tags::check(name, &tags, limits) {
         return Some(reason);
     }
