@@ -25,7 +25,7 @@ use crate::flush::{self, Parts, Running};
 use crate::http::{self, Api, Health, Reload};
 use crate::ingest::{Rejects, Settings, Times, Worker, Workers};
 use crate::listen::{self, Listeners};
-use crate::store::journal::{self, Journal};
+use crate::store::journal::{self, Damage, Journal, Opened};
 use crate::store::redis::{Deleted, RedisReader};
 use crate::store::ship;
 use crate::telemetry;
@@ -284,7 +284,12 @@ fn open_journal(config: &Config) -> Result<Option<Arc<Journal>>, journal::Error>
     };
     let (journal, opened) =
         Journal::open(&config.state_dir, &config.store.embedded, &config.limits.journal, with_outbox)?;
-    tracing::info!(?opened, directory = %config.state_dir.display(), "the journal is open");
+    let Opened { agent, new, damage, totals, batches } = opened;
+    tracing::info!(%agent, new, totals, batches, directory = %config.state_dir.display(), "the journal is open");
+    if let Some(Damage { moved_to, cause, totals, batches, damaged }) = damage {
+        let moved_to = moved_to.display();
+        tracing::error!(%moved_to, cause, totals, batches, damaged, "the journal could not be opened; what could be read of it was copied");
+    }
     Ok(Some(Arc::new(journal)))
 }
 
