@@ -51,7 +51,11 @@ impl Sink for Record {
 }
 
 fn parser(sign: GaugeSign) -> Parser {
-    let limits = Limits { line: 120, values: 4, set_member: 12, ..Limits::default() };
+    parser_with(sign, 4)
+}
+
+fn parser_with(sign: GaugeSign, values: usize) -> Parser {
+    let limits = Limits { line: 120, values, set_member: 12, ..Limits::default() };
     Parser::new(&Config { gauge_sign: sign, ..Config::default() }, &limits)
 }
 
@@ -63,7 +67,7 @@ fn read(bytes: &[u8]) -> Record {
 
 /// Lines as clients send them, and nearly so.
 fn line() -> impl Strategy<Value = String> {
-    let name = "[a-z._/ \\[#;,=é]{0,8}";
+    let name = "[a-z._/ \\[#;,=é]{0,8}([a-z.]{10,60})?";
     let number = "[+-]?[0-9]{0,20}(\\.[0-9]{0,3})?(e[0-9])?|nan|-0|[a-z]{1,14}";
     let value = format!("({number}|({number}):({number})|[0-9](:[0-9]){{0,5}})");
     let wire = "(c|g|ms|h|d|s|m|kv|C|x|mss|ms |)";
@@ -122,11 +126,21 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(1_500))]
 
     #[test]
-    fn the_fast_path_is_the_plain_grammar(bytes in datagram(), relative in any::<bool>()) {
+    fn the_fast_path_is_the_plain_grammar(bytes in datagram(), relative in any::<bool>(), values in 0..5_usize) {
         let sign = if relative { GaugeSign::Relative } else { GaugeSign::Absolute };
         let (mut fast, mut plain) = (Record::default(), Record::default());
-        parser(sign).datagram(&bytes, &mut fast);
-        parser(sign).datagram_plainly(&bytes, &mut plain);
+        parser_with(sign, values).datagram(&bytes, &mut fast);
+        parser_with(sign, values).datagram_plainly(&bytes, &mut plain);
+        prop_assert_eq!(fast, plain);
+    }
+
+    #[test]
+    fn of_a_stream_too_the_fast_path_is_the_plain_grammar(mut bytes in datagram()) {
+        // A line comes without its end, but a line feed further in is none.
+        while bytes.pop_if(|last| *last == b'\n').is_some() {}
+        let (mut fast, mut plain) = (Record::default(), Record::default());
+        parser(GaugeSign::Relative).line(&bytes, 2, &mut fast);
+        parser(GaugeSign::Relative).any_line(&bytes, 2, &mut plain);
         prop_assert_eq!(fast, plain);
     }
 
@@ -241,6 +255,19 @@ fn past_a_limit_a_line_is_rejected_for_it() {
     };
     assert_eq!(reasons(&nested(16)), [Reason::BadJson]);
     assert_eq!(reasons(&nested(15)), []);
+}
+
+#[test]
+fn a_byte_that_is_not_ascii_is_seen_wherever_it_stands() {
+    for length in 0..=100 {
+        let mut bytes = vec![b'a'; length];
+        assert!(is_ascii(&bytes), "{length}");
+        for at in 0..length {
+            bytes[at] = 0x80;
+            assert!(!is_ascii(&bytes), "{at} of {length}");
+            bytes[at] = b'a';
+        }
+    }
 }
 
 #[test]
