@@ -31,7 +31,7 @@ fn cases(cases: u32) -> ProptestConfig {
 
 /// Lines as clients send them, and nearly so.
 fn line() -> impl Strategy<Value = String> {
-    let name = "[a-z._/ \\[#;,=é]{0,8}";
+    let name = "[a-z._/ \\[#;,=é]{0,8}([a-z.]{10,60})?";
     let number = "[+-]?[0-9]{0,20}(\\.[0-9]{0,3})?(e[0-9])?|nan|-0|[a-z]{1,14}";
     let value = format!("({number}|({number}):({number})|[0-9](:[0-9]){{0,5}})");
     let wire = "(c|g|ms|h|d|s|m|kv|C|x|mss|ms |)";

@@ -45,7 +45,10 @@ pub(super) fn split(bytes: &[u8]) -> (&[u8], &[u8]) {
 /// Without the byte order mark that some editors and shells put at the start.
 #[inline]
 pub(super) fn without_bom(bytes: &[u8]) -> &[u8] {
-    bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes)
+    match bytes {
+        [0xef, 0xbb, 0xbf, rest @ ..] => rest,
+        _ => bytes,
+    }
 }
 
 /// Without blanks, carriage returns and NULs at both ends.

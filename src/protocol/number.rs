@@ -2,6 +2,7 @@
 //!
 //! [`read`] takes what stands at the front of the bytes and handles what nearly every client sends, digits with at most
 //! one dot, exactly and without a call; [`parse`] takes any spelling the rules allow and is what `read` falls back to.
+//! [`read_whole`] is `read` for the most common of all, a few digits.
 
 use crate::sample::Reason;
 
@@ -39,6 +40,16 @@ pub(super) fn read(bytes: &[u8]) -> Option<(f64, usize)> {
     }
     let magnitude = if scale == 0 { value as f64 } else { value as f64 / POWERS[scale] };
     Some((if negative && value != 0 { -magnitude } else { magnitude }, at))
+}
+
+/// So many digits are exact in an `f64` whichever they are.
+pub(super) const WHOLE_DIGITS: usize = 15;
+
+/// Reads the digits at the front of `bytes`: their number, and how many they are. Beyond [`WHOLE_DIGITS`] the number may
+/// be wrong, as it is where something follows that belongs to it.
+#[inline]
+pub(super) fn read_whole(bytes: &[u8]) -> (u64, usize) {
+    digits(bytes, 0, 0)
 }
 
 /// Goes over the digits from `at` on and appends them to `number`, which wraps when there are too many.
@@ -113,6 +124,13 @@ mod tests {
                 let expected: f64 = text.parse().unwrap();
                 prop_assert_eq!(value.to_bits(), (expected + 0.0).to_bits());
             }
+        }
+
+        #[test]
+        fn whole_numbers_are_those_of_the_longer_way(digits in "[0-9]{1,15}", after in "[|:\n]?") {
+            let text = format!("{digits}{after}");
+            let (number, length) = read_whole(text.as_bytes());
+            prop_assert_eq!(Some((number as f64, length)), read(text.as_bytes()));
         }
 
         #[test]

@@ -1,9 +1,10 @@
 //! Metric lines: the fast path, for lines with one good sample in the usual spelling, and the way of all others through
 //! the plain grammar.
 //!
-//! [`fast`] goes over a line once and looks for its end only where it must: a name is searched for `:` with SIMD, numbers
-//! and types end by themselves, tags are searched for `|` and LF. It decides nothing that the grammar decides otherwise
-//! (`fuzz/agree` and the tests here compare them); what it does not understand it leaves alone.
+//! [`Fast`] goes over a line once and looks for its end only where it must: a name is searched for `:` with SIMD, numbers
+//! and types end by themselves, tags are searched for `|` and LF. A whole number without a sign, which most values are,
+//! has a way of its own; all other values share one. It decides nothing that the grammar decides otherwise (`fuzz/agree`
+//! and the tests here compare them); what it does not understand it leaves alone. `benches/parse.rs` says what it costs.
 
 use memchr::{memchr2, memchr3};
 
@@ -11,55 +12,107 @@ use super::grammar::{self, Fault, Line, Reading, Values};
 use super::{Extras, GaugeSign, Limits, Parser, Reject, Sink, number, offset, tags};
 use crate::sample::{Identity, Kind, Reason, Sample, Value, WireType};
 
-/// Reads the line at the front of `bytes`, which is text, if it is one good sample in the usual spelling: the sample, and
-/// how many bytes it took with its line end.
+/// What the fast path reads by, and its memory for packed numbers.
+pub(super) struct Fast<'p> {
+    pub sign: GaugeSign,
+    pub limits: &'p Limits,
+    pub numbers: &'p mut Vec<f64>,
+}
+
+impl Fast<'_> {
+    /// Reads the line at the front of `bytes`, which is text, if it is one good sample in the usual spelling, and hands
+    /// that over: how many bytes it took with its line end.
+    #[inline]
+    pub(super) fn first_line(&mut self, bytes: &[u8], sink: &mut impl Sink) -> Option<usize> {
+        self.read(bytes, |_| true, sink)
+    }
+
+    /// As [`Fast::first_line`], if `line` is that line and nothing else.
+    #[inline]
+    pub(super) fn line(&mut self, line: &[u8], sink: &mut impl Sink) -> bool {
+        self.read(line, |length| length == line.len(), sink).is_some()
+    }
+
+    /// Reads the line at the front if `will_do` says so of its length with its line end.
+    #[inline]
+    fn read(&mut self, bytes: &[u8], will_do: impl Fn(usize) -> bool, sink: &mut impl Sink) -> Option<usize> {
+        let Self { sign, limits, numbers } = self;
+        let colon = name_end(bytes)?;
+        let value_at = colon + 1;
+        let one;
+        let (wire, fields_at, value) = match number::read_whole(&bytes[value_at..]) {
+            (number, length @ 1..=number::WHOLE_DIGITS) if bytes.get(value_at + length) == Some(&b'|') => {
+                let (wire, end) = wire_type(bytes, value_at + length)?;
+                one = [number as f64];
+                (wire, end, whole_value(wire, &bytes[value_at..], length, &one, limits)?)
+            }
+            _ => other_value(bytes, value_at, *sign, limits, numbers)?,
+        };
+        let mut fields = Fields { rate: 1.0, timestamp: 0, tags: &[], tags_at: 0 };
+        let mut at = fields_at;
+        while bytes.get(at) == Some(&b'|') {
+            at = field(bytes, at + 1, wire, &mut fields)?;
+        }
+        let length = line_end(bytes, at, fields_at)?;
+        if fields.rate < limits.sample_rate_min || at > limits.line || !will_do(length) {
+            return None;
+        }
+        let Fields { rate, timestamp, tags, .. } = fields;
+        let identity = Identity::Line { name: &bytes[..colon], tags };
+        sink.sample(&Sample { wire, identity, value, rate, timestamp, fields: &bytes[fields_at..at] });
+        sink.line_end();
+        Some(length)
+    }
+}
+
+/// Where the `:` behind a name stands. Blanks are trimmed, and JSON and events told apart, elsewhere.
 #[inline]
-pub(super) fn fast<'a>(
+fn name_end(bytes: &[u8]) -> Option<usize> {
+    let colon = memchr3(b':', b'|', b'\n', bytes)?;
+    let is_name = bytes[colon] == b':'
+        && !matches!(bytes[0], 0..=b' ' | b':' | b'{' | b'[')
+        && !(bytes[0] == b'_' && bytes.starts_with(b"_e{"));
+    is_name.then_some(colon)
+}
+
+/// One whole number without a sign, of so many digits, as the value of this type.
+#[inline]
+fn whole_value<'a>(
+    wire: WireType,
+    digits: &'a [u8],
+    length: usize,
+    number: &'a [f64; 1],
+    limits: &Limits,
+) -> Option<Value<'a>> {
+    if wire == WireType::Plain(Kind::Set) {
+        return (length <= limits.set_member).then(|| Value::Member(&digits[..length]));
+    }
+    (limits.values >= 1).then_some(Value::Numbers(number))
+}
+
+/// Any other value, with its type and where that ends: a fraction, a sign, packed numbers, or a member of a set.
+#[inline(never)]
+fn other_value<'a>(
     bytes: &'a [u8],
+    value_at: usize,
     sign: GaugeSign,
     limits: &Limits,
     numbers: &'a mut Vec<f64>,
-) -> Option<(Sample<'a>, usize)> {
-    let colon = memchr3(b':', b'|', b'\n', bytes)?;
-    // Blanks are trimmed, and JSON and events told apart, elsewhere.
-    if bytes[colon] != b':' || matches!(bytes[0], 0..=b' ' | b':' | b'{' | b'[') || bytes.starts_with(b"_e{") {
-        return None;
-    }
-    let value_at = colon + 1;
-    let bar = value_end(bytes, value_at, numbers);
-    let (bar, is_number) = match bar {
-        Some(bar) => (bar, true),
-        None => (value_at + memchr2(b'|', b'\n', &bytes[value_at..])?, false),
-    };
-    let (wire, mut at) = wire_type(bytes, bar)?;
-    let text = &bytes[value_at..bar];
-    let value = if wire == WireType::Plain(Kind::Set) {
-        if text.is_empty() || text.len() > limits.set_member {
-            return None;
+) -> Option<(WireType, usize, Value<'a>)> {
+    let bar = match packed(bytes, value_at, numbers) {
+        Some(bar) => bar,
+        None => {
+            numbers.clear();
+            value_at + memchr2(b'|', b'\n', &bytes[value_at..])?
         }
-        Value::Member(text)
-    } else if is_number {
-        numeric(wire, text, sign, numbers, limits)?
-    } else {
-        return None;
     };
-    let mut fields = Fields { rate: 1.0, timestamp: 0, tags: (0, 0) };
-    let fields_at = at;
-    while bytes.get(at) == Some(&b'|') {
-        at = field(bytes, at + 1, wire, &mut fields)?;
-    }
-    let next = line_end(bytes, at, fields_at)?;
-    if fields.rate < limits.sample_rate_min || at > limits.line {
-        return None;
-    }
-    let identity = Identity::Line { name: &bytes[..colon], tags: &bytes[fields.tags.0..fields.tags.1] };
-    let Fields { rate, timestamp, .. } = fields;
-    Some((Sample { wire, identity, value, rate, timestamp, fields: &bytes[fields_at..at] }, next))
+    let (wire, end) = wire_type(bytes, bar)?;
+    let value = value(wire, &bytes[value_at..bar], numbers, sign, limits)?;
+    Some((wire, end, value))
 }
 
-/// Reads one number, or packed ones, up to a `|`: where that stands.
-#[inline]
-fn value_end(bytes: &[u8], mut at: usize, numbers: &mut Vec<f64>) -> Option<usize> {
+/// Reads packed numbers up to a `|`: where that stands.
+fn packed(bytes: &[u8], mut at: usize, numbers: &mut Vec<f64>) -> Option<usize> {
     numbers.clear();
     loop {
         let (number, length) = number::read(&bytes[at..])?;
@@ -73,56 +126,59 @@ fn value_end(bytes: &[u8], mut at: usize, numbers: &mut Vec<f64>) -> Option<usiz
     }
 }
 
-/// The type behind the `|` at `bar`, and where it ends.
-#[inline]
+/// The type behind the `|` at `bar`, and where it ends. It and [`field`] are inlined by force: what they answer would go
+/// through memory, line by line.
+#[inline(always)]
 fn wire_type(bytes: &[u8], bar: usize) -> Option<(WireType, usize)> {
-    if bytes.get(bar) != Some(&b'|') {
-        return None;
-    }
-    let wire = match bytes.get(bar + 1)? {
-        b'c' => WireType::Plain(Kind::Counter),
-        b'g' => WireType::Plain(Kind::Gauge),
-        b'm' if bytes.get(bar + 2) == Some(&b's') => return Some((WireType::Plain(Kind::Timer), bar + 3)),
-        b'm' => WireType::Plain(Kind::Meter),
-        b'h' => WireType::Plain(Kind::Histogram),
-        b'd' => WireType::Plain(Kind::Distribution),
-        b's' => WireType::Plain(Kind::Set),
-        b'C' => WireType::AbsoluteCounter,
-        b'k' if bytes.get(bar + 2) == Some(&b'v') => return Some((WireType::KeyValue, bar + 3)),
+    let (wire, length) = match bytes.get(bar..)? {
+        [b'|', b'c', ..] => (WireType::Plain(Kind::Counter), 1),
+        [b'|', b'm', b's', ..] => (WireType::Plain(Kind::Timer), 2),
+        [b'|', b'g', ..] => (WireType::Plain(Kind::Gauge), 1),
+        [b'|', b's', ..] => (WireType::Plain(Kind::Set), 1),
+        [b'|', b'h', ..] => (WireType::Plain(Kind::Histogram), 1),
+        [b'|', b'd', ..] => (WireType::Plain(Kind::Distribution), 1),
+        [b'|', b'm', ..] => (WireType::Plain(Kind::Meter), 1),
+        [b'|', b'C', ..] => (WireType::AbsoluteCounter, 1),
+        [b'|', b'k', b'v', ..] => (WireType::KeyValue, 2),
         _ => return None,
     };
-    Some((wire, bar + 2))
+    Some((wire, bar + 1 + length))
 }
 
-/// Numbers as a value of this type; `None` where a sign or a limit asks for the long way.
-#[inline]
-fn numeric<'a>(wire: WireType, text: &[u8], sign: GaugeSign, numbers: &'a [f64], limits: &Limits) -> Option<Value<'a>> {
+/// The value of this type; `None` where it is none, or a sign or a limit asks for the long way.
+fn value<'a>(
+    wire: WireType,
+    text: &'a [u8],
+    numbers: &'a [f64],
+    sign: GaugeSign,
+    limits: &Limits,
+) -> Option<Value<'a>> {
+    let has_sign = || text.iter().any(|byte| matches!(byte, b'+' | b'-'));
     match wire {
+        WireType::Plain(Kind::Set) if text.is_empty() || text.len() > limits.set_member => None,
+        WireType::Plain(Kind::Set) => Some(Value::Member(text)),
+        _ if numbers.is_empty() || numbers.len() > limits.values => None,
         WireType::Plain(Kind::Timer) if numbers.iter().any(|number| *number < 0.0) => None,
-        WireType::Plain(Kind::Gauge) if sign == GaugeSign::Relative => {
-            let is_change = matches!(text[0], b'+' | b'-');
-            match numbers {
-                [_] if is_change => Some(Value::Changes(numbers)),
-                [_] => Some(Value::Numbers(numbers)),
-                _ if numbers.len() > limits.values || text.iter().any(|byte| matches!(byte, b'+' | b'-')) => None,
-                _ => Some(Value::Numbers(numbers)),
-            }
+        // Packed sets and changes count each for itself.
+        WireType::Plain(Kind::Gauge) if sign == GaugeSign::Relative && has_sign() => {
+            (numbers.len() == 1).then_some(Value::Changes(numbers))
         }
-        _ if numbers.len() > limits.values => None,
         WireType::Plain(_) | WireType::KeyValue | WireType::AbsoluteCounter => Some(Value::Numbers(numbers)),
     }
 }
 
-struct Fields {
+struct Fields<'a> {
     rate: f64,
     timestamp: u64,
-    /// Where the tags begin and end; both 0 without.
-    tags: (usize, usize),
+    /// From behind the first `|#` to the end of the last tag field.
+    tags: &'a [u8],
+    /// Where they begin; 0 without.
+    tags_at: usize,
 }
 
 /// Reads the field that begins at `at`, up to the next `|` or the line's end: where that stands.
-#[inline]
-fn field(bytes: &[u8], at: usize, wire: WireType, fields: &mut Fields) -> Option<usize> {
+#[inline(always)]
+fn field<'a>(bytes: &'a [u8], at: usize, wire: WireType, fields: &mut Fields<'a>) -> Option<usize> {
     match bytes.get(at)? {
         b'@' => {
             let (rate, length) = number::read(&bytes[at + 1..])?;
@@ -131,7 +187,10 @@ fn field(bytes: &[u8], at: usize, wire: WireType, fields: &mut Fields) -> Option
         }
         b'#' => {
             let end = field_end(bytes, at + 1);
-            fields.tags = (if fields.tags.0 == 0 { at + 1 } else { fields.tags.0 }, end);
+            if fields.tags_at == 0 {
+                fields.tags_at = at + 1;
+            }
+            fields.tags = &bytes[fields.tags_at..end];
             Some(end)
         }
         b'c' | b'e' => Some(field_end(bytes, at + 1)),
