@@ -125,8 +125,11 @@ impl Sink for Accounts<'_> {
                 let name = self.span(name);
                 let line = self.line_around(name.start);
                 assert!(!name.is_empty() && name.start == line.start && self.bytes[name.end] == b':');
-                let tags = self.span(tags);
-                assert!(tags.is_empty() || self.bytes[..tags.start].ends_with(b"|#") && tags.end <= line.end);
+                // Where there are none, they need not stand anywhere.
+                if !tags.is_empty() {
+                    let tags = self.span(tags);
+                    assert!(self.bytes[..tags.start].ends_with(b"|#") && tags.end <= line.end);
+                }
                 self.cover(line);
             }
         }
