@@ -20,8 +20,9 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 pub use rejects::{Limits, Rejected, Rejects};
 use tally::Tally;
 
-use crate::aggregate::shard::{Budget, Cells, Sealed, Shard};
+use crate::aggregate::shard::{Budget, Cells, IGNORED, Sealed, SeriesId, Shard};
 use crate::clock::Clock;
+use crate::mapping::Mapping;
 use crate::protocol::{self, Body, Event, Parser, Reject, ServiceCheck, Sink};
 use crate::sample::{Kind, Reason, Sample};
 use crate::telemetry;
@@ -88,6 +89,8 @@ pub struct Settings {
     pub protocol: protocol::Config,
     /// How long their parts may be.
     pub limits: protocol::Limits,
+    /// The rules that may drop series.
+    pub mapping: Option<Arc<Mapping>>,
 }
 
 /// What a seal delivers to the fold.
@@ -382,6 +385,11 @@ impl Worker {
     fn take_settings(&mut self) {
         let settings = self.port.workers.settings.load();
         if !Arc::ptr_eq(&settings, &self.core.settings) {
+            if settings.mapping != self.core.settings.mapping {
+                let mapping = settings.mapping.as_ref();
+                let drops = |id: &SeriesId| mapping.is_some_and(|mapping| mapping.drops(id.kind, &id.key.name()));
+                self.core.shard.reconsider(drops);
+            }
             self.core.settings = Arc::clone(&settings);
             self.parser = Parser::new(&settings.protocol, &settings.limits);
         }
@@ -397,7 +405,7 @@ fn next_due(now_ms: u64, interval_ms: u64) -> u64 {
 }
 
 impl Core {
-    /// The number of a sample's series, admitted if this is its first sample here.
+    /// The number of a sample's series, admitted if this is its first sample here and no mapping rule drops it.
     #[inline]
     fn series(&mut self, sample: &Sample<'_>, kind: Kind) -> Result<u32, Reason> {
         match self.shard.find(kind, &sample.identity) {
@@ -405,16 +413,27 @@ impl Core {
             Err(vacancy) => {
                 let settings = &self.settings;
                 let (key, bad_tags) = protocol::series_key(&sample.identity, &settings.protocol, &settings.limits)?;
+                let is_dropped = settings.mapping.as_ref().is_some_and(|mapping| mapping.drops(kind, &key.name()));
                 self.bad_tags(bad_tags);
+                if is_dropped {
+                    self.shard.ignore(vacancy, kind, &sample.identity);
+                    return Ok(IGNORED);
+                }
                 Ok(self.shard.admit(vacancy, kind, &sample.identity, key))
             }
         }
     }
 
-    fn try_sample(&mut self, sample: &Sample<'_>) -> Result<u64, Reason> {
+    fn try_sample(&mut self, sample: &Sample<'_>) -> Result<(), Reason> {
         let number = self.series(sample, sample.wire.kind())?;
         let source = self.source.host();
-        self.shard.add(number, sample.wire, &sample.value, sample.rate, self.now_ms, source)
+        if number == IGNORED {
+            self.tally.of(self.source.listener).samples_dropped += sample.value.count() as u64;
+            return Ok(());
+        }
+        let values = self.shard.add(number, sample.wire, &sample.value, sample.rate, self.now_ms, source)?;
+        self.tally.of(self.source.listener).samples += values;
+        Ok(())
     }
 }
 
@@ -422,10 +441,7 @@ impl Sink for Core {
     #[inline]
     fn sample(&mut self, sample: &Sample<'_>) {
         match self.try_sample(sample) {
-            Ok(values) => {
-                self.accepted = true;
-                self.tally.of(self.source.listener).samples += values;
-            }
+            Ok(()) => self.accepted = true,
             Err(reason) => {
                 let bytes = match sample.identity {
                     crate::sample::Identity::Line { name, .. } => name,

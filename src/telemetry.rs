@@ -60,6 +60,7 @@ table! {
     LINES_REJECTED = "tallyd_lines_rejected_total", Counter, ["listener", "reason"], "Lines and JSON records of which nothing was accepted, by the first reason.";
     SAMPLES = "tallyd_samples_total", Counter, ["listener"], "Samples accepted; packed values count one each.";
     SAMPLES_REJECTED = "tallyd_samples_rejected_total", Counter, ["listener", "reason"], "Samples rejected, those of partly accepted lines among them.";
+    SAMPLES_DROPPED = "tallyd_samples_dropped_total", Counter, ["listener"], "Samples of series that a mapping rule drops; their lines count as accepted.";
     TAGS_REJECTED = "tallyd_tags_rejected_total", Counter, [], "Tags without key or value, left out of a series when it was first seen.";
     REJECTS_SUPPRESSED = "tallyd_reject_log_suppressed_total", Counter, ["reason"], "Rejected lines that were counted but not logged.";
     CONNECTIONS = "tallyd_connections", Gauge, ["listener"], "Open stream connections.";
@@ -89,7 +90,8 @@ table! {
     HTTP_SECONDS = "tallyd_http_request_seconds", Seconds, ["route"], "Time from the request's headers to the answer's headers.";
     SCRAPE_SECONDS = "tallyd_scrape_seconds", Seconds, [], "Time to write one scrape.";
     CONFLICTS = "tallyd_scrape_conflicts", Gauge, [], "Series renamed in the last scrape, or added to others, because their names would collide.";
-    SCRAPE_PARTIAL = "tallyd_scrape_partial", Gauge, ["reason"], "Series of which the last scrape does not show all; illegal_negative_counter: the decrements of a counter.";
+    SCRAPE_PARTIAL = "tallyd_scrape_partial", Gauge, ["reason"], "Series of which the last scrape does not show all; illegal_negative_counter: the decrements of a counter; empty_metric_name: nothing, since its mapping rule gives an empty name.";
+    SCRAPE_UNMAPPED = "tallyd_scrape_unmapped", Gauge, [], "Series of the last scrape that no mapping rule matched; with mapping.file alone.";
 }
 
 impl Metric {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 
 use foldhash::fast::RandomState;
-use hashbrown::{HashMap, HashTable};
+use hashbrown::{HashMap, HashSet, HashTable};
 use serde::{Deserialize, Serialize};
 
 use super::{Aggregate, Counter, Gauge, Marks};
@@ -183,10 +183,18 @@ pub struct Shard {
     baselines: HashMap<(u32, u64), f64, RandomState>,
     budget: Arc<Budget>,
     refused: u64,
+    /// Bytes of the entries in the index that lead to [`IGNORED`].
+    ignored_bytes: usize,
 }
 
 /// How many (series, source) pairs of absolute counters a shard tells apart.
 const BASELINES_MAX: usize = 65_536;
+
+/// The number of identities whose samples are not kept.
+pub const IGNORED: u32 = u32::MAX;
+
+/// How many bytes of such identities a shard remembers. Past it, it forgets them all and asks again.
+const IGNORED_BYTES_MAX: usize = 4 << 20;
 
 impl Shard {
     /// An empty shard that draws on a budget.
@@ -204,10 +212,12 @@ impl Shard {
             baselines: HashMap::with_hasher(RandomState::default()),
             budget,
             refused: 0,
+            ignored_bytes: 0,
         }
     }
 
-    /// The number of the series an identity names, or the place where [`Shard::admit`] may put it.
+    /// The number of the series an identity names, [`IGNORED`] if it names none, or the place where [`Shard::admit`] may
+    /// put it.
     #[inline]
     pub fn find(&self, kind: Kind, identity: &Identity<'_>) -> Result<u32, Vacancy> {
         let hash = self.hash(kind, identity);
@@ -227,10 +237,42 @@ impl Shard {
             return self.overflow(kind);
         }
         let number = known.unwrap_or_else(|| self.number(id));
+        self.insert(vacancy, kind, identity, number);
+        number
+    }
+
+    /// Remembers that the samples of an identity that was not found are not kept.
+    pub fn ignore(&mut self, vacancy: Vacancy, kind: Kind, identity: &Identity<'_>) {
+        if self.ignored_bytes >= IGNORED_BYTES_MAX {
+            self.forget_ignored();
+        }
+        self.ignored_bytes += size_of::<Entry>() + spell(kind, identity).len();
+        self.insert(vacancy, kind, identity, IGNORED);
+    }
+
+    /// Asks again what is ignored: forgets what was, and ignores the series of which `ignores` says so from now on. They
+    /// stay in the ledger until they are idle for long enough.
+    pub fn reconsider(&mut self, ignores: impl Fn(&SeriesId) -> bool) {
+        self.forget_ignored();
+        let gone: HashSet<u32, RandomState> =
+            self.numbers.iter().filter(|(id, _)| ignores(id)).map(|(_, number)| *number).collect();
+        for entry in self.index.iter_mut().filter(|entry| gone.contains(&entry.number)) {
+            entry.number = IGNORED;
+            self.ignored_bytes += size_of::<Entry>() + entry.spelling.len();
+        }
+    }
+
+    fn forget_ignored(&mut self) {
+        if self.ignored_bytes > 0 {
+            self.index.retain(|entry| entry.number != IGNORED);
+            self.ignored_bytes = 0;
+        }
+    }
+
+    fn insert(&mut self, vacancy: Vacancy, kind: Kind, identity: &Identity<'_>, number: u32) {
         let entry = Entry { spelling: spell(kind, identity), number };
         let hasher = &self.hasher;
         self.index.insert_unique(vacancy.0, entry, |entry| hash_spelling(hasher, &entry.spelling));
-        number
     }
 
     /// How many samples were sent to `_overflow` since this was asked last.
@@ -277,11 +319,7 @@ impl Shard {
                 Value::Numbers(_) | Value::Changes(_) | Value::Member(_),
             ) => return Err(Reason::BadValue),
         };
-        let values = match value {
-            Value::Numbers(numbers) | Value::Changes(numbers) => numbers.len() as u64,
-            Value::Member(_) => 1,
-        };
-        if added { Ok(values) } else { Err(Reason::NonFinite) }
+        if added { Ok(value.count() as u64) } else { Err(Reason::NonFinite) }
     }
 
     /// An absolute counter counts the difference to the last value of the same source: nothing for the first one, and
@@ -334,7 +372,7 @@ impl Shard {
             }
             stays
         });
-        self.index.retain(|entry| !gone[entry.number as usize]);
+        self.index.retain(|entry| !gone.get(entry.number as usize).is_some_and(|gone| *gone));
         self.baselines.retain(|(number, _), _| !gone[*number as usize]);
         let released = (0..self.next).filter(|number| gone[*number as usize]);
         self.released.extend(released.clone());
@@ -533,6 +571,29 @@ mod tests {
         assert_eq!(count(&mut shard, "d", 1.0), 0);
         assert_eq!(count(&mut shard, "b", 1.0), 1);
         assert_eq!(shard.seal().new.len(), 1);
+    }
+
+    #[test]
+    fn what_is_ignored_is_remembered_within_bounds_until_it_is_asked_again() {
+        let mut shard = shard(3);
+        let identity = |name: &'static str| Identity::Line { name: name.as_bytes(), tags: b"" };
+        let number = count(&mut shard, "a", 1.0);
+        let vacancy = shard.find(Kind::Counter, &identity("b")).unwrap_err();
+        shard.ignore(vacancy, Kind::Counter, &identity("b"));
+        assert_eq!(shard.find(Kind::Counter, &identity("b")).unwrap(), IGNORED);
+        shard.retire(&[]);
+        shard.reconsider(|id| id.key.as_str() == "a");
+        assert_eq!(shard.find(Kind::Counter, &identity("a")).unwrap(), IGNORED);
+        assert!(shard.find(Kind::Counter, &identity("b")).is_err());
+        shard.reconsider(|_| false);
+        assert_eq!(count(&mut shard, "a", 1.0), number, "the series goes on where it was");
+        for n in 0..200_000 {
+            let name = format!("{n:64}");
+            let identity = Identity::Line { name: name.as_bytes(), tags: b"" };
+            let vacancy = shard.find(Kind::Counter, &identity).unwrap_err();
+            shard.ignore(vacancy, Kind::Counter, &identity);
+        }
+        assert!(shard.index.len() < 60_000, "{}", shard.index.len());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! `tallyd explain`: how a line is understood, or why it is rejected, where, and what was probably meant.
 //!
-//! It goes the way that an agent's worker goes, parser and then series key, and keeps what it finds. `--json` prints one
+//! It goes the way that an agent's worker goes, parser and then series key, and keeps what it finds; then the way of a
+//! scrape, mapping rule and then Prometheus' name. `--json` prints one
 //! object for each line, or one for all of standard input as a datagram or an HTTP body.
 
 #[cfg(test)]
@@ -14,13 +15,15 @@ use std::os::unix::ffi::OsStrExt;
 use serde::{Serialize, Serializer};
 
 use super::{Code, Failure, Layers};
+use crate::http::scrape;
+use crate::mapping::{Mapping, Metric as Mapped};
 use crate::protocol::{self, Config, Event, Extras, Limits, Parser, Reject, ServiceCheck, Sink};
 use crate::sample::{Identity, Kind, Sample, Value, WireType};
 
 /// Arguments of `explain`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The configuration to read by; of it, the sections protocol and limits matter.
+    /// The configuration to read by; of it, the sections protocol, limits, mapping and prometheus matter.
     #[command(flatten)]
     pub layers: Layers,
     /// Print JSON, one object for each input
@@ -57,7 +60,8 @@ pub fn run(args: &Args, mut stdin: impl Read, out: &mut impl Write) -> Result<()
     };
     let mut rejected = 0;
     for bytes in inputs {
-        let found = reader.read(bytes, form);
+        let mut found = reader.read(bytes, form);
+        found.metrics.iter_mut().for_each(|metric| metric.show(config.mapping.rules.as_deref(), &config.prometheus));
         rejected += found.errors.len();
         if args.json {
             serde_json::to_writer(&mut *out, &found).map_err(std::io::Error::from)?;
@@ -131,6 +135,28 @@ struct Metric {
     #[serde(skip_serializing_if = "Option::is_none")]
     key: Option<String>,
     series: String,
+    #[serde(skip)]
+    kind: Option<Kind>,
+    /// With a mapping file alone, so that without one the object is that of the conformance cases.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mapping: Option<Rule>,
+    /// As a scrape shows it in the text format; nothing where it is not shown.
+    #[serde(skip)]
+    prometheus: Vec<String>,
+}
+
+/// What the mapping rules say of a metric.
+#[derive(Debug, Default, PartialEq, Serialize)]
+struct Rule {
+    /// The rule that matches: its place among `mappings` from 0, its line, its `match`; all null where none does.
+    rule: Option<u32>,
+    line: Option<usize>,
+    #[serde(rename = "match")]
+    pattern: Option<String>,
+    match_type: Option<&'static str>,
+    action: Option<&'static str>,
+    /// Names and labels in a scrape; two for a meter.
+    prometheus: Vec<String>,
 }
 
 #[derive(Debug, PartialEq, Serialize)]
@@ -314,6 +340,7 @@ impl Metric {
         metric.rate = Number(sample.rate);
         metric.timestamp = (sample.timestamp > 0).then_some(sample.timestamp);
         metric.series = key.as_str().to_owned();
+        metric.kind = Some(sample.wire.kind());
         match sample.value {
             Value::Numbers(numbers) => metric.values = numbers.iter().copied().map(Number).collect(),
             Value::Changes(numbers) => {
@@ -341,6 +368,25 @@ impl Metric {
             cardinality: extras.cardinality.map(protocol::Cardinality::name),
             ..Self::default()
         }
+    }
+
+    /// Adds what becomes of the series in a scrape.
+    fn show(&mut self, mapping: Option<&Mapping>, prometheus: &scrape::Config) {
+        let Some(kind) = self.kind else { return };
+        let key = crate::sample::SeriesKey::from_canonical(&self.series);
+        self.prometheus = scrape::shown_as(kind, &key, mapping, prometheus);
+        let name = key.name();
+        self.mapping = mapping.map(|mapping| match mapping.find(Mapped::of(kind), &name) {
+            Some(found) => Rule {
+                rule: Some(found.number),
+                line: Some(found.rule.line),
+                pattern: Some(found.rule.pattern.clone()),
+                match_type: Some(found.rule.match_type.name()),
+                action: Some(found.rule.action.name()),
+                prometheus: self.prometheus.clone(),
+            },
+            None => Rule { prometheus: self.prometheus.clone(), ..Rule::default() },
+        });
     }
 
     fn of_record(sample: &Sample<'_>) -> Self {

@@ -95,6 +95,7 @@ impl Site for Ingest {
             | Endpoint::One
             | Endpoint::Rejects
             | Endpoint::Conflicts
+            | Endpoint::Unmapped
             | Endpoint::Scrape => Err(Problem::new(StatusCode::NOT_FOUND, "this stands on the API's listeners")),
         }
     }

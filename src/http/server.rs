@@ -88,6 +88,8 @@ pub enum Endpoint {
     Rejects,
     /// `GET /data/conflicts`
     Conflicts,
+    /// `GET /data/unmapped`
+    Unmapped,
     /// `GET /metrics`
     Scrape,
 }
@@ -117,6 +119,7 @@ pub const ROUTES: &[Route] = &[
     Route { template: "/data/metrics/{key}", endpoint: Endpoint::One, methods: &["GET", "DELETE"], on: &[On::Api] },
     Route { template: "/data/rejects", endpoint: Endpoint::Rejects, methods: &["GET"], on: &[On::Api] },
     Route { template: "/data/conflicts", endpoint: Endpoint::Conflicts, methods: &["GET"], on: &[On::Api] },
+    Route { template: "/data/unmapped", endpoint: Endpoint::Unmapped, methods: &["GET"], on: &[On::Api] },
     Route { template: "/metrics", endpoint: Endpoint::Scrape, methods: &["GET"], on: &[On::Api, On::Scrape] },
 ];
 

@@ -40,7 +40,8 @@ fn free(listener: &str) -> Config {
 impl House {
     /// Seals come only when they are asked for.
     fn open(config: &Config, limits: &Limits) -> Self {
-        let settings = Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default() };
+        let settings =
+            Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default(), mapping: None };
         let budget = Arc::new(aggregate::shard::Budget::new(&aggregate::shard::Limits::default()));
         let rejects = Arc::new(Rejects::new(&crate::ingest::Limits { reject_log: 1_000 }));
         let (workers, deliveries) = Workers::new(settings, budget, Arc::clone(&rejects), 3_600_000);
@@ -268,7 +269,8 @@ impl House {
 
 #[test]
 fn what_runs_beside_has_the_worker_of_the_streams() {
-    let settings = Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default() };
+    let settings =
+        Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default(), mapping: None };
     let budget = Arc::new(aggregate::shard::Budget::new(&aggregate::shard::Limits::default()));
     let rejects = Arc::new(Rejects::new(&crate::ingest::Limits::default()));
     let (workers, deliveries) = Workers::new(settings, budget, rejects, 3_600_000);

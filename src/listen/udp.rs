@@ -322,7 +322,8 @@ mod tests {
     }
 
     fn worker() -> Worker {
-        let settings = Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default() };
+        let settings =
+            Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default(), mapping: None };
         let budget = Arc::new(Budget::new(&shard::Limits::default()));
         let rejects = Arc::new(Rejects::new(&ingest::Limits::default()));
         Workers::new(settings, budget, rejects, 1_000).0.register(|| {})

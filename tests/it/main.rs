@@ -19,6 +19,7 @@ mod config;
 mod ingest;
 mod lifecycle;
 mod limits;
+mod mapping;
 mod prometheus;
 mod readme;
 mod redis;

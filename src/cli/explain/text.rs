@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use super::{CheckFound, EventFound, Found, Metric, Number, Rejected};
+use super::{CheckFound, EventFound, Found, Metric, Number, Rejected, Rule};
 
 /// Longest part of a line that is shown around the place of an error.
 const SHOWN: usize = 60;
@@ -59,7 +59,24 @@ fn write_metric(metric: &Metric, out: &mut impl Write) -> io::Result<()> {
             row(out, what, text)?;
         }
     }
-    row(out, "series", &metric.series)
+    row(out, "series", &metric.series)?;
+    if let Some(rule) = &metric.mapping {
+        row(out, "mapping", &rule_text(rule))?;
+    }
+    metric.prometheus.iter().try_for_each(|shown| row(out, "prometheus", shown))
+}
+
+/// `line 12: test.*.*, mappings[3]`
+fn rule_text(rule: &Rule) -> String {
+    let Rule { rule: Some(number), line: Some(line), pattern: Some(pattern), .. } = rule else {
+        return "no rule matches".to_owned();
+    };
+    let what = match (rule.action, rule.prometheus.is_empty()) {
+        (Some("drop"), _) => "; it drops the series",
+        (_, true) => "; it gives an empty name, so a scrape does not show the series",
+        (_, false) => "",
+    };
+    format!("line {line}: {pattern}, mappings[{number}]{what}")
 }
 
 fn write_event(event: &EventFound, out: &mut impl Write) -> io::Result<()> {

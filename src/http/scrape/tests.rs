@@ -3,12 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::{Read as _, Write as _};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
 use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
 
 use super::*;
-use crate::aggregate::ledger::{State, Total};
+use crate::aggregate::ledger::{Series, State, Total};
 use crate::aggregate::series::EXACT_MAX;
 use crate::aggregate::shard::SeriesId;
 use crate::aggregate::window::Window;
@@ -428,7 +429,7 @@ proptest! {
     #[test]
     fn bounds_mean_the_same_before_and_after_division(bound in 1e-6..1e6_f64, value in 1e-3..1e9_f64) {
         for (bound, value) in [(bound, value), (bound, bound * 1000.0), ((bound * 1e3).round() / 1e3, (bound * 1e3).round())] {
-            prop_assert_eq!(value <= write::bound_in_unit(bound, 1000.0), value / 1000.0 <= bound);
+            prop_assert_eq!(value <= write::Unit { divisor: 1000.0, scale: 1.0 }.received(bound), value / 1000.0 <= bound);
         }
     }
 
@@ -734,8 +735,8 @@ proptest! {
         reversed.reverse();
         prop_assert_eq!(&page(reversed, Format::Text, &config), &text);
 
-        let style = Style { format: Format::Text, observer_type: config.observer_type };
-        prop_assert_eq!(Index::new(all.clone(), style).conflicts(), conflicts(all, &config, NOW).len());
+        let index = Index::new(all.clone().into(), Format::Text, config.observer_type);
+        prop_assert_eq!(index.conflicts(), conflicts(all, &config, NOW).len());
     }
 
     #[test]
