@@ -266,7 +266,8 @@ impl Reader {
             path,
         };
         self.observer_options(&fields, observer_type.or(defaults.observer_type));
-        if rule.match_type == MatchType::Glob && !rule.pattern.1.is_empty() && !is_glob(&rule.pattern.1) {
+        let is_there = fields.get("match").is_some_and(|node| matches!(node.value, Value::Scalar(_)));
+        if rule.match_type == MatchType::Glob && is_there && !is_glob(&rule.pattern.1) {
             self.value(rule.pattern.0, fields.key("match"), &rule.pattern.1, GLOB);
         }
         rule
@@ -288,7 +289,7 @@ impl Reader {
         let key = fields.key("match");
         let node = fields.get("match");
         let text = node.and_then(|node| self.scalar(node, &key, "a pattern")).unwrap_or_default();
-        if text.is_empty() && node.is_none_or(|node| matches!(node.value, Value::Scalar(_))) {
+        if node.is_none() {
             self.problem(at, key, Fault::Missing);
         }
         (node.map_or(at, |node| node.at), text.to_owned())
@@ -503,7 +504,7 @@ impl Reader {
         }
     }
 
-    /// One of some words; the empty one is as if the key were not there.
+    /// One of some words.
     fn word<T>(
         &mut self,
         fields: &Fields<'_>,
@@ -514,7 +515,7 @@ impl Reader {
         let node = fields.get(name)?;
         let text = self.scalar(node, &fields.key(name), want)?;
         let word = read(text);
-        if word.is_none() && !text.is_empty() {
+        if word.is_none() {
             self.value(node.at, fields.key(name), text, want);
         }
         word
@@ -710,6 +711,7 @@ mod tests {
             "mappings:\n- match: '*'\n  name: $1\n  labels:\n  help:\n  action: ''\n  ttl: 0\n  scale: 1_000\n",
             "mappings:\n- {match: 'a.1-.*', name: '_${1}x$2', honor_labels: yes, labels: {x: , y: 1.10, z: true}}\n",
             "defaults:\n  match_type: regex\nmappings:\n- {match: '1.*', name: n}\n",
+            "mappings:\n- {match: '', match_type: regex, name: n}\n",
             "mappings:\n- {match: a.b, name: n, histogram_options: {buckets: [.005, 1, .inf]}}\n",
         ] {
             assert_eq!(problems(text), [""; 0], "{text}");

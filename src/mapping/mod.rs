@@ -109,8 +109,10 @@ impl ObserverType {
         }
     }
 
+    /// An empty text is the usual one, here and below, whatever `defaults` says.
     fn read(text: &str) -> Option<Self> {
-        [Self::Summary, Self::Histogram].into_iter().find(|one| one.name() == text)
+        let found = [Self::Summary, Self::Histogram].into_iter().find(|one| one.name() == text);
+        found.or(text.is_empty().then_some(Self::Summary))
     }
 }
 
@@ -133,7 +135,8 @@ impl MatchType {
     }
 
     fn read(text: &str) -> Option<Self> {
-        [Self::Glob, Self::Regex].into_iter().find(|one| one.name() == text)
+        let found = [Self::Glob, Self::Regex].into_iter().find(|one| one.name() == text);
+        found.or(text.is_empty().then_some(Self::Glob))
     }
 }
 
@@ -156,7 +159,8 @@ impl Action {
     }
 
     fn read(text: &str) -> Option<Self> {
-        [Self::Map, Self::Drop].into_iter().find(|one| one.name() == text)
+        let found = [Self::Map, Self::Drop].into_iter().find(|one| one.name() == text);
+        found.or(text.is_empty().then_some(Self::Map))
     }
 }
 

@@ -188,6 +188,12 @@ impl Mapper {
         Some((found, total))
     }
 
+    /// How many answers are kept.
+    #[cfg(test)]
+    pub(super) fn kept(&self) -> usize {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).by_place.len()
+    }
+
     /// Hands each series on with the rules' answer.
     fn ask(&self, mapping: &Arc<Mapping>, series: Vec<Arc<Series>>, mut each: impl FnMut(Arc<Series>, &Answer)) {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);

@@ -390,6 +390,21 @@ fn count_at_most(observed: &Observed, bound: f64) -> f64 {
     (exact + buckets.map(|(_, _, weight)| weight).sum::<f64>()).min(observed.count.value())
 }
 
+/// The weight of the observations from a bound on, which a negative scale turns into those up to one. A bucket that holds
+/// values on both sides counts whole here too.
+fn count_at_least(observed: &Observed, bound: f64) -> f64 {
+    if bound <= observed.min {
+        return observed.count.value();
+    }
+    if bound > observed.max {
+        return 0.0;
+    }
+    let exact: f64 = observed.exact.iter().filter(|(value, _)| *value >= bound).map(|(_, weight)| weight).sum();
+    let reaches = |lower: f64, upper: f64| upper > bound || (upper == bound && (upper > 0.0 || lower == upper));
+    let buckets = observed.histogram.buckets().filter(|(lower, upper, _)| reaches(*lower, *upper));
+    (exact + buckets.map(|(_, _, weight)| weight).sum::<f64>()).min(observed.count.value())
+}
+
 /// From values as received to values as shown.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Unit {
@@ -407,9 +422,9 @@ impl Unit {
         if self.scale > 0.0 {
             count_at_most(observed, self.received(bound))
         } else if self.scale < 0.0 {
-            // What was received below this is shown above the bound.
-            let above = Self { scale: -self.scale, ..self }.received((-bound).next_down());
-            observed.count.value() - count_at_most(observed, above)
+            // The smallest value that is not shown above the bound.
+            let positive = Self { scale: -self.scale, ..self };
+            count_at_least(observed, positive.received((-bound).next_down()).next_up())
         } else {
             if bound >= 0.0 { observed.count.value() } else { 0.0 }
         }
