@@ -9,7 +9,7 @@ pub mod run;
 pub mod send;
 
 use std::ffi::OsString;
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, Read as _, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::{env, fmt, fs};
@@ -92,7 +92,7 @@ fn read_mapping(loaded: &mut Loaded) -> Result<(), Failure> {
     }
     let origin = loaded.origin("mapping.file");
     let told = |code, what: String| Failure::told(code, format!("{origin}: mapping.file = {name:?}: {what}"));
-    let text = fs::read_to_string(&name).map_err(|error| {
+    let text = read_at_most(&name, mapping::FILE_MAX + 1).map_err(|error| {
         let (code, remedy) = cannot_read(&error);
         told(code, format!("{error}; {remedy}"))
     })?;
@@ -107,6 +107,12 @@ fn read(path: &Path) -> Result<String, Failure> {
         let (code, remedy) = cannot_read(&error);
         Failure::told(code, format!("{}: {error}; {remedy} with --config", path.display()))
     })
+}
+
+fn read_at_most(name: &str, bytes: u64) -> io::Result<String> {
+    let mut text = String::new();
+    fs::File::open(name)?.take(bytes).read_to_string(&mut text)?;
+    Ok(text)
 }
 
 /// The exit code for a file that cannot be read, and the remedy.

@@ -15,7 +15,7 @@
 //!
 //! Where statsd_exporter loses rules this does not: a glob that is the beginning of an earlier one (`a.b` after `a.b.c`)
 //! matches, a second rule with the same glob does not take the place of the first, and `glob_disable_ordering` always finds
-//! a rule if one fits. [`file`] and [`template`] have their own lists.
+//! a rule if one fits. The files `file.rs` and `template.rs` have their own lists.
 //!
 //! Regexes are Go's (RE2) and are translated for the crate `regex`, which has the same syntax, semantics and bound on time
 //! but for: Perl's classes and `\b`, which are ASCII in Go; `[`, `&&`, `--` and `~~` inside a class, which are literals in

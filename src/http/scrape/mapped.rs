@@ -121,6 +121,9 @@ impl Mapped {
     /// Leaves out what had no sample for so long that it is not shown any more.
     pub(super) fn unexpired(mut self, config: &Config, moment: Moment) -> Self {
         let expire_ms = config.expire.as_millis();
+        if expire_ms == 0 && self.rules.mapping.is_none() {
+            return self;
+        }
         let shown = |source: u32, series: &Series| {
             let ttl_ms = self.rules.style(source).map_or(0, |style| style.ttl.as_nanos().div_ceil(1_000_000) as u64);
             let update_ms = || series.peek().total.update_ms;
