@@ -152,7 +152,8 @@ struct Agent {
 
 impl Agent {
     fn new() -> Self {
-        let settings = Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default() };
+        let settings =
+            Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default(), mapping: None };
         let limits = shard::Limits { series: 10_000_000, memory: tallyd::units::Size(16 << 30) };
         let budget = Arc::new(Budget::new(&limits));
         let rejects = Arc::new(Rejects::new(&ingest::Limits::default()));

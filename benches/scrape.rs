@@ -15,7 +15,8 @@ use tallyd::aggregate::ledger::{Series, State, Total};
 use tallyd::aggregate::shard::SeriesId;
 use tallyd::aggregate::window::Window;
 use tallyd::aggregate::{Aggregate, Counter, Observed};
-use tallyd::http::scrape::{Config, Format, Moment, Page, Wanted};
+use tallyd::http::scrape::{Config, Format, Mapped, Mapper, Moment, Page, Wanted};
+use tallyd::mapping::Mapping;
 use tallyd::sample::{Kind, SeriesKey};
 
 const NOW: Moment = Moment { now_ms: 1_764_000_012_345, steady_ms: 1_764_000_012_345, window_ms: 10_000 };
@@ -37,6 +38,7 @@ fn main() {
             false,
         );
         run("counters, gzip", &counters(size, |n| format!("service.requests.node{n:07}.count")), true);
+        mapped(&counters(size, |n| format!("service.requests.node{n:07}.count")));
         // A million of these would take 2 GB, most of it for values that a scrape does not look at.
         if size <= 200_000 {
             run("summaries, 10 a window", &summaries(size), false);
@@ -44,30 +46,47 @@ fn main() {
     }
 }
 
+/// The same counters through a thousand mapping rules: when they are new to them, and when the answers are kept.
+fn mapped(series: &[Arc<Series>]) {
+    let others = (0..1_000).map(|rule| format!("- {{match: service.other{rule}.*.count, name: other{rule}}}\n"));
+    let rule = "- {match: service.requests.*.count, name: requests, labels: {node: $1}}\n";
+    let text = format!("mappings:\n{}{rule}", others.collect::<String>());
+    let rules = Arc::new(Mapping::parse(&text).expect("rules"));
+    let kept = Mapper::new(Some(Arc::clone(&rules)));
+    print("counters, mapped first", series.len(), || {
+        let mapper = Mapper::new(Some(Arc::clone(&rules)));
+        scrape(|| mapper.apply(series.to_vec()), false)
+    });
+    print("counters, mapped", series.len(), || scrape(|| kept.apply(series.to_vec()), false));
+}
+
 /// Prints the medians of some scrapes.
 fn run(what: &str, series: &[Arc<Series>], gzip: bool) {
-    let mut runs: Vec<(Duration, Duration, Duration, usize)> =
-        (0..RUNS).map(|_| scrape(series.to_vec(), gzip)).collect();
+    print(what, series.len(), || scrape(|| series.to_vec().into(), gzip));
+}
+
+fn print(what: &str, series: usize, scrape: impl Fn() -> (Duration, Duration, Duration, usize)) {
+    let mut runs: Vec<(Duration, Duration, Duration, usize)> = (0..RUNS).map(|_| scrape()).collect();
     runs.sort_unstable_by_key(|(order, write, ..)| *order + *write);
     let (order, write, pause, bytes) = runs[RUNS / 2];
     let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
     let total = order + write;
     println!(
         "{what:<24}{:>10}{:>9.1}{:>9.1}{:>9.1}{:>9.0}{bytes:>11}{:>9.1}{:>9.2}",
-        series.len(),
+        series,
         ms(order),
         ms(write),
         ms(total),
-        total.as_secs_f64() * 1e9 / series.len() as f64,
+        total.as_secs_f64() * 1e9 / series as f64,
         ms(copy(bytes)),
         ms(pause),
     );
 }
 
-/// Time to order, to write, the longest to a piece, and the bytes.
-fn scrape(series: Vec<Arc<Series>>, gzip: bool) -> (Duration, Duration, Duration, usize) {
+/// Time to name and order, to write, the longest to a piece, and the bytes.
+fn scrape(series: impl FnOnce() -> Mapped, gzip: bool) -> (Duration, Duration, Duration, usize) {
     let start = processor_time();
-    let mut page = Page::new(series, Wanted { format: Format::Text, gzip }, &Config::default(), NOW, None);
+    let mut page = Page::new(series(), Wanted { format: Format::Text, gzip }, &Config::default(), NOW, None);
     let order = processor_time() - start;
     let (mut bytes, mut pause, mut last) = (0, Duration::ZERO, Instant::now());
     while let Some(chunk) = page.next_chunk() {

@@ -22,6 +22,7 @@ use crate::aggregate::ledger::Ledger;
 use crate::aggregate::shard::{Budget, SeriesId};
 use crate::config::{Config, Kind};
 use crate::flush::{self, Parts, Running};
+use crate::http::scrape::Mapper;
 use crate::http::{self, Api, Health, Reload};
 use crate::ingest::{Rejects, Settings, Times, Worker, Workers};
 use crate::listen::{self, Listeners};
@@ -127,6 +128,7 @@ struct Agent {
     api: Thread,
     listeners: Listeners,
     health: Arc<Health>,
+    mapper: Arc<Mapper>,
     exporter: telemetry::Exporter,
     bound: BTreeMap<String, Vec<String>>,
 }
@@ -157,6 +159,7 @@ impl Agent {
         let remote = remote(config, journal.as_ref(), ship.as_ref(), &bell)?;
         let view = View::new(ledger, running.fold(), journal, rejects, workers.events()).sharing(remote);
         let health = Arc::new(Health::default());
+        let mapper = Arc::new(Mapper::new(config.mapping.rules.clone()));
         let mut bound = sockets.bound();
         let api = Api {
             view,
@@ -164,6 +167,7 @@ impl Agent {
             health: Arc::clone(&health),
             reload: orders,
             prometheus: config.prometheus.clone(),
+            mapper: Arc::clone(&mapper),
             exporter: exporter.clone(),
         };
         let HttpSockets { ingest, api: api_sockets, scrape } = sockets;
@@ -176,7 +180,7 @@ impl Agent {
             tracing::warn!("{warning}");
         }
         health.started(bound.clone());
-        Ok(Self { workers, running, ship, api, listeners, health, exporter, bound })
+        Ok(Self { workers, running, ship, api, listeners, health, mapper, exporter, bound })
     }
 
     /// The line that scripts and tests wait for.
@@ -212,6 +216,7 @@ impl Agent {
     fn reload(&self, reload: &mut impl FnMut() -> Result<Config, String>) -> Result<(), String> {
         let config = reload().inspect_err(|error| tracing::error!("the configuration is refused: {error}"))?;
         self.workers.set(settings(&config));
+        self.mapper.set(config.mapping.rules);
         Ok(())
     }
 
@@ -273,7 +278,11 @@ fn remote(
 }
 
 fn settings(config: &Config) -> Settings {
-    Settings { protocol: config.protocol.clone(), limits: config.limits.protocol.clone() }
+    Settings {
+        protocol: config.protocol.clone(),
+        limits: config.limits.protocol.clone(),
+        mapping: config.mapping.rules.clone(),
+    }
 }
 
 fn open_journal(config: &Config) -> Result<Option<Arc<Journal>>, journal::Error> {

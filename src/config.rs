@@ -3,6 +3,7 @@
 //! Built-in defaults < TOML file < environment < `--set`. Every layer is turned into settings (a key, a value, an
 //! [`Origin`]), each is tried by itself against the defaults, so that a wrong one is reported with its own place and
 //! all of them are reported at once. It is pure: text and environment come as arguments, no file is opened here.
+//! The mapping file that a configuration names is handed in afterwards: [`Loaded::set_mapping`].
 //! [`KEYS`] is the single definition of what a key means and whether a reload may change it; `packaging/tallyd.toml`
 //! is printed from it.
 
@@ -10,6 +11,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -18,9 +20,10 @@ use toml::{Table, Value};
 use crate::agent::limits as agent;
 use crate::aggregate::shard;
 use crate::http::scrape;
+use crate::mapping::Mapping;
 use crate::store::{journal, redis};
 use crate::units::without_password;
-use crate::{flush, http, ingest, listen, protocol};
+use crate::{flush, http, ingest, listen, mapping, protocol};
 
 mod layers;
 #[cfg(test)]
@@ -42,6 +45,8 @@ pub struct Config {
     pub flush: flush::Config,
     /// Where batches go.
     pub store: Store,
+    /// The rules that give series their names in a scrape.
+    pub mapping: mapping::Config,
     /// What a scrape shows.
     pub prometheus: scrape::Config,
     /// What is written to standard error.
@@ -59,6 +64,7 @@ impl Default for Config {
             protocol: protocol::Config::default(),
             flush: flush::Config::default(),
             store: Store::default(),
+            mapping: mapping::Config::default(),
             prometheus: scrape::Config::default(),
             log: Log::default(),
             limits: Limits::default(),
@@ -225,6 +231,9 @@ keys! {
     "store.redis", Restart, "Redis or Valkey.";
     "store.redis.url", Restart, "Address, and user and password where needed.";
     "store.redis.prefix", Restart, "Beginning of every key.";
+
+    "mapping", Now, "Which names and labels series have in a scrape, and which series are not kept.";
+    "mapping.file", Now, "A mapping file of statsd_exporter. \"\": none.";
 
     "prometheus", Restart, "What a scrape shows.";
     "prometheus.observer_type", Restart, "\"summary\" or \"histogram\": timers, histograms and distributions.";
@@ -455,7 +464,31 @@ impl Loaded {
         print(&self.config.tree(), |_| String::new(), line)
     }
 
-    fn origin(&self, key: &str) -> Origin {
+    /// Takes the text of the file that `mapping.file` names.
+    ///
+    /// # Errors
+    /// All that is wrong in it.
+    pub fn set_mapping(&mut self, text: &str) -> Result<(), Vec<Problem>> {
+        let name = &self.config.mapping.file;
+        let problem = |problem: mapping::Problem| {
+            let mapping::Place { line, column } = problem.at;
+            let origin = Origin::File { name: name.clone(), line, column };
+            Problem { origin, fault: Fault::Refused(problem.to_string()) }
+        };
+        let rules = Mapping::parse(text).map_err(|problems| problems.into_iter().map(problem).collect::<Vec<_>>())?;
+        self.config.mapping.rules = Some(Arc::new(rules));
+        Ok(())
+    }
+
+    /// What is right, but does nothing, each with its place.
+    pub fn notes(&self) -> Vec<String> {
+        let mapping::Config { file, rules } = &self.config.mapping;
+        let notes = rules.iter().flat_map(|rules| rules.notes());
+        notes.map(|note| format!("{file}:{}:{}: {note}", note.at.line, note.at.column)).collect()
+    }
+
+    /// Where the value of a key comes from.
+    pub fn origin(&self, key: &str) -> Origin {
         self.origins.get(key).cloned().unwrap_or(Origin::BuiltIn)
     }
 

@@ -23,9 +23,10 @@ pub use rejects::{Limits, Rejected, Rejects};
 use tally::Tally;
 pub use tally::begin;
 
-use crate::aggregate::shard::{Budget, Cells, Sealed, Shard};
+use crate::aggregate::shard::{Budget, Cells, IGNORED, Sealed, Shard};
 use crate::aggregate::window::start_of;
 use crate::clock::Clock;
+use crate::mapping::Mapping;
 use crate::protocol::{self, Body, Event, Parser, Reject, ServiceCheck, Sink};
 use crate::sample::{Kind, Reason, Sample};
 use crate::telemetry;
@@ -92,6 +93,8 @@ pub struct Settings {
     pub protocol: protocol::Config,
     /// How long their parts may be.
     pub limits: protocol::Limits,
+    /// The rules that may drop series.
+    pub mapping: Option<Arc<Mapping>>,
 }
 
 /// What readers asked for: a seal that begins after they did. The default is no question.
@@ -432,6 +435,8 @@ impl Worker {
     fn take_settings(&mut self) {
         let settings = self.port.workers.settings.load();
         if !Arc::ptr_eq(&settings, &self.core.settings) {
+            // Names may be kept otherwise from now on, and rules may drop others.
+            self.core.shard.forget_spellings();
             self.core.settings = Arc::clone(&settings);
             self.parser = Parser::new(&settings.protocol, &settings.limits);
         }
@@ -452,7 +457,7 @@ fn stamp_ms(timestamp: u64) -> u64 {
 }
 
 impl Core {
-    /// The number of a sample's series, admitted if this is its first sample here.
+    /// The number of a sample's series, admitted if this is its first sample here and no mapping rule drops it.
     #[inline]
     fn series(&mut self, sample: &Sample<'_>, kind: Kind) -> Result<u32, Reason> {
         match self.shard.find(kind, &sample.identity) {
@@ -460,19 +465,31 @@ impl Core {
             Err(vacancy) => {
                 let settings = &self.settings;
                 let (key, bad_tags) = protocol::series_key(&sample.identity, &settings.protocol, &settings.limits)?;
+                let is_dropped = settings.mapping.as_ref().is_some_and(|mapping| mapping.drops(kind, &key.name()));
                 self.bad_tags(bad_tags);
+                if is_dropped {
+                    self.shard.ignore(vacancy, kind, &sample.identity);
+                    return Ok(IGNORED);
+                }
                 Ok(self.shard.admit(vacancy, kind, &sample.identity, key))
             }
         }
     }
 
-    fn try_sample(&mut self, sample: &Sample<'_>) -> Result<u64, Reason> {
+    fn try_sample(&mut self, sample: &Sample<'_>) -> Result<(), Reason> {
         let number = self.series(sample, sample.wire.kind())?;
-        if sample.timestamp != 0 {
-            return self.add_stamped(number, sample);
+        if number == IGNORED {
+            self.tally.of(self.source.listener).samples_dropped += sample.value.count() as u64;
+            return Ok(());
         }
-        let source = self.source.host();
-        self.shard.add(number, sample.wire, &sample.value, sample.rate, self.now_ms, source)
+        let values = if sample.timestamp == 0 {
+            let source = self.source.host();
+            self.shard.add(number, sample.wire, &sample.value, sample.rate, self.now_ms, source)?
+        } else {
+            self.add_stamped(number, sample)?
+        };
+        self.tally.of(self.source.listener).samples += values;
+        Ok(())
     }
 
     /// A sample that says when it was taken goes into the window of that time if it is the present one or the one before,
@@ -501,10 +518,7 @@ impl Sink for Core {
     #[inline]
     fn sample(&mut self, sample: &Sample<'_>) {
         match self.try_sample(sample) {
-            Ok(values) => {
-                self.accepted = true;
-                self.tally.of(self.source.listener).samples += values;
-            }
+            Ok(()) => self.accepted = true,
             Err(reason) => {
                 let bytes = match sample.identity {
                     crate::sample::Identity::Line { name, .. } => name,
@@ -570,7 +584,8 @@ mod tests {
     const SOURCE: Source = Source { listener: Listener::Tcp, address: None };
 
     fn worker() -> (Arc<Workers>, Receiver<Delivery>, Worker) {
-        let settings = Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default() };
+        let settings =
+            Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default(), mapping: None };
         let budget = Arc::new(Budget::new(&shard::Limits::default()));
         let rejects = Arc::new(Rejects::new(&Limits::default()));
         let (workers, deliveries) = Workers::new(settings, budget, rejects, TIMES);

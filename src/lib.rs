@@ -6,8 +6,8 @@
 //!                                                                                            |-> scrape, JSON API (http)
 //! ```
 //!
-//! It goes one way. `protocol` knows bytes and nothing else, `aggregate` knows numbers and nothing else; both are pure,
-//! and everything that can fail stands around them. Nothing on the right is ever waited for by anything on the left.
+//! It goes one way. `protocol` knows bytes and nothing else, `aggregate` knows numbers, `mapping` knows names and what
+//! Prometheus is to see in their place; all three are pure, and everything that can fail stands around them. Nothing on the right is ever waited for by anything on the left.
 
 pub mod agent;
 pub mod aggregate;
@@ -18,6 +18,7 @@ pub mod flush;
 pub mod http;
 pub mod ingest;
 pub mod listen;
+pub mod mapping;
 pub mod protocol;
 pub mod sample;
 pub mod store;

@@ -109,6 +109,16 @@ pub enum Value<'a> {
     Member(&'a [u8]),
 }
 
+impl Value<'_> {
+    /// How many values it holds.
+    pub const fn count(&self) -> usize {
+        match self {
+            Self::Numbers(numbers) | Self::Changes(numbers) => numbers.len(),
+            Self::Member(_) => 1,
+        }
+    }
+}
+
 /// Where the name and the tags of a sample stand, undecoded. Two spellings of one series are two identities.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Identity<'a> {

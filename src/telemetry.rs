@@ -63,6 +63,7 @@ table! {
     EVENTS = "tallyd_events_total", Counter, ["listener"], "Events accepted.";
     SERVICE_CHECKS = "tallyd_service_checks_total", Counter, ["listener"], "Service checks accepted.";
     TIMESTAMPS_UNPLACED = "tallyd_timestamps_unplaced_total", Counter, [], "Samples whose timestamp lies in no window that is kept; they count in the present one.";
+    SAMPLES_DROPPED = "tallyd_samples_dropped_total", Counter, ["listener"], "Samples of series that a mapping rule drops; their lines count as accepted.";
     TAGS_REJECTED = "tallyd_tags_rejected_total", Counter, [], "Tags without key or value, left out of a series when it was first seen.";
     REJECTS_SUPPRESSED = "tallyd_reject_log_suppressed_total", Counter, ["reason"], "Rejected lines that were counted but not logged.";
     CONNECTIONS = "tallyd_connections", Gauge, ["listener"], "Open stream connections.";
@@ -93,7 +94,8 @@ table! {
     HTTP_SECONDS = "tallyd_http_request_seconds", Seconds, ["route"], "Time from the request's headers to the answer's headers.";
     SCRAPE_SECONDS = "tallyd_scrape_seconds", Seconds, [], "Time to write one scrape.";
     CONFLICTS = "tallyd_scrape_conflicts", Gauge, [], "Series renamed in the last scrape, or added to others, because their names would collide.";
-    SCRAPE_PARTIAL = "tallyd_scrape_partial", Gauge, ["reason"], "Series of which the last scrape does not show all; illegal_negative_counter: the decrements of a counter.";
+    SCRAPE_PARTIAL = "tallyd_scrape_partial", Gauge, ["reason"], "Series of which the last scrape does not show all; illegal_negative_counter: the decrements of a counter; empty_metric_name: nothing, since its mapping rule gives an empty name.";
+    SCRAPE_UNMAPPED = "tallyd_scrape_unmapped", Gauge, [], "Series of the last scrape that no mapping rule matched; with mapping.file alone.";
 }
 
 impl Metric {

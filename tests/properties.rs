@@ -370,7 +370,8 @@ enum Step {
 impl Agent {
     fn new() -> Self {
         let budget = Arc::new(Budget::new(&shard::Limits::default()));
-        let settings = Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default() };
+        let settings =
+            Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default(), mapping: None };
         let rejects = Arc::new(Rejects::new(&ingest::Limits::default()));
         // Nothing is due for an hour; a seal that is due all the same changes no total.
         let times = Times { interval_ms: 3_600_000, window_ms: 10_000 };

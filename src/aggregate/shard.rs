@@ -207,10 +207,18 @@ pub struct Shard {
     baselines: HashMap<(u32, u64), f64, RandomState>,
     budget: Arc<Budget>,
     refused: u64,
+    /// Bytes of the entries in the index that lead to [`IGNORED`].
+    ignored_bytes: usize,
 }
 
 /// How many (series, source) pairs of absolute counters a shard tells apart.
 const BASELINES_MAX: usize = 65_536;
+
+/// The number of identities whose samples are not kept.
+pub const IGNORED: u32 = u32::MAX;
+
+/// How many bytes of such identities a shard remembers. Past it, it forgets them all and asks again.
+const IGNORED_BYTES_MAX: usize = 4 << 20;
 
 impl Shard {
     /// An empty shard that draws on a budget.
@@ -228,10 +236,12 @@ impl Shard {
             baselines: HashMap::with_hasher(RandomState::default()),
             budget,
             refused: 0,
+            ignored_bytes: 0,
         }
     }
 
-    /// The number of the series an identity names, or the place where [`Shard::admit`] may put it.
+    /// The number of the series an identity names, [`IGNORED`] if it names none, or the place where [`Shard::admit`] may
+    /// put it.
     #[inline]
     pub fn find(&self, kind: Kind, identity: &Identity<'_>) -> Result<u32, Vacancy> {
         let hash = self.hash(kind, identity);
@@ -257,10 +267,24 @@ impl Shard {
             }
             None => self.number(id),
         };
-        let entry = Entry { spelling, number, is_further };
+        self.insert(vacancy, Entry { spelling, number, is_further });
+        number
+    }
+
+    /// Remembers that the samples of an identity that was not found are not kept.
+    pub fn ignore(&mut self, vacancy: Vacancy, kind: Kind, identity: &Identity<'_>) {
+        if self.ignored_bytes >= IGNORED_BYTES_MAX {
+            self.index.retain(|entry| entry.number != IGNORED);
+            self.ignored_bytes = 0;
+        }
+        let spelling = spell(kind, identity);
+        self.ignored_bytes += size_of::<Entry>() + spelling.len();
+        self.insert(vacancy, Entry { spelling, number: IGNORED, is_further: false });
+    }
+
+    fn insert(&mut self, vacancy: Vacancy, entry: Entry) {
         let hasher = &self.hasher;
         self.index.insert_unique(vacancy.0, entry, |entry| hash_spelling(hasher, &entry.spelling));
-        number
     }
 
     /// How many samples were sent to `_overflow` since this was asked last.
@@ -340,6 +364,7 @@ impl Shard {
         let further = self.index.drain().filter(|entry| entry.is_further);
         let bytes = further.map(|entry| spelling_cost(&entry.spelling)).sum();
         self.budget.refund(0, bytes);
+        self.ignored_bytes = 0;
     }
 
     /// Takes back cells that were drained.
@@ -366,7 +391,8 @@ impl Shard {
             stays
         });
         self.index.retain(|entry| {
-            let stays = !gone[entry.number as usize];
+            // What is ignored has no number.
+            let stays = !gone.get(entry.number as usize).is_some_and(|gone| *gone);
             if !stays && entry.is_further {
                 budget.refund(0, spelling_cost(&entry.spelling));
             }
@@ -479,11 +505,7 @@ fn add_to(cell: &mut Aggregate, value: &Value<'_>, rate: f64, at_ms: u64) -> Res
             Value::Numbers(_) | Value::Changes(_) | Value::Member(_),
         ) => return Err(Reason::BadValue),
     };
-    let values = match value {
-        Value::Numbers(numbers) | Value::Changes(numbers) => numbers.len() as u64,
-        Value::Member(_) => 1,
-    };
-    if added { Ok(values) } else { Err(Reason::NonFinite) }
+    if added { Ok(value.count() as u64) } else { Err(Reason::NonFinite) }
 }
 
 #[inline]
@@ -654,6 +676,27 @@ mod tests {
         shard.retire(&[old]);
         assert_eq!(shard.seal().released, [old]);
         assert_ne!(count(&mut shard, "one", 1.0), count(&mut shard, "other", 1.0));
+    }
+
+    #[test]
+    fn what_is_ignored_is_remembered_within_bounds_until_it_is_asked_again() {
+        let mut shard = shard(3);
+        let identity = |name: &'static str| Identity::Line { name: name.as_bytes(), tags: b"" };
+        let number = count(&mut shard, "a", 1.0);
+        let vacancy = shard.find(Kind::Counter, &identity("b")).unwrap_err();
+        shard.ignore(vacancy, Kind::Counter, &identity("b"));
+        assert_eq!(shard.find(Kind::Counter, &identity("b")).unwrap(), IGNORED);
+        shard.retire(&[]);
+        shard.forget_spellings();
+        assert!(shard.find(Kind::Counter, &identity("b")).is_err());
+        assert_eq!(count(&mut shard, "a", 1.0), number, "the series goes on where it was");
+        for n in 0..200_000 {
+            let name = format!("{n:64}");
+            let identity = Identity::Line { name: name.as_bytes(), tags: b"" };
+            let vacancy = shard.find(Kind::Counter, &identity).unwrap_err();
+            shard.ignore(vacancy, Kind::Counter, &identity);
+        }
+        assert!(shard.index.len() < 60_000, "{}", shard.index.len());
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! `tallyd check`: what is wrong with the configuration, or what it comes to. It binds and writes nothing.
+//! `tallyd check`: what is wrong with the configuration and the mapping file that it names, or what it comes to. It binds
+//! and writes nothing.
 
 use std::io::Write;
 
@@ -29,6 +30,7 @@ pub fn run(args: &Args, out: &mut impl Write) -> Result<(), Failure> {
     if args.print {
         write!(out, "{}", loaded.print())?;
     } else {
+        loaded.notes().iter().try_for_each(|note| writeln!(out, "{note}"))?;
         writeln!(out, "the configuration is valid")?;
     }
     Ok(())

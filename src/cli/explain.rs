@@ -1,6 +1,7 @@
 //! `tallyd explain`: how a line is understood, or why it is rejected, where, and what was probably meant.
 //!
-//! It goes the way that an agent's worker goes, parser and then series key, and keeps what it finds. `--json` prints one
+//! It goes the way that an agent's worker goes, parser and then series key, and keeps what it finds; then the way of a
+//! scrape, mapping rule and then Prometheus' name. `--json` prints one
 //! object for each line, or one for all of standard input as a datagram or an HTTP body.
 
 #[cfg(test)]
@@ -16,13 +17,14 @@ use serde::{Serialize, Serializer};
 use super::{Code, Failure, Layers};
 use crate::http::scrape;
 use crate::ingest::{KeptCheck, KeptEvent};
+use crate::mapping::{Mapping, Metric as Mapped};
 use crate::protocol::{self, Config, Event, Extras, Limits, Parser, Reject, ServiceCheck, Sink};
 use crate::sample::{Identity, Kind, Sample, SeriesKey, Value, WireType};
 
 /// Arguments of `explain`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The configuration to read by; of it, the sections protocol, limits and prometheus matter.
+    /// The configuration to read by; of it, the sections protocol, limits, mapping and prometheus matter.
     #[command(flatten)]
     pub layers: Layers,
     /// Print JSON, one object for each input
@@ -42,7 +44,7 @@ pub struct Args {
 /// Explains what it is given. Where something is rejected it says so and fails with [`Code::Data`].
 pub fn run(args: &Args, mut stdin: impl Read, out: &mut impl Write) -> Result<(), Failure> {
     let config = args.layers.load()?.config;
-    let mut reader = Reader::new(&config.protocol, &config.limits.protocol, &config.prometheus);
+    let mut reader = Reader::new(&config.protocol, &config.limits.protocol);
     let mut input = Vec::new();
     if args.lines.is_empty() {
         stdin.read_to_end(&mut input).map_err(|error| Failure::told(Code::Io, format!("standard input: {error}")))?;
@@ -59,7 +61,8 @@ pub fn run(args: &Args, mut stdin: impl Read, out: &mut impl Write) -> Result<()
     };
     let mut rejected = 0;
     for bytes in inputs {
-        let found = reader.read(bytes, form);
+        let mut found = reader.read(bytes, form);
+        found.metrics.iter_mut().for_each(|metric| metric.show(config.mapping.rules.as_deref(), &config.prometheus));
         rejected += found.errors.len();
         if args.json {
             serde_json::to_writer(&mut *out, &found).map_err(std::io::Error::from)?;
@@ -94,7 +97,6 @@ enum Form {
 struct Reader {
     config: Config,
     limits: Limits,
-    prometheus: scrape::Config,
     parser: Parser,
 }
 
@@ -134,8 +136,27 @@ struct Metric {
     #[serde(skip_serializing_if = "Option::is_none")]
     key: Option<String>,
     series: String,
-    /// Name and labels in a scrape; a meter has two.
     #[serde(skip)]
+    kind: Option<Kind>,
+    /// With a mapping file alone, so that without one the object is that of the conformance cases.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mapping: Option<Rule>,
+    /// As a scrape shows it in the text format; nothing where it is not shown.
+    #[serde(skip)]
+    prometheus: Vec<String>,
+}
+
+/// What the mapping rules say of a metric.
+#[derive(Debug, Default, PartialEq, Serialize)]
+struct Rule {
+    /// The rule that matches: its place among `mappings` from 0, its line, its `match`; all null where none does.
+    rule: Option<u32>,
+    line: Option<usize>,
+    #[serde(rename = "match")]
+    pattern: Option<String>,
+    match_type: Option<&'static str>,
+    action: Option<&'static str>,
+    /// Names and labels in a scrape; two for a meter.
     prometheus: Vec<String>,
 }
 
@@ -166,15 +187,15 @@ impl Serialize for Number {
 }
 
 impl Reader {
-    fn new(config: &Config, limits: &Limits, prometheus: &scrape::Config) -> Self {
+    fn new(config: &Config, limits: &Limits) -> Self {
         let parser = Parser::new(config, limits);
-        Self { config: config.clone(), limits: limits.clone(), prometheus: prometheus.clone(), parser }
+        Self { config: config.clone(), limits: limits.clone(), parser }
     }
 
     fn read(&mut self, bytes: &[u8], form: Form) -> Found {
-        let Self { config, limits, prometheus, parser } = self;
+        let Self { config, limits, parser } = self;
         let found = Found::default();
-        let mut finding = Finding { config, limits, prometheus, bytes, found, tag_errors_of_line: 0 };
+        let mut finding = Finding { config, limits, bytes, found, tag_errors_of_line: 0 };
         match form {
             Form::Line | Form::Datagram => parser.datagram(bytes, &mut finding),
             Form::Body => {
@@ -195,7 +216,6 @@ impl Reader {
 struct Finding<'a> {
     config: &'a Config,
     limits: &'a Limits,
-    prometheus: &'a scrape::Config,
     bytes: &'a [u8],
     found: Found,
     /// The samples of a line share its tags.
@@ -218,8 +238,7 @@ impl Sink for Finding<'_> {
         match protocol::series_key(&sample.identity, self.config, self.limits) {
             Ok((key, bad_tags)) => {
                 self.tag_errors_of_line = bad_tags;
-                let prometheus = scrape::shown(sample.wire.kind(), &key, self.prometheus);
-                self.found.metrics.push(Metric { prometheus, ..Metric::new(sample, &key) });
+                self.found.metrics.push(Metric::new(sample, &key));
             }
             Err(reason) => {
                 let name = match sample.identity {
@@ -263,6 +282,7 @@ impl Metric {
         metric.rate = Number(sample.rate);
         metric.timestamp = (sample.timestamp > 0).then_some(sample.timestamp);
         metric.series = key.as_str().to_owned();
+        metric.kind = Some(sample.wire.kind());
         match sample.value {
             Value::Numbers(numbers) => metric.values = numbers.iter().copied().map(Number).collect(),
             Value::Changes(numbers) => {
@@ -290,6 +310,25 @@ impl Metric {
             cardinality: extras.cardinality.map(protocol::Cardinality::name),
             ..Self::default()
         }
+    }
+
+    /// Adds what becomes of the series in a scrape.
+    fn show(&mut self, mapping: Option<&Mapping>, prometheus: &scrape::Config) {
+        let Some(kind) = self.kind else { return };
+        let key = SeriesKey::from_canonical(&self.series);
+        self.prometheus = scrape::shown_as(kind, &key, mapping, prometheus);
+        let name = key.name();
+        self.mapping = mapping.map(|mapping| match mapping.find(Mapped::of(kind), &name) {
+            Some(found) => Rule {
+                rule: Some(found.number),
+                line: Some(found.rule.line),
+                pattern: Some(found.rule.pattern.clone()),
+                match_type: Some(found.rule.match_type.name()),
+                action: Some(found.rule.action.name()),
+                prometheus: self.prometheus.clone(),
+            },
+            None => Rule { prometheus: self.prometheus.clone(), ..Rule::default() },
+        });
     }
 
     fn of_record(sample: &Sample<'_>) -> Self {

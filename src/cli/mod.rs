@@ -9,7 +9,7 @@ pub mod run;
 pub mod send;
 
 use std::ffi::OsString;
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, Read as _, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::{env, fmt, fs};
@@ -17,6 +17,7 @@ use std::{env, fmt, fs};
 use clap::{Parser, Subcommand};
 
 use crate::config::{Config, Loaded, Problem, Sources};
+use crate::mapping;
 
 /// A StatsD-compatible metrics agent: every dialect on one port, exact aggregates, JSON and Prometheus out.
 #[derive(Debug, Parser)]
@@ -77,24 +78,55 @@ impl Layers {
         let environment: Vec<_> = env::vars_os().map(|(name, value)| (lossy(name), lossy(value))).collect();
         let file = text.as_deref().map(|text| (name.as_str(), text));
         let sources = Sources { file, environment: &environment, set: &self.set };
-        Config::load(&sources).map_err(Failure::Configuration)
+        let mut loaded = Config::load(&sources).map_err(Failure::Configuration)?;
+        read_mapping(&mut loaded)?;
+        Ok(loaded)
     }
+}
+
+/// Reads the file that `mapping.file` names, if it names one.
+fn read_mapping(loaded: &mut Loaded) -> Result<(), Failure> {
+    let name = loaded.config.mapping.file.clone();
+    if name.is_empty() {
+        return Ok(());
+    }
+    let origin = loaded.origin("mapping.file");
+    let told = |code, what: String| Failure::told(code, format!("{origin}: mapping.file = {name:?}: {what}"));
+    let text = read_at_most(&name, mapping::FILE_MAX + 1).map_err(|error| {
+        let (code, remedy) = cannot_read(&error);
+        told(code, format!("{error}; {remedy}"))
+    })?;
+    if text.len() as u64 > mapping::FILE_MAX {
+        return Err(told(Code::Configuration, format!("longer than {} bytes; leave rules out", mapping::FILE_MAX)));
+    }
+    loaded.set_mapping(&text).map_err(Failure::Configuration)
 }
 
 fn read(path: &Path) -> Result<String, Failure> {
     fs::read_to_string(path).map_err(|error| {
-        let kind = error.kind();
-        let (code, remedy) = if kind == ErrorKind::NotFound {
-            (Code::NoInput, "name an existing file with --config")
-        } else if kind == ErrorKind::PermissionDenied {
-            (Code::Permission, "make it readable for this user")
-        } else if kind == ErrorKind::InvalidData {
-            (Code::Configuration, "write it in UTF-8")
-        } else {
-            (Code::Io, "name a readable file with --config")
-        };
-        Failure::told(code, format!("{}: {error}; {remedy}", path.display()))
+        let (code, remedy) = cannot_read(&error);
+        Failure::told(code, format!("{}: {error}; {remedy} with --config", path.display()))
     })
+}
+
+fn read_at_most(name: &str, bytes: u64) -> io::Result<String> {
+    let mut text = String::new();
+    fs::File::open(name)?.take(bytes).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// The exit code for a file that cannot be read, and the remedy.
+fn cannot_read(error: &io::Error) -> (Code, &'static str) {
+    let kind = error.kind();
+    if kind == ErrorKind::NotFound {
+        (Code::NoInput, "name an existing file")
+    } else if kind == ErrorKind::PermissionDenied {
+        (Code::Permission, "make it readable for this user, or name another")
+    } else if kind == ErrorKind::InvalidData {
+        (Code::Configuration, "write it in UTF-8, or name another")
+    } else {
+        (Code::Io, "name a readable file")
+    }
 }
 
 /// How a command ends otherwise than well, as sysexits(3) numbers it.

@@ -6,12 +6,14 @@ use tracing_subscriber::{EnvFilter, fmt, reload};
 
 use super::{Failure, Layers};
 use crate::agent;
-use crate::config::{Config, Level};
+use crate::config::{Config, Level, Loaded};
 
 /// Runs the agent until it is told to stop.
 pub fn run(layers: &Layers) -> Result<(), Failure> {
-    let config = layers.load().map_err(Failure::brief)?.config;
-    let set_level = open_log(config.log.level);
+    let loaded = layers.load().map_err(Failure::brief)?;
+    let set_level = open_log(loaded.config.log.level);
+    warn(&loaded);
+    let config = loaded.config;
     run_agent(&config, reloader(layers.clone(), config.clone(), set_level))
 }
 
@@ -23,16 +25,23 @@ fn reloader(
     set_level: impl Fn(Level) + Send + 'static,
 ) -> impl FnMut() -> Result<Config, String> + Send + 'static {
     move || {
-        let new = layers.load().map_err(|failure| failure.to_string())?.config;
-        let changed = current.reload(&new).map_err(|keys| {
+        let loaded = layers.load().map_err(|failure| failure.to_string())?;
+        let new = &loaded.config;
+        let changed = current.reload(new).map_err(|keys| {
             let (keys, change) = (keys.join(", "), if keys.len() == 1 { "changes" } else { "change" });
             format!("{keys}: {change} only with a restart; restart tallyd, or take the change back")
         })?;
         set_level(new.log.level);
+        warn(&loaded);
         tracing::info!(changed = changed.join(", "), "the configuration was read again");
-        current = new.clone();
-        Ok(new)
+        current = loaded.config;
+        Ok(current.clone())
     }
+}
+
+/// Logs what is right in the configuration, but does nothing.
+fn warn(loaded: &Loaded) {
+    loaded.notes().iter().for_each(|note| tracing::warn!("{note}"));
 }
 
 /// Opens the log on standard error; what is returned changes its level.

@@ -14,7 +14,7 @@ use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use hyper::body::{Frame, Incoming};
-use hyper::header::{CACHE_CONTROL, HeaderMap, HeaderValue, LINK};
+use hyper::header::{CACHE_CONTROL, HeaderMap, HeaderName, HeaderValue, LINK};
 use hyper::{Method, Request, Response, StatusCode};
 use percent_encoding::{NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -37,6 +37,9 @@ const QUANTILES_MAX: usize = 32;
 /// The length of a page unless another is asked for.
 const PAGE_DEFAULT: usize = 1_000;
 
+/// How many there are of what a page shows a part of.
+const TOTAL_COUNT: HeaderName = HeaderName::from_static("total-count");
+
 /// The document of `GET /openapi.json`.
 const OPENAPI: &str = include_str!("openapi.json");
 
@@ -54,14 +57,18 @@ impl Data {
         Self { api, lists: places(limits.lists), scrapes: Arc::new(places(limits.scrapes)), page_max: limits.page }
     }
 
-    async fn list(&self, query: &Query) -> Result<Response<Body>, Problem> {
+    /// How many a page is to have.
+    fn limit(&self, query: &Query) -> Result<usize, Problem> {
         let limit = query.parsed::<usize>("limit", "a whole number")?.unwrap_or(PAGE_DEFAULT.min(self.page_max));
         if limit == 0 || limit > self.page_max {
-            return Err(Problem::bad_request(format!(
-                "limit={limit}: a page has 1 to limits.page, {}, metrics",
-                self.page_max
-            )));
+            let max = self.page_max;
+            return Err(Problem::bad_request(format!("limit={limit}: a page has 1 to limits.page, {max}, metrics")));
         }
+        Ok(limit)
+    }
+
+    async fn list(&self, query: &Query) -> Result<Response<Body>, Problem> {
+        let limit = self.limit(query)?;
         let filter = Filter { glob: query.get("match").map(str::to_owned), kind: query.kind()?, tags: query.tags() };
         let after = query.parsed::<Cursor>("cursor", "what the last page's Link said")?;
         let (scope, quantiles) = (query.scope()?, query.quantiles()?);
@@ -129,7 +136,8 @@ impl Data {
             return Err(Problem::busy("as many scrapes as limits.scrapes allows are being made; try again"));
         };
         let (headers, config, own) = (headers.clone(), self.api.prometheus.clone(), self.api.exporter.clone());
-        let respond = move |series, moment| scrape::respond(&headers, series, &config, moment, own);
+        let mapper = Arc::clone(&self.api.mapper);
+        let respond = move |series, moment| scrape::respond(&headers, mapper.apply(series), &config, moment, own);
         let response = self.beside(respond).await?;
         Ok(response.map(|page| Box::pin(Exposition { page, _permit: permit }) as Body))
     }
@@ -139,9 +147,24 @@ impl Data {
         let Ok(_permit) = self.scrapes.try_acquire() else {
             return Err(Problem::busy("as many scrapes as limits.scrapes allows are being made; try again"));
         };
-        let config = self.api.prometheus.clone();
-        let text = self.beside(move |series, moment| serde_json::to_vec(&scrape::conflicts(series, &config, moment)));
-        json(text.await?)
+        let (config, mapper) = (self.api.prometheus.clone(), Arc::clone(&self.api.mapper));
+        let find = move |series, moment| scrape::conflicts(mapper.apply(series), &config, moment);
+        json(serde_json::to_vec(&self.beside(find).await?))
+    }
+
+    /// The names that no mapping rule matches, the most used first; how many there are in all is in a header.
+    async fn unmapped(&self, query: &Query) -> Result<Response<Body>, Problem> {
+        let limit = self.limit(query)?;
+        let Ok(_permit) = self.scrapes.try_acquire() else {
+            return Err(Problem::busy("as many scrapes as limits.scrapes allows are being made; try again"));
+        };
+        let mapper = Arc::clone(&self.api.mapper);
+        let Some((names, total)) = self.beside(move |series, _| mapper.unmapped(series, limit)).await? else {
+            return Err(Problem::new(StatusCode::NOT_FOUND, "mapping.file names no mapping file"));
+        };
+        let mut response = json(serde_json::to_vec(&names))?;
+        response.headers_mut().insert(TOTAL_COUNT, HeaderValue::from(total));
+        Ok(response)
     }
 
     /// Does something with all series, fresh as of now, on a thread where that delays no other reader.
@@ -189,6 +212,7 @@ impl Site for Data {
             Endpoint::Events => self.events().await,
             Endpoint::Checks => self.checks().await,
             Endpoint::Conflicts => self.conflicts().await,
+            Endpoint::Unmapped => self.unmapped(&query).await,
             Endpoint::Scrape => self.scrape(request.headers()).await,
             Endpoint::Ping => Ok(health::ping(Self::ON)),
             Endpoint::Healthy => Ok(health::healthy()),

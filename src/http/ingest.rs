@@ -105,6 +105,7 @@ impl Site for Ingest {
             | Endpoint::Events
             | Endpoint::Checks
             | Endpoint::Conflicts
+            | Endpoint::Unmapped
             | Endpoint::Scrape => Err(Problem::new(StatusCode::NOT_FOUND, "this stands on the API's listeners")),
         }
     }

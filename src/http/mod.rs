@@ -221,6 +221,8 @@ pub struct Api {
     pub reload: mpsc::Sender<Reload>,
     /// `[prometheus]`: what a scrape shows.
     pub prometheus: scrape::Config,
+    /// The mapping rules.
+    pub mapper: Arc<scrape::Mapper>,
     /// Our own metrics, shown by a scrape behind all others.
     pub exporter: telemetry::Exporter,
 }

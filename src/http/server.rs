@@ -92,6 +92,8 @@ pub enum Endpoint {
     Checks,
     /// `GET /data/conflicts`
     Conflicts,
+    /// `GET /data/unmapped`
+    Unmapped,
     /// `GET /metrics`
     Scrape,
 }
@@ -123,6 +125,7 @@ pub const ROUTES: &[Route] = &[
     Route { template: "/data/events", endpoint: Endpoint::Events, methods: &["GET"], on: &[On::Api] },
     Route { template: "/data/checks", endpoint: Endpoint::Checks, methods: &["GET"], on: &[On::Api] },
     Route { template: "/data/conflicts", endpoint: Endpoint::Conflicts, methods: &["GET"], on: &[On::Api] },
+    Route { template: "/data/unmapped", endpoint: Endpoint::Unmapped, methods: &["GET"], on: &[On::Api] },
     Route { template: "/metrics", endpoint: Endpoint::Scrape, methods: &["GET"], on: &[On::Api, On::Scrape] },
 ];
 

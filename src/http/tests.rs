@@ -34,7 +34,7 @@ struct Agent {
 fn parts() -> (Rc<RefCell<Worker>>, View, Running) {
     let budget = Arc::new(Budget::new(&Default::default()));
     let rejects = Arc::new(Rejects::new(&Default::default()));
-    let settings = Settings { protocol: Default::default(), limits: Default::default() };
+    let settings = Settings { protocol: Default::default(), limits: Default::default(), mapping: None };
     let (workers, deliveries) =
         Workers::new(settings, Arc::clone(&budget), Arc::clone(&rejects), Times { interval_ms: 100, window_ms: 500 });
     let wake = Arc::new(Notify::new());
@@ -99,7 +99,8 @@ impl Agent {
                 });
                 let prometheus = scrape::Config::default();
                 let percentiles = vec![90.0];
-                let api_of = Api { view, percentiles, health: shared, reload, prometheus, exporter: exporter() };
+                let (mapper, exporter) = (Arc::default(), exporter());
+                let api_of = Api { view, percentiles, health: shared, reload, prometheus, mapper, exporter };
                 let ingest = start_ingest(vec![ingest], worker, &config, &limits).unwrap();
                 let api = start_api(vec![api], vec![scrape], api_of, &config, &limits).unwrap();
                 let grace = stopped.await.unwrap_or_default();

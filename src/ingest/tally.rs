@@ -13,6 +13,7 @@ pub(super) struct ListenerTally {
     pub(super) lines_accepted: u64,
     pub(super) lines_rejected: [u64; Reason::ALL.len()],
     pub(super) samples: u64,
+    pub(super) samples_dropped: u64,
     pub(super) samples_rejected: [u64; Reason::ALL.len()],
     pub(super) events: u64,
     pub(super) checks: u64,
@@ -71,6 +72,7 @@ fn publish_listener(listener: &str, tally: &ListenerTally) {
     add(&mut tally.samples.clone(), || telemetry::SAMPLES.counter(&[listener]));
     add(&mut tally.events.clone(), || telemetry::EVENTS.counter(&[listener]));
     add(&mut tally.checks.clone(), || telemetry::SERVICE_CHECKS.counter(&[listener]));
+    add(&mut tally.samples_dropped.clone(), || telemetry::SAMPLES_DROPPED.counter(&[listener]));
     for reason in Reason::ALL {
         let labels = [listener, reason.name()];
         add(&mut tally.lines_rejected[reason as usize].clone(), || telemetry::LINES_REJECTED.counter(&labels));

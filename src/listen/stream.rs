@@ -584,7 +584,8 @@ mod tests {
     use crate::protocol;
 
     fn intake(limits: Limits) -> Intake {
-        let settings = Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default() };
+        let settings =
+            Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default(), mapping: None };
         let budget = Arc::new(Budget::new(&shard::Limits::default()));
         let rejects = Arc::new(Rejects::new(&ingest::Limits::default()));
         let workers =

@@ -45,7 +45,8 @@ fn free(listener: &str) -> Config {
 
 impl House {
     fn open(config: &Config, limits: &Limits) -> Self {
-        let settings = Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default() };
+        let settings =
+            Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default(), mapping: None };
         let budget = Arc::new(aggregate::shard::Budget::new(&aggregate::shard::Limits::default()));
         let rejects = Arc::new(Rejects::new(&crate::ingest::Limits { reject_log: 1_000 }));
         let (workers, deliveries) = Workers::new(settings, budget, Arc::clone(&rejects), RARELY);
@@ -367,7 +368,8 @@ impl House {
 
 #[test]
 fn what_runs_beside_has_the_worker_of_the_streams() {
-    let settings = Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default() };
+    let settings =
+        Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default(), mapping: None };
     let budget = Arc::new(aggregate::shard::Budget::new(&aggregate::shard::Limits::default()));
     let rejects = Arc::new(Rejects::new(&crate::ingest::Limits::default()));
     let (workers, deliveries) = Workers::new(settings, budget, rejects, RARELY);

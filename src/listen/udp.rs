@@ -355,7 +355,8 @@ mod tests {
     }
 
     fn worker() -> Worker {
-        let settings = Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default() };
+        let settings =
+            Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default(), mapping: None };
         let budget = Arc::new(Budget::new(&shard::Limits::default()));
         let rejects = Arc::new(Rejects::new(&ingest::Limits::default()));
         Workers::new(settings, budget, rejects, ingest::Times { interval_ms: 1_000, window_ms: 10_000 })

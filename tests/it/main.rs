@@ -20,6 +20,7 @@ mod config;
 mod ingest;
 mod lifecycle;
 mod limits;
+mod mapping;
 mod prometheus;
 mod readme;
 mod redis;

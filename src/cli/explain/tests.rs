@@ -37,9 +37,9 @@ fn input(case: &Value) -> Vec<u8> {
 
 /// As a stream's reader hands it over.
 fn read_stream(reader: &mut Reader, bytes: &[u8]) -> Found {
-    let Reader { config, limits, prometheus, parser } = reader;
+    let Reader { config, limits, parser } = reader;
     let found = Found::default();
-    let mut finding = Finding { config, limits, prometheus, bytes, found, tag_errors_of_line: 0 };
+    let mut finding = Finding { config, limits, bytes, found, tag_errors_of_line: 0 };
     for (number, line) in (1..).zip(bytes.split(|byte| *byte == b'\n')) {
         parser.line(line, number, &mut finding);
     }
@@ -54,7 +54,7 @@ fn config(case: &Value) -> Config {
 
 /// The pieces of a case as they reach a parser.
 fn found(case: &Value) -> Vec<Found> {
-    let mut reader = Reader::new(&config(case), &Limits::default(), &scrape::Config::default());
+    let mut reader = Reader::new(&config(case), &Limits::default());
     let bytes = input(case);
     if case["config"]["framing"] == "len32le" {
         let mut rest = &bytes[..];
@@ -353,7 +353,7 @@ fn random_lines_mean_what_the_executable_reading_says() {
     let mut differing = 0;
     for ((bytes, form, config), expected) in cases.iter().zip(&expected) {
         let config: Config = serde_json::from_value(configs[*config].clone()).unwrap();
-        let mut reader = Reader::new(&config, &limits, &scrape::Config::default());
+        let mut reader = Reader::new(&config, &limits);
         let found = match *form {
             "stream" => read_stream(&mut reader, bytes),
             "body" => reader.read(bytes, Form::Body),

@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use super::{Found, KeptCheck, KeptEvent, Metric, Number, Rejected};
+use super::{Found, KeptCheck, KeptEvent, Metric, Number, Rejected, Rule};
 use crate::protocol;
 
 /// Longest part of a line that is shown around the place of an error.
@@ -61,7 +61,23 @@ fn write_metric(metric: &Metric, out: &mut impl Write) -> io::Result<()> {
         }
     }
     row(out, "series", &metric.series)?;
-    row(out, "prometheus", &metric.prometheus.join(", "))
+    if let Some(rule) = &metric.mapping {
+        row(out, "mapping", &rule_text(rule))?;
+    }
+    metric.prometheus.iter().try_for_each(|shown| row(out, "prometheus", shown))
+}
+
+/// `line 12: test.*.*, mappings[3]`
+fn rule_text(rule: &Rule) -> String {
+    let Rule { rule: Some(number), line: Some(line), pattern: Some(pattern), .. } = rule else {
+        return "no rule matches".to_owned();
+    };
+    let what = match (rule.action, rule.prometheus.is_empty()) {
+        (Some("drop"), _) => "; it drops the series",
+        (_, true) => "; it gives an empty name, so a scrape does not show the series",
+        (_, false) => "",
+    };
+    format!("line {line}: {pattern}, mappings[{number}]{what}")
 }
 
 fn write_event(event: &KeptEvent, out: &mut impl Write) -> io::Result<()> {

@@ -18,15 +18,18 @@
 //!    its type behind its name, as often as it takes. A family is as old as its oldest series; then the type letter
 //!    decides, then the name.
 //!
+//! Where a mapping rule ([`crate::mapping`]) matches a series, name and labels are what the rule makes of them; what
+//! collides then is resolved in the same way. [`Mapper`] asks the rules once for each series.
+//!
 //! In OpenMetrics a counter's samples end in `_total`, so there `a` and `a_total` are one name.
 
+mod mapped;
 mod names;
 mod write;
 
 use std::convert::Infallible;
 use std::io::Write as _;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -38,11 +41,12 @@ use hyper::header::{
 };
 use serde::{Deserialize, Serialize};
 
-use self::names::{Index, Marks, Style};
+pub use self::mapped::{Mapped, Mapper, Unmapped};
+use self::names::{Class, Index, Marks, rewritten};
 use self::write::Writer;
-use crate::aggregate::ledger::{Series, State, Total};
-use crate::aggregate::shard::SeriesId;
 use crate::clock::Clock;
+pub use crate::mapping::ObserverType;
+use crate::mapping::{Action, Mapping, Metric};
 use crate::sample::{Kind, SeriesKey};
 use crate::telemetry;
 use crate::units::Time;
@@ -90,16 +94,6 @@ impl Config {
             None => Ok(()),
         }
     }
-}
-
-/// How timers, histograms and distributions are shown.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ObserverType {
-    /// Quantiles of the last closed and the current window, sum and count of the whole life.
-    Summary,
-    /// Classic buckets, sum and count of the whole life.
-    Histogram,
 }
 
 /// What is wrong with a [`Config`].
@@ -215,7 +209,7 @@ fn ranges<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item =
 /// delays no one else.
 pub fn respond(
     headers: &HeaderMap,
-    series: Vec<Arc<Series>>,
+    series: impl Into<Mapped>,
     config: &Config,
     moment: Moment,
     own: telemetry::Exporter,
@@ -235,6 +229,8 @@ pub struct Page {
     part: Part,
     writer: Writer,
     conflicts: usize,
+    nameless: u64,
+    unmapped: Option<usize>,
     own: Option<telemetry::Exporter>,
     format: Format,
     gzip: Option<GzEncoder<Vec<u8>>>,
@@ -254,19 +250,33 @@ enum Part {
 impl Page {
     /// The exposition of these series and, with `own`, of our own metrics.
     pub fn new(
-        series: Vec<Arc<Series>>,
+        series: impl Into<Mapped>,
         wanted: Wanted,
         config: &Config,
         moment: Moment,
         own: Option<telemetry::Exporter>,
     ) -> Self {
         let clock = Clock::default();
+        let series = series.into();
+        let nameless = series.nameless;
         let index = index(series, wanted.format, config, moment);
         let conflicts = index.conflicts();
+        let unmapped = index.rules.mapping().map(|_| index.rules.unmapped());
         let writer = Writer::new(index, wanted.format, config, moment);
         let gzip = wanted.gzip.then(|| GzEncoder::new(Vec::new(), Compression::fast()));
         let spent = clock.monotonic();
-        Self { part: Part::Clients, writer, conflicts, own, format: wanted.format, gzip, spent, clock }
+        Self {
+            part: Part::Clients,
+            writer,
+            conflicts,
+            nameless,
+            unmapped,
+            own,
+            format: wanted.format,
+            gzip,
+            spent,
+            clock,
+        }
     }
 
     /// The next piece, about 64 KiB before compression; `None` behind the last.
@@ -299,6 +309,10 @@ impl Page {
         if let Some(own) = self.own.take() {
             telemetry::CONFLICTS.gauge(&[]).set(self.conflicts as f64);
             telemetry::SCRAPE_PARTIAL.gauge(&["illegal_negative_counter"]).set(self.writer.negative as f64);
+            if let Some(unmapped) = self.unmapped {
+                telemetry::SCRAPE_PARTIAL.gauge(&["empty_metric_name"]).set(self.nameless as f64);
+                telemetry::SCRAPE_UNMAPPED.gauge(&[]).set(unmapped as f64);
+            }
             telemetry::SCRAPE_SECONDS.histogram(&[]).record(self.spent.as_secs_f64());
             out.extend_from_slice(own.render(self.format == Format::OpenMetrics).as_bytes());
         }
@@ -328,12 +342,32 @@ impl Body for Page {
     }
 }
 
-fn index(mut series: Vec<Arc<Series>>, format: Format, config: &Config, moment: Moment) -> Index {
-    let expire_ms = config.expire.as_millis();
-    if expire_ms > 0 {
-        series.retain(|series| series.state().total.update_ms.saturating_add(expire_ms) > moment.now_ms);
-    }
-    Index::new(series, Style { format, observer_type: config.observer_type })
+fn index(series: Mapped, format: Format, config: &Config, moment: Moment) -> Index {
+    Index::new(series.unexpired(config, moment), format, config.observer_type)
+}
+
+/// What a series is called in the text format, name and labels, before other series are looked at: two for a meter, none
+/// where a mapping rule drops it or gives it an empty name.
+pub fn shown_as(kind: Kind, key: &SeriesKey, mapping: Option<&Mapping>, config: &Config) -> Vec<String> {
+    let name = key.name();
+    let found = mapping.and_then(|mapping| mapping.find(Metric::of(kind), &name));
+    let style = found.as_ref().map(|found| &found.rule.style).or(mapping.map(Mapping::defaults));
+    let observer_type = style.and_then(|style| style.observer_type).unwrap_or(config.observer_type);
+    let given = match &found {
+        Some(found) if found.rule.action == Action::Drop => return Vec::new(),
+        Some(found) => match mapped::given(found, key) {
+            Some(given) => Some(given),
+            None => return Vec::new(),
+        },
+        None => None,
+    };
+    let (key, mapped) = (given.as_ref().unwrap_or(key), given.is_some());
+    let line = |class: &Class| {
+        let (text, name_len, _) = rewritten(key, *class, Format::Text, mapped);
+        let (name, labels) = text.as_str().as_bytes().split_at(name_len);
+        write::line(name, labels.get(1..).unwrap_or_default())
+    };
+    Class::of(kind, observer_type).iter().map(line).collect()
 }
 
 /// A series that is not shown under the plain rewriting of its own name, as at `GET /data/conflicts`.
@@ -375,8 +409,8 @@ impl Cause {
 
 /// The series of which the text format does not show the plain rewriting of their names, sorted by key; as many as
 /// `CONFLICTS` counts. A meter stands there once for each of its families concerned.
-pub fn conflicts(series: Vec<Arc<Series>>, config: &Config, moment: Moment) -> Vec<Conflict> {
-    let index = index(series, Format::Text, config, moment);
+pub fn conflicts(series: impl Into<Mapped>, config: &Config, moment: Moment) -> Vec<Conflict> {
+    let index = index(series.into(), Format::Text, config, moment);
     let marked = index.entries.iter().filter(|entry| entry.marks.any());
     let mut found: Vec<Conflict> = marked
         .map(|entry| {
@@ -392,15 +426,6 @@ pub fn conflicts(series: Vec<Arc<Series>>, config: &Config, moment: Moment) -> V
         .collect();
     found.sort_unstable();
     found
-}
-
-/// What a series is shown as in the text format, name and labels, where nothing collides with it; twice for a meter.
-pub fn shown(kind: Kind, key: &SeriesKey, config: &Config) -> Vec<String> {
-    let id = Arc::new(SeriesId { kind, key: key.clone() });
-    let series = Series::new(id, State::new(Total::new(kind, 0)), 0);
-    let style = Style { format: Format::Text, observer_type: config.observer_type };
-    let index = Index::new(vec![Arc::new(series)], style);
-    index.entries.iter().map(|entry| write::line_name(&index, entry)).collect()
 }
 
 #[cfg(test)]

@@ -15,8 +15,10 @@ use std::sync::{Arc, LazyLock};
 
 use foldhash::fast::FixedState;
 
-use super::{Format, ObserverType};
+use super::Format;
+use super::mapped::{Mapped, Rules};
 use crate::aggregate::ledger::Series;
+use crate::mapping::ObserverType;
 use crate::sample::{Kind, SeriesKey, Tags};
 use crate::telemetry;
 
@@ -30,49 +32,45 @@ pub(super) enum Class {
     Counter = 1,
     Gauge = 2,
     /// Timers, histograms and distributions: one type to Prometheus, and statsd_exporter shows them as one.
-    Observed = 3,
-    Set = 4,
-    MeterTotal = 5,
-    MeterRate = 6,
+    Summary = 3,
+    /// The same, where they are shown in buckets.
+    Histogram = 4,
+    Set = 5,
+    MeterTotal = 6,
+    MeterRate = 7,
 }
 
 impl Class {
     /// The classes in which a series of a kind is shown.
-    const fn of(kind: Kind) -> &'static [Self] {
+    pub(super) const fn of(kind: Kind, observer_type: ObserverType) -> &'static [Self] {
         match kind {
             Kind::Counter => &[Self::Counter],
             Kind::Gauge => &[Self::Gauge],
-            Kind::Timer | Kind::Histogram | Kind::Distribution => &[Self::Observed],
+            Kind::Timer | Kind::Histogram | Kind::Distribution => match observer_type {
+                ObserverType::Summary => &[Self::Summary],
+                ObserverType::Histogram => &[Self::Histogram],
+            },
             Kind::Set => &[Self::Set],
             Kind::Meter => &[Self::MeterTotal, Self::MeterRate],
         }
     }
 
     /// What the names of a family's samples have behind the family's own name. A family also occupies its bare name.
-    const fn suffixes(self, style: Style) -> &'static [&'static str] {
-        match (self, style.format, style.observer_type) {
-            (Self::Observed, Format::Text, ObserverType::Summary) => &["", "_sum", "_count"],
-            (Self::Observed, Format::Text, ObserverType::Histogram) => &["", "_bucket", "_sum", "_count"],
-            (Self::Observed, Format::OpenMetrics, ObserverType::Summary) => &["", "_sum", "_count", "_created"],
-            (Self::Observed, Format::OpenMetrics, ObserverType::Histogram) => {
-                &["", "_bucket", "_sum", "_count", "_created"]
-            }
-            (Self::Counter | Self::MeterTotal, Format::OpenMetrics, _) => &["", "_total", "_created"],
-            (Self::Counter | Self::MeterTotal, Format::Text, _)
-            | (Self::Gauge | Self::Set | Self::MeterRate, Format::Text | Format::OpenMetrics, _) => &[""],
+    const fn suffixes(self, format: Format) -> &'static [&'static str] {
+        match (self, format) {
+            (Self::Summary, Format::Text) => &["", "_sum", "_count"],
+            (Self::Histogram, Format::Text) => &["", "_bucket", "_sum", "_count"],
+            (Self::Summary, Format::OpenMetrics) => &["", "_sum", "_count", "_created"],
+            (Self::Histogram, Format::OpenMetrics) => &["", "_bucket", "_sum", "_count", "_created"],
+            (Self::Counter | Self::MeterTotal, Format::OpenMetrics) => &["", "_total", "_created"],
+            (Self::Counter | Self::MeterTotal, Format::Text)
+            | (Self::Gauge | Self::Set | Self::MeterRate, Format::Text | Format::OpenMetrics) => &[""],
         }
     }
 }
 
 /// Every suffix of [`Class::suffixes`] but the empty one.
 const SUFFIXES: [&str; 5] = ["_bucket", "_count", "_created", "_sum", "_total"];
-
-/// What decides which sample names a family has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Style {
-    pub(super) format: Format,
-    pub(super) observer_type: ObserverType,
-}
 
 /// Why a series is not shown under the plain rewriting of its own name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -131,19 +129,24 @@ pub(super) struct Index {
     /// Of each entry: the name, the class, the labels as in a key, `name=value;name=value`, their names rewritten, their
     /// values percent-encoded. No text holds a zero: keys percent-encode control characters.
     texts: Vec<u8>,
-    style: Style,
+    format: Format,
+    /// The mapping rules of `sources`.
+    pub(super) rules: Rules,
 }
 
 impl Index {
-    /// Names and orders the series, and resolves what collides. Series past the 2^31st are left out.
-    pub(super) fn new(mut sources: Vec<Arc<Series>>, style: Style) -> Self {
+    /// Names and orders the series, and resolves what collides. Series past the 2^31st are left out. Observations are
+    /// shown as `observer_type` unless a mapping rule says otherwise.
+    pub(super) fn new(mapped: Mapped, format: Format, observer_type: ObserverType) -> Self {
+        let Mapped { series: mut sources, rules, .. } = mapped;
         sources.truncate(i32::MAX as usize);
         let mut index = Self {
             entries: Vec::with_capacity(sources.len()),
             families: Vec::new(),
             texts: Vec::with_capacity(sources.len() * 32),
             sources: Vec::new(),
-            style,
+            format,
+            rules,
         };
         for (source, series) in sources.iter().enumerate() {
             if source % AHEAD == 0 {
@@ -156,8 +159,9 @@ impl Index {
                         .sum::<usize>(),
                 );
             }
-            for class in Class::of(series.kind()) {
-                index.enter(source as u32, series.key(), *class);
+            let source = source as u32;
+            for class in Class::of(series.kind(), index.rules.observer_type(source, observer_type)) {
+                index.enter(source, series, *class);
             }
         }
         index.sources = sources;
@@ -189,17 +193,21 @@ impl Index {
     }
 
     /// Adds a series, unordered.
-    fn enter(&mut self, source: u32, key: &SeriesKey, class: Class) {
+    fn enter(&mut self, source: u32, series: &Series, class: Class) {
         let start = self.texts.len();
-        let (name_len, marks) = match self.enter_plain(key.as_str(), class) {
+        let rules = std::mem::take(&mut self.rules);
+        let given = rules.given(source);
+        let key = given.map_or(series.key(), |given| &given.key);
+        let (name_len, marks) = match self.enter_plain(key.as_str(), class, given.is_some()) {
             Some(name_len) => (name_len, Marks::default()),
             None => {
                 self.texts.truncate(start);
-                let (text, name_len, marks) = rewritten(key, class, self.style);
+                let (text, name_len, marks) = rewritten(key, class, self.format, given.is_some());
                 self.push_text(text.as_str().as_bytes(), name_len, class);
                 (name_len, marks)
             }
         };
+        self.rules = rules;
         self.entries.push(Entry {
             prefix: 0,
             start: start as u64,
@@ -213,12 +221,12 @@ impl Index {
 
     /// Appends the text of a key that can be rewritten byte by byte and has no name near one of our own. The length of
     /// the name; `None`, with a part of it appended, where [`rewritten`] has to look closer.
-    fn enter_plain(&mut self, key: &str, class: Class) -> Option<usize> {
+    fn enter_plain(&mut self, key: &str, class: Class, mapped: bool) -> Option<usize> {
         let name_len = memchr::memchr(b';', key.as_bytes()).unwrap_or(key.len());
         let (name, tags) = key.split_at(name_len);
         let plain_class = match class {
-            Class::Counter => self.style.format == Format::Text || !name.ends_with("total"),
-            Class::Gauge | Class::Observed | Class::Set => true,
+            Class::Counter => self.format == Format::Text || !name.ends_with("total"),
+            Class::Gauge | Class::Summary | Class::Histogram | Class::Set => true,
             Class::MeterTotal | Class::MeterRate => false,
         };
         let near_own = name.starts_with("tallyd") || name.starts_with("process");
@@ -227,17 +235,18 @@ impl Index {
         }
         self.push_text(name.as_bytes(), name_len, class);
         if !tags.is_empty() {
-            self.push_plain_tags(&tags[1..])?;
+            self.push_plain_tags(&tags[1..], mapped)?;
         }
         Some(name_len)
     }
 
     /// Appends labels whose names can be rewritten byte by byte and stay in order, each once, none of them reserved.
-    fn push_plain_tags(&mut self, tags: &str) -> Option<()> {
+    fn push_plain_tags(&mut self, tags: &str, mapped: bool) -> Option<()> {
         let start = self.texts.len();
         let mut last = start..start;
         for tag in tags.split(';') {
-            let (name, value) = tag.split_once('=').filter(|(name, value)| is_plain(name) && !value.is_empty())?;
+            let is_label = |(name, value): &(&str, &str)| is_plain(name) && (mapped || !value.is_empty());
+            let (name, value) = tag.split_once('=').filter(is_label)?;
             if self.texts.len() > start {
                 self.texts.push(b';');
             }
@@ -418,7 +427,7 @@ impl Index {
         let mut found = Vec::new();
         let with_suffix = self.families.iter().enumerate().filter(|_| !stems.is_empty());
         for (at, family) in with_suffix {
-            if self.first(family).class.suffixes(self.style).len() == 1 {
+            if self.first(family).class.suffixes(self.format).len() == 1 {
                 continue;
             }
             if stems.contains(&hasher.hash_one(self.name(self.first(family)))) {
@@ -434,12 +443,12 @@ impl Index {
     fn holders(&self, family: usize, name: &str) -> Vec<usize> {
         let class = self.first(&self.families[family]).class;
         let mut met = Vec::new();
-        for suffix in class.suffixes(self.style) {
+        for suffix in class.suffixes(self.format) {
             let sample = [name, suffix].concat();
             met.extend(self.named(&sample));
             for (stem, suffix) in SUFFIXES.iter().filter_map(|suffix| Some((sample.strip_suffix(suffix)?, suffix))) {
                 let has =
-                    |family: &usize| self.first(&self.families[*family]).class.suffixes(self.style).contains(suffix);
+                    |family: &usize| self.first(&self.families[*family]).class.suffixes(self.format).contains(suffix);
                 met.extend(self.named(stem).filter(has));
             }
         }
@@ -466,7 +475,7 @@ impl Index {
             let class = self.first(&self.families[family]).class;
             for attempt in 0.. {
                 let name = self.candidate(family, attempt);
-                let samples = class.suffixes(self.style).iter().map(|suffix| [&name, *suffix].concat());
+                let samples = class.suffixes(self.format).iter().map(|suffix| [&name, *suffix].concat());
                 let samples: Vec<String> = samples.collect();
                 let meets_outsider = || self.holders(family, &name).iter().any(|other| !inside.contains(other));
                 if samples.iter().any(|sample| taken.contains(sample)) || meets_outsider() {
@@ -546,17 +555,17 @@ fn is_reserved(label: &[u8]) -> bool {
 
 /// Name and labels as shown, in the form of a key; the length of the name; what was changed.
 ///
-/// The mapping rules' own name and labels take the place of the key's here, before anything else is decided.
-fn rewritten(key: &SeriesKey, class: Class, style: Style) -> (SeriesKey, usize, Marks) {
+/// Where a mapping rule matches, `mapped`, the key is what it made of the series', and a label may be empty.
+pub(super) fn rewritten(key: &SeriesKey, class: Class, format: Format, mapped: bool) -> (SeriesKey, usize, Marks) {
     let mut marks = Marks::default();
-    let mut name = family_name(&escaped(&key.name()), class, style.format);
-    if is_own(&name, class, style) {
+    let mut name = family_name(&escaped(&key.name()), class, format);
+    if is_own(&name, class, format) {
         name.push_str("_client");
         marks = marks.with(Marks::OWN);
     }
     let mut labels: Vec<(String, String)> = Vec::new();
     for (tag, value) in key.tags() {
-        let Some(value) = value.filter(|value| !value.is_empty() && !tag.is_empty()) else { continue };
+        let Some(value) = value.filter(|value| (mapped || !value.is_empty()) && !tag.is_empty()) else { continue };
         let mut label = escaped(&tag);
         if is_reserved(label.as_bytes()) || (class == Class::MeterRate && label == "window") {
             label.insert_str(0, "exported_");
@@ -579,7 +588,7 @@ fn rewritten(key: &SeriesKey, class: Class, style: Style) -> (SeriesKey, usize, 
 
 /// A name or label as statsd_exporter rewrites it: characters outside `[a-zA-Z0-9_]` become `_`, a run of dashes a
 /// single one, and a digit at the beginning gets `_` before it.
-fn escaped(name: &str) -> String {
+pub(super) fn escaped(name: &str) -> String {
     let mut escaped = String::with_capacity(name.len() + 1);
     if name.as_bytes().first().is_none_or(u8::is_ascii_digit) {
         escaped.push('_');
@@ -606,12 +615,14 @@ fn family_name(name: &str, class: Class, format: Format) -> String {
         (Class::MeterRate, Format::Text | Format::OpenMetrics) => [name, "_rate"].concat(),
         (Class::MeterTotal, Format::OpenMetrics)
         | (Class::Counter, Format::Text)
-        | (Class::Gauge | Class::Observed | Class::Set, Format::Text | Format::OpenMetrics) => name.to_owned(),
+        | (Class::Gauge | Class::Summary | Class::Histogram | Class::Set, Format::Text | Format::OpenMetrics) => {
+            name.to_owned()
+        }
     }
 }
 
 /// Whether a family of this name would share a sample name with one of our own.
-fn is_own(name: &str, class: Class, style: Style) -> bool {
+fn is_own(name: &str, class: Class, format: Format) -> bool {
     static OWN: LazyLock<HashSet<String>> = LazyLock::new(|| telemetry::sample_names().collect());
-    class.suffixes(style).iter().any(|suffix| OWN.contains(&[name, suffix].concat()))
+    class.suffixes(format).iter().any(|suffix| OWN.contains(&[name, suffix].concat()))
 }

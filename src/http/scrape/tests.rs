@@ -3,12 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::{Read as _, Write as _};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
 use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
 
 use super::*;
-use crate::aggregate::ledger::{State, Total};
+use crate::aggregate::ledger::{Series, State, Total};
 use crate::aggregate::series::EXACT_MAX;
 use crate::aggregate::shard::SeriesId;
 use crate::aggregate::window::Window;
@@ -69,7 +70,7 @@ fn members(names: &[&str]) -> Aggregate {
     aggregate
 }
 
-fn page(series: Vec<Arc<Series>>, format: Format, config: &Config) -> String {
+fn page(series: impl Into<Mapped>, format: Format, config: &Config) -> String {
     let mut page = Page::new(series, Wanted { format, gzip: false }, config, NOW, None);
     let mut text = Vec::new();
     while let Some(chunk) = page.next_chunk() {
@@ -79,7 +80,7 @@ fn page(series: Vec<Arc<Series>>, format: Format, config: &Config) -> String {
     String::from_utf8(text).unwrap()
 }
 
-fn text(series: Vec<Arc<Series>>) -> String {
+fn text(series: impl Into<Mapped>) -> String {
     page(series, Format::Text, &Config::default())
 }
 
@@ -428,7 +429,7 @@ proptest! {
     #[test]
     fn bounds_mean_the_same_before_and_after_division(bound in 1e-6..1e6_f64, value in 1e-3..1e9_f64) {
         for (bound, value) in [(bound, value), (bound, bound * 1000.0), ((bound * 1e3).round() / 1e3, (bound * 1e3).round())] {
-            prop_assert_eq!(value <= write::bound_in_unit(bound, 1000.0), value / 1000.0 <= bound);
+            prop_assert_eq!(value <= write::Unit { divisor: 1000.0, scale: 1.0 }.received(bound), value / 1000.0 <= bound);
         }
     }
 
@@ -735,8 +736,20 @@ proptest! {
         reversed.reverse();
         prop_assert_eq!(&page(reversed, Format::Text, &config), &text);
 
-        let style = Style { format: Format::Text, observer_type: config.observer_type };
-        prop_assert_eq!(Index::new(all.clone(), style).conflicts(), conflicts(all, &config, NOW).len());
+        let index = Index::new(all.clone().into(), Format::Text, config.observer_type);
+        prop_assert_eq!(index.conflicts(), conflicts(all, &config, NOW).len());
+    }
+
+    /// So it is with mapping rules.
+    #[test]
+    fn a_scrape_is_valid_whatever_rules_say(all in any_ledger(), config in any_config(), rules in any_rules()) {
+        let mapper = Mapper::new(Some(rules));
+        for format in [Format::Text, Format::OpenMetrics] {
+            let text = page(mapper.apply(all.clone()), format, &config);
+            parse(&text, format).map_err(|error| TestCaseError::fail(format!("{error}\n{text}")))?;
+        }
+        let index = Index::new(mapper.apply(all.clone()), Format::Text, config.observer_type);
+        prop_assert_eq!(index.conflicts(), conflicts(mapper.apply(all), &config, NOW).len());
     }
 
     #[test]
@@ -745,6 +758,100 @@ proptest! {
         let shown = parsed(&text).samples["a"];
         prop_assert!(shown == number || (shown.is_nan() && number.is_nan()), "{}", text);
     }
+}
+
+fn mapper(rules: &str) -> Mapper {
+    Mapper::new(Some(Arc::new(Mapping::parse(rules).unwrap())))
+}
+
+/// Rules of which each takes a part of the names to where others are.
+fn any_rules() -> impl Strategy<Value = Arc<Mapping>> {
+    let any = |list: &'static [&'static str]| prop::sample::select(list);
+    let rule = (
+        any(&["'*'", "'a.*'", "'*.b'", "a", "'tallyd_(.*)', match_type: regex", "'(.)', match_type: regex"]),
+        any(&["a", "a_sum", "b_total", "'$1'", "'x_${1}'", "tallyd_lines"]),
+        any(&["{}", "{le: '$1'}", "{a: x, quantile: }", "{window: w, zz: }"]),
+        any(&["summary", "histogram", "''"]),
+        any(&["", ", match_metric_type: gauge", ", action: drop", ", scale: -0.5", ", scale: 0", ", help: 'x'"]),
+    );
+    prop::collection::vec(rule, 1..4).prop_map(|rules| {
+        let rules = rules.into_iter().map(|(pattern, name, labels, observer, more)| {
+            format!("- {{match: {pattern}, name: {name}, labels: {labels}, observer_type: {observer}{more}}}\n")
+        });
+        Arc::new(Mapping::parse(&format!("mappings:\n{}", rules.collect::<String>())).unwrap())
+    })
+}
+
+#[test]
+fn rules_are_asked_once_for_each_series() {
+    let mapper = mapper("mappings:\n- {match: 'a.*', name: first, labels: {x: $1}}\n");
+    let all: Vec<_> = (0..3_000).map(|n| counter(&format!("a.{n}"), &[1.0])).collect();
+    let given = |mapped: &Mapped| std::ptr::from_ref(mapped.rules.given(7).unwrap());
+    let (one, two) = (mapper.apply(all.clone()), mapper.apply(all.clone()));
+    assert_eq!(given(&one), given(&two));
+    assert_eq!(one.rules.given(7).unwrap().key.as_str(), "first;x=7");
+    drop((one, two));
+    assert_eq!(mapper.kept(), 3_000);
+    let few = all[..10].to_vec();
+    drop(all);
+    mapper.apply(few.clone());
+    assert_eq!(mapper.kept(), 10, "what is gone from the ledger is forgotten");
+    mapper.set(Some(Arc::new(Mapping::parse("mappings:\n- {match: 'a.*', name: second}\n").unwrap())));
+    assert_eq!(lines(&text(mapper.apply(few))), ["# TYPE second counter", "second 10"]);
+}
+
+#[test]
+fn a_summary_and_a_histogram_of_one_name_are_told_apart() {
+    let mapper = mapper(
+        "mappings:\n- {match: a, name: t, observer_type: histogram, histogram_options: {buckets: [1]}}\n\
+         - {match: b, name: t, observer_type: summary, summary_options: {quantiles: [{quantile: 1}]}}\n",
+    );
+    let all = vec![
+        series(Kind::Histogram, "a", 1_000, &seen(&[(2.0, 1.0)])),
+        series(Kind::Timer, "b", 2_000, &seen(&[(500.0, 1.0)])),
+    ];
+    let text = text(mapper.apply(all));
+    let histogram = ["# TYPE t histogram", "t_bucket{le=\"1\"} 0", "t_bucket{le=\"+Inf\"} 1", "t_sum 2", "t_count 1"];
+    let summary = ["# TYPE t_timer summary", "t_timer{quantile=\"1\"} 0.5", "t_timer_sum 0.5", "t_timer_count 1"];
+    assert_eq!(lines(&text), [&histogram[..], &summary].concat());
+}
+
+#[test]
+fn a_scale_multiplies_what_is_shown() {
+    let rules = |scale: &str| {
+        mapper(&format!(
+            "mappings:\n- {{match: ., match_type: regex, name: $0, scale: {scale}, observer_type: histogram, \
+             histogram_options: {{buckets: [-1, 0, 4]}}}}\n"
+        ))
+    };
+    let all = vec![
+        counter("c", &[3.0, -1.0]),
+        gauge("g", 1, 3.0),
+        series(Kind::Histogram, "h", 1, &seen(&[(1.0, 1.0), (2.0, 1.0), (3.0, 1.0)])),
+    ];
+    let counts = |text: &str| -> Vec<f64> {
+        let bounds = ["-1", "0", "4"].map(|bound| format!("h_bucket{{le=\"{bound}\"}}"));
+        bounds.iter().map(|bound| parsed(text).samples[bound]).collect()
+    };
+    for (scale, c, g, sum, want) in [
+        ("2", 6.0, 6.0, 12.0, [0.0, 0.0, 2.0]),
+        ("-1", 1.0, -3.0, -6.0, [3.0, 3.0, 3.0]),
+        ("-0.5", 0.5, -1.5, -3.0, [2.0, 3.0, 3.0]),
+        ("0", 0.0, 0.0, 0.0, [0.0, 3.0, 3.0]),
+    ] {
+        let text = text(rules(scale).apply(all.clone()));
+        let samples = parsed(&text).samples;
+        assert_eq!([samples["c"], samples["g"], samples["h_sum"]], [c, g, sum], "{scale}");
+        assert_eq!(counts(&text), want, "{scale}");
+    }
+}
+
+#[test]
+fn a_series_without_samples_for_its_ttl_is_left_out() {
+    let mapper = mapper("defaults: {ttl: 2s}\nmappings:\n- {match: a, name: a, ttl: 10m}\n- {match: b, name: b}\n");
+    let at = |key, ms| series(Kind::Counter, key, ms, &counted(&[1.0]));
+    let all = || vec![at("a", NOW.now_ms - 9 * 60_000), at("b", NOW.now_ms - 2_001), at("c", NOW.now_ms - 1_999)];
+    assert_eq!(lines(&text(mapper.apply(all()))), ["# TYPE a counter", "a 1", "# TYPE c counter", "c 1"]);
 }
 
 #[test]

@@ -2,18 +2,21 @@
 //!
 //! It keeps a name, a set of labels and the values of one summary; all else goes straight to the buffer it is given.
 
+use std::collections::HashMap;
 use std::hint::black_box;
 use std::ops::Range;
 use std::sync::Arc;
 
 use percent_encoding::percent_decode;
 
+use super::mapped::Rules;
 use super::names::{Class, Entry, Index, Marks};
-use super::{Config, Format, Moment, ObserverType};
+use super::{Config, Format, Moment};
 use crate::aggregate::ledger::{Series, State};
 use crate::aggregate::set::Members;
 use crate::aggregate::window::start_of;
 use crate::aggregate::{Aggregate, Observed, Sum};
+use crate::mapping::Style;
 use crate::sample::Kind;
 
 /// How many series are touched at once: as many states as a thread can peek at without counting references.
@@ -25,6 +28,8 @@ pub(super) struct Writer {
     index: Index,
     format: Format,
     options: Options,
+    /// Those of mapping rules that have their own.
+    of_rules: HashMap<u32, Options>,
     moment: Moment,
     family: usize,
     /// The next entry, and the name of its family once the family was begun.
@@ -41,23 +46,40 @@ pub(super) struct Writer {
 /// How observations are shown, with the labels that say so.
 #[derive(Debug)]
 struct Options {
-    observer_type: ObserverType,
     quantiles: Vec<(f64, String)>,
     buckets: Vec<(f64, String)>,
 }
 
-impl Writer {
-    pub(super) fn new(index: Index, format: Format, config: &Config, moment: Moment) -> Self {
+impl Options {
+    fn new(quantiles: &[f64], buckets: &[f64], format: Format) -> Self {
         let labelled = |name: &str, numbers: &[f64]| -> Vec<(f64, String)> {
             numbers.iter().map(|number| (*number, format!("{name}=\"{}\"", bound(*number, format)))).collect()
         };
-        let options = Options {
-            observer_type: config.observer_type,
-            quantiles: labelled("quantile", &config.quantiles),
-            buckets: labelled("le", &config.buckets),
+        Self { quantiles: labelled("quantile", quantiles), buckets: labelled("le", buckets) }
+    }
+
+    /// Those of the configuration, or of a mapping's defaults; and those of rules that say something else.
+    fn of(rules: &Rules, config: &Config, format: Format) -> (Self, HashMap<u32, Self>) {
+        let Some(mapping) = rules.mapping() else {
+            return (Self::new(&config.quantiles, &config.buckets, format), HashMap::new());
         };
+        let defaults = mapping.defaults();
+        let of = |style: &Style| {
+            let quantiles = style.quantiles.as_ref().unwrap_or(&config.quantiles);
+            Self::new(quantiles, style.buckets.as_ref().unwrap_or(&config.buckets), format)
+        };
+        let own = mapping.rules().iter().enumerate().filter(|(_, rule)| {
+            (&rule.style.quantiles, &rule.style.buckets) != (&defaults.quantiles, &defaults.buckets)
+        });
+        (of(defaults), own.map(|(number, rule)| (number as u32, of(&rule.style))).collect())
+    }
+}
+
+impl Writer {
+    pub(super) fn new(index: Index, format: Format, config: &Config, moment: Moment) -> Self {
+        let (options, of_rules) = Options::of(&index.rules, config, format);
         let (name, labels, values) = (Vec::new(), Vec::new(), Vec::new());
-        Self { index, format, options, moment, family: 0, at: 0, warm: 0, name, labels, values, negative: 0 }
+        Self { index, format, options, of_rules, moment, family: 0, at: 0, warm: 0, name, labels, values, negative: 0 }
     }
 
     /// Appends series until the buffer holds `enough` bytes. `false` when there are no more.
@@ -96,16 +118,19 @@ impl Writer {
         let entry = &self.index.entries[self.at];
         self.name.clear();
         self.name.extend_from_slice(self.index.name(entry));
-        let (kind, help) = match (entry.class, self.options.observer_type) {
-            (Class::Counter, _) => ("counter", "Counter received by tallyd."),
-            (Class::Gauge, _) => ("gauge", "Gauge received by tallyd."),
-            (Class::Observed, ObserverType::Summary) => ("summary", "Observations received by tallyd."),
-            (Class::Observed, ObserverType::Histogram) => ("histogram", "Observations received by tallyd."),
-            (Class::Set, _) => ("gauge", "Distinct values received by tallyd in a window."),
-            (Class::MeterTotal, _) => ("counter", "Marks received by tallyd."),
-            (Class::MeterRate, _) => ("gauge", "Marks per second received by tallyd."),
+        let (kind, help) = match entry.class {
+            Class::Counter => ("counter", "Counter received by tallyd."),
+            Class::Gauge => ("gauge", "Gauge received by tallyd."),
+            Class::Summary => ("summary", "Observations received by tallyd."),
+            Class::Histogram => ("histogram", "Observations received by tallyd."),
+            Class::Set => ("gauge", "Distinct values received by tallyd in a window."),
+            Class::MeterTotal => ("counter", "Marks received by tallyd."),
+            Class::MeterRate => ("gauge", "Marks per second received by tallyd."),
         };
-        let (help, kind) = (help.as_bytes(), kind.as_bytes());
+        // Of several rules that give a family its name, that of its first series speaks.
+        let own = self.index.rules.rule(entry.source).and_then(|(_, rule)| rule.help.as_deref());
+        let help = own.map_or_else(|| help.as_bytes().to_vec(), |own| help_text(own, self.format));
+        let (help, kind) = (&help[..], kind.as_bytes());
         for part in [b"# HELP ", &self.name[..], b" ", help, b"\n# TYPE ", &self.name, b" ", kind, b"\n"] {
             out.extend_from_slice(part);
         }
@@ -122,7 +147,7 @@ impl Writer {
         match entry.class {
             Class::Counter => self.counter(same, out),
             Class::Gauge => self.gauge(same, out),
-            Class::Observed => self.observed(same, out),
+            Class::Summary | Class::Histogram => self.observed(&entry, same, out),
             Class::Set => self.set(same, out),
             Class::MeterTotal => self.meter_total(same, out),
             Class::MeterRate => self.meter_rate(same, out),
@@ -132,20 +157,32 @@ impl Writer {
 
     fn counter(&mut self, same: Range<usize>, out: &mut Vec<u8>) {
         let (mut value, mut negative) = (Sum::default(), 0);
-        for series in self.sources(same) {
+        let mut scaled = 0.0;
+        for (series, scale) in self.scaled(same) {
             if let Aggregate::Counter(counter) = &series.state().total.aggregate {
-                value.merge(&counter.increments);
-                negative += u64::from(counter.decrements.value() > 0.0);
+                // What a negative scale turns round rises where the counter falls.
+                let (rise, fall) = if scale < 0.0 {
+                    (&counter.decrements, &counter.increments)
+                } else {
+                    (&counter.increments, &counter.decrements)
+                };
+                if scale == 1.0 {
+                    value.merge(rise);
+                } else {
+                    scaled += rise.value() * scale.abs();
+                }
+                negative += u64::from(fall.value() > 0.0);
             }
         }
         self.negative += negative;
-        self.sample(out, self.total_suffix(), "", value.value());
+        self.sample(out, self.total_suffix(), "", value.value() + scaled);
     }
 
     fn gauge(&self, same: Range<usize>, out: &mut Vec<u8>) {
-        let newest = self.sources(same).map(|series| series.state()).max_by_key(|state| state.total.update_ms);
-        if let Some(Aggregate::Gauge(gauge)) = newest.as_ref().map(|state| &state.total.aggregate) {
-            self.sample(out, "", "", gauge.value());
+        let states = self.scaled(same).map(|(series, scale)| (series.state(), scale));
+        let Some((state, scale)) = states.max_by_key(|(state, _)| state.total.update_ms) else { return };
+        if let Aggregate::Gauge(gauge) = &state.total.aggregate {
+            self.sample(out, "", "", gauge.value() * scale);
         }
     }
 
@@ -165,28 +202,33 @@ impl Writer {
             all.cardinality()
         };
         let largest = size(current_ms).max(size(current_ms.saturating_sub(self.moment.window_ms)));
-        self.sample(out, "", "", largest as f64);
+        let scale = self.scaled(same).next().map_or(1.0, |(_, scale)| scale);
+        self.sample(out, "", "", largest as f64 * scale);
     }
 
     fn meter_total(&self, same: Range<usize>, out: &mut Vec<u8>) {
-        let mut count = Sum::default();
-        for series in self.sources(same) {
+        let (mut count, mut scaled) = (Sum::default(), 0.0);
+        for (series, scale) in self.scaled(same) {
             if let Aggregate::Meter(marks) = &series.state().total.aggregate {
-                count.merge(&marks.count);
+                if scale == 1.0 {
+                    count.merge(&marks.count);
+                } else {
+                    scaled += marks.count.value() * scale;
+                }
             }
         }
-        self.sample(out, self.total_suffix(), "", count.value());
+        self.sample(out, self.total_suffix(), "", count.value() + scaled);
     }
 
     fn meter_rate(&self, same: Range<usize>, out: &mut Vec<u8>) {
         let (mut rates, mut mean) = ([0.0; 3], 0.0);
-        for series in self.sources(same) {
+        for (series, scale) in self.scaled(same) {
             let state = series.state();
             let Some(own) = &state.total.rates else { continue };
             for (all, now) in rates.iter_mut().zip(own.at(self.moment.steady_ms)) {
-                *all += now;
+                *all += now * scale;
             }
-            mean += own.mean(self.moment.steady_ms);
+            mean += own.mean(self.moment.steady_ms) * scale;
         }
         for (window, rate) in ["window=\"1m\"", "window=\"5m\"", "window=\"15m\""].into_iter().zip(rates) {
             self.sample(out, "", window, rate);
@@ -194,34 +236,42 @@ impl Writer {
         self.sample(out, "", "window=\"mean\"", mean);
     }
 
-    fn observed(&mut self, same: Range<usize>, out: &mut Vec<u8>) {
-        let states: Vec<(Arc<State>, f64)> =
-            self.sources(same).map(|series| (series.state(), unit(series.kind()))).collect();
-        match self.options.observer_type {
-            ObserverType::Summary => self.quantiles(&states, out),
-            ObserverType::Histogram => self.buckets(&states, out),
+    fn observed(&mut self, entry: &Entry, same: Range<usize>, out: &mut Vec<u8>) {
+        let states: Vec<(Arc<State>, Unit)> = self
+            .scaled(same)
+            .map(|(series, scale)| (series.state(), Unit { divisor: divisor(series.kind()), scale }))
+            .collect();
+        let rule = self.index.rules.rule(entry.source).map(|(number, _)| number);
+        if entry.class == Class::Histogram {
+            self.buckets(rule, &states, out);
+        } else {
+            self.quantiles(rule, &states, out);
         }
-        let sum = totals(&states).map(|(observed, unit)| observed.weighted_sum.value() / unit).sum();
+        let sum = totals(&states).map(|(observed, unit)| unit.shown(observed.weighted_sum.value())).sum();
         let count = totals(&states).map(|(observed, _)| observed.count.value()).sum();
         self.sample(out, "_sum", "", sum);
         self.sample(out, "_count", "", count);
     }
 
-    fn quantiles(&mut self, states: &[(Arc<State>, f64)], out: &mut Vec<u8>) {
+    /// The options of a rule, or those that hold for all.
+    fn options(&self, rule: Option<u32>) -> &Options {
+        rule.and_then(|rule| self.of_rules.get(&rule)).unwrap_or(&self.options)
+    }
+
+    fn quantiles(&mut self, rule: Option<u32>, states: &[(Arc<State>, Unit)], out: &mut Vec<u8>) {
         let start_ms = start_of(self.moment.now_ms, self.moment.window_ms).saturating_sub(self.moment.window_ms);
         let mut values = std::mem::take(&mut self.values);
         gather(states, start_ms, &mut values);
         let weight = values.iter().map(|(_, weight)| weight).sum();
-        for (quantile, label) in &self.options.quantiles {
+        for (quantile, label) in &self.options(rule).quantiles {
             self.sample(out, "", label, nearest_rank(&values, weight, *quantile));
         }
         self.values = values;
     }
 
-    fn buckets(&self, states: &[(Arc<State>, f64)], out: &mut Vec<u8>) {
-        for (bound, label) in &self.options.buckets {
-            let count =
-                totals(states).map(|(observed, unit)| count_at_most(observed, bound_in_unit(*bound, unit))).sum();
+    fn buckets(&self, rule: Option<u32>, states: &[(Arc<State>, Unit)], out: &mut Vec<u8>) {
+        for (bound, label) in &self.options(rule).buckets {
+            let count = totals(states).map(|(observed, unit)| unit.count_at_most(observed, *bound)).sum();
             self.sample(out, "_bucket", label, count);
         }
         let count = totals(states).map(|(observed, _)| observed.count.value()).sum();
@@ -230,6 +280,15 @@ impl Writer {
 
     fn sources(&self, same: Range<usize>) -> impl Iterator<Item = &Arc<Series>> {
         self.index.entries[same].iter().map(|entry: &Entry| &self.index.sources[entry.source as usize])
+    }
+
+    /// Series, and what a mapping rule multiplies their values by.
+    fn scaled(&self, same: Range<usize>) -> impl Iterator<Item = (&Arc<Series>, f64)> {
+        let entries = self.index.entries[same].iter();
+        entries.map(|entry| {
+            let scale = self.index.rules.rule(entry.source).map_or(1.0, |(_, rule)| rule.scale);
+            (&self.index.sources[entry.source as usize], scale)
+        })
     }
 
     const fn total_suffix(&self) -> &'static str {
@@ -259,7 +318,7 @@ impl Writer {
 }
 
 /// What the values of a kind are divided by to be shown: Prometheus wants seconds.
-const fn unit(kind: Kind) -> f64 {
+const fn divisor(kind: Kind) -> f64 {
     match kind {
         Kind::Timer => 1000.0,
         Kind::Counter | Kind::Gauge | Kind::Histogram | Kind::Distribution | Kind::Set | Kind::Meter => 1.0,
@@ -273,19 +332,19 @@ fn observed(aggregate: &Aggregate) -> Option<&Observed> {
     }
 }
 
-fn totals(states: &[(Arc<State>, f64)]) -> impl Iterator<Item = (&Observed, f64)> {
+fn totals(states: &[(Arc<State>, Unit)]) -> impl Iterator<Item = (&Observed, Unit)> {
     states.iter().filter_map(|(state, unit)| observed(&state.total.aggregate).zip(Some(*unit)))
 }
 
 /// Fills `values` with what the windows that began at `start_ms` or later hold, in order: values that are kept as they
 /// came, and of each bucket the value whose largest relative distance to the others is least, each with its weight and
 /// in the unit in which it is shown.
-fn gather(states: &[(Arc<State>, f64)], start_ms: u64, values: &mut Vec<(f64, f64)>) {
+fn gather(states: &[(Arc<State>, Unit)], start_ms: u64, values: &mut Vec<(f64, f64)>) {
     values.clear();
     let windows = states.iter().flat_map(|(state, unit)| [(&state.before, *unit), (&state.window, *unit)]);
     for (window, unit) in windows.filter_map(|(window, unit)| window.as_ref().zip(Some(unit))) {
         let Some(observed) = observed(&window.aggregate).filter(|_| window.start_ms >= start_ms) else { continue };
-        values.extend(observed.exact.iter().map(|(value, weight)| (value / unit, *weight)));
+        values.extend(observed.exact.iter().map(|(value, weight)| (unit.shown(*value), *weight)));
         let middle = |lower: f64, upper: f64| {
             if lower == upper {
                 lower
@@ -294,7 +353,7 @@ fn gather(states: &[(Arc<State>, f64)], start_ms: u64, values: &mut Vec<(f64, f6
             }
         };
         let buckets = observed.histogram.buckets();
-        values.extend(buckets.map(|(lower, upper, weight)| (middle(lower, upper) / unit, weight)));
+        values.extend(buckets.map(|(lower, upper, weight)| (unit.shown(middle(lower, upper)), weight)));
     }
     values.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
 }
@@ -328,16 +387,74 @@ fn count_at_most(observed: &Observed, bound: f64) -> f64 {
     (exact + buckets.map(|(_, _, weight)| weight).sum::<f64>()).min(observed.count.value())
 }
 
-/// The largest value as received that is not above a bound as shown.
-pub(super) fn bound_in_unit(bound: f64, unit: f64) -> f64 {
-    let mut value = bound * unit;
-    while value.is_finite() && value.next_up() / unit <= bound {
-        value = value.next_up();
+/// The weight of the observations from a bound on, which a negative scale turns into those up to one. A bucket that holds
+/// values on both sides counts whole here too.
+fn count_at_least(observed: &Observed, bound: f64) -> f64 {
+    if bound <= observed.min {
+        return observed.count.value();
     }
-    while value.is_finite() && value / unit > bound {
-        value = value.next_down();
+    if bound > observed.max {
+        return 0.0;
     }
-    value
+    let exact: f64 = observed.exact.iter().filter(|(value, _)| *value >= bound).map(|(_, weight)| weight).sum();
+    let reaches = |lower: f64, upper: f64| upper > bound || (upper == bound && (upper > 0.0 || lower == upper));
+    let buckets = observed.histogram.buckets().filter(|(lower, upper, _)| reaches(*lower, *upper));
+    (exact + buckets.map(|(_, _, weight)| weight).sum::<f64>()).min(observed.count.value())
+}
+
+/// From values as received to values as shown.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Unit {
+    pub(super) divisor: f64,
+    pub(super) scale: f64,
+}
+
+impl Unit {
+    pub(super) fn shown(self, value: f64) -> f64 {
+        value / self.divisor * self.scale
+    }
+
+    /// The weight of the observations that are shown as a bound or less.
+    fn count_at_most(self, observed: &Observed, bound: f64) -> f64 {
+        if self.scale > 0.0 {
+            count_at_most(observed, self.received(bound))
+        } else if self.scale < 0.0 {
+            // The smallest value that is not shown above the bound.
+            let positive = Self { scale: -self.scale, ..self };
+            count_at_least(observed, positive.received((-bound).next_down()).next_up())
+        } else {
+            if bound >= 0.0 { observed.count.value() } else { 0.0 }
+        }
+    }
+
+    /// The largest value as received that is not shown above a bound, for a scale above zero. Rounding is a step or two
+    /// away from it, but for scales that take a value out of range.
+    pub(super) fn received(self, bound: f64) -> f64 {
+        const STEPS: usize = 8;
+        let mut value = bound / self.scale * self.divisor;
+        for _ in 0..STEPS {
+            if !value.is_finite() || self.shown(value.next_up()) > bound {
+                break;
+            }
+            value = value.next_up();
+        }
+        for _ in 0..STEPS {
+            if !value.is_finite() || self.shown(value) <= bound {
+                break;
+            }
+            value = value.next_down();
+        }
+        value
+    }
+}
+
+/// A rule's help text with the escapes of an exposition.
+fn help_text(text: &str, format: Format) -> Vec<u8> {
+    let text = text.replace('\\', "\\\\").replace('\n', "\\n");
+    match format {
+        Format::Text => text.into_bytes(),
+        Format::OpenMetrics => text.replace('"', "\\\"").into_bytes(),
+    }
 }
 
 /// Writes labels as an exposition has them, `name="value"`, from those of a key.
@@ -374,8 +491,13 @@ fn write_value(to: &mut Vec<u8>, value: &[u8]) {
 
 /// Name and labels of an entry, as on a line of the exposition.
 pub(super) fn line_name(index: &Index, entry: &Entry) -> String {
-    let (mut line, mut labels) = (index.name(entry).to_vec(), Vec::new());
-    write_labels(&mut labels, index.labels(entry));
+    line(index.name(entry), index.labels(entry))
+}
+
+/// A name and labels in the form of a key, as on a line of the exposition.
+pub(super) fn line(name: &[u8], labels_of_key: &[u8]) -> String {
+    let (mut line, mut labels) = (name.to_vec(), Vec::new());
+    write_labels(&mut labels, labels_of_key);
     if !labels.is_empty() {
         line.extend([&b"{"[..], &labels, b"}"].concat());
     }
