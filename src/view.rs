@@ -3,7 +3,8 @@
 //! A read never writes, never waits for a flush and never waits for a store longer than its timeout: a store that does
 //! not answer leaves the ledger's figures, marked [`Scope::Local`].
 
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, BinaryHeap, HashMap};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use crate::ingest::{Events, Rejected, Rejects};
 use crate::sample::{Kind, SeriesKey};
 use crate::store::journal::{self, Journal};
 use crate::store::redis::{self, RedisReader, Stored};
-use crate::store::{partition, ship};
+use crate::store::{Batch, Operation, Partition, partition, ship};
 
 /// Which agents a figure covers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -306,11 +307,12 @@ impl View {
         let agent = remote.journal.agent().to_string();
         let series: Vec<_> = ids.iter().map(|id| (id.kind, id.key.clone())).collect();
         let stored = remote.reader.totals(&series, &agent).await.ok()?;
+        let mut backlog = Backlog::new(&snapshot);
         let mut totals = Vec::with_capacity(ids.len());
         for ((id, state), stored) in ids.iter().zip(states).zip(stored) {
             // A hash that another program spoilt is shown as this agent knows the series.
             totals.push(match stored {
-                Ok(stored) => complete(&snapshot, id, state.as_deref(), stored).ok()?.map(Arc::new),
+                Ok(stored) => complete(&mut backlog, id, state.as_deref(), stored).ok()?.map(Arc::new),
                 Err(_) => self.local(id, state),
             });
         }
@@ -365,29 +367,57 @@ impl View {
     }
 }
 
+/// How many bytes of batches one read may add to what the store has: beyond, the store is as good as away.
+const BACKLOG_BYTES: usize = 8 << 20;
+
+/// The batches that the store does not have yet, each read once for all series of an answer.
+struct Backlog<'s> {
+    snapshot: &'s journal::Snapshot,
+    room: usize,
+    read: HashMap<(Partition, u64), Vec<Batch>>,
+}
+
+impl<'s> Backlog<'s> {
+    fn new(snapshot: &'s journal::Snapshot) -> Self {
+        Self { snapshot, room: BACKLOG_BYTES, read: HashMap::new() }
+    }
+
+    /// What came to a series after a sequence of its partition.
+    fn of(&mut self, id: &SeriesId, after: u64) -> Result<impl Iterator<Item = &Operation>, Incomplete> {
+        let partition = partition(&id.key);
+        let batches = match self.read.entry((partition, after)) {
+            Entry::Occupied(read) => read.into_mut(),
+            Entry::Vacant(place) => {
+                let batches = self.snapshot.batches(partition, after, &mut self.room);
+                place.insert(batches.map_err(|_| Incomplete)?.ok_or(Incomplete)?)
+            }
+        };
+        let operations = batches.iter().flat_map(|batch| &batch.operations);
+        Ok(operations.filter(|operation| operation.kind == id.kind && operation.key == id.key))
+    }
+}
+
 /// Adds to the store's total what it does not have of us. Without anything there is no series.
 fn complete(
-    snapshot: &journal::Snapshot,
+    backlog: &mut Backlog<'_>,
     id: &SeriesId,
     state: Option<&State>,
     stored: Stored,
 ) -> Result<Option<Total>, Incomplete> {
     let mut total = stored.total;
-    let batches = snapshot.batches(partition(&id.key), stored.sequence).map_err(|_| Incomplete)?.ok_or(Incomplete)?;
-    for operation in batches.iter().flat_map(|batch| &batch.operations) {
-        if operation.kind == id.kind && operation.key == id.key {
-            let total = total.get_or_insert_with(|| Total::new(id.kind, operation.start_ms));
-            total.add(&operation.delta, operation.update_ms);
-        }
+    for operation in backlog.of(id, stored.sequence)? {
+        let total = total.get_or_insert_with(|| Total::new(id.kind, operation.start_ms));
+        total.add(&operation.delta, operation.update_ms);
     }
-    for unshipped in state.iter().flat_map(|state| &state.unshipped).filter(|later| later.flush > snapshot.flush()) {
+    let flush = backlog.snapshot.flush();
+    for unshipped in state.iter().flat_map(|state| &state.unshipped).filter(|later| later.flush > flush) {
         let update_ms = state.map_or(0, |state| state.total.update_ms);
         total.get_or_insert_with(|| Total::new(id.kind, update_ms)).add(&unshipped.delta, update_ms);
     }
     Ok(total)
 }
 
-/// The outbox could not be read, or the store is older than it.
+/// The outbox could not be read, or is too large, or the store is older than it.
 struct Incomplete;
 
 /// Why a change through a view failed.

@@ -49,7 +49,7 @@ fn is_left(case: &Value) -> bool {
 }
 
 /// By which test here a case is run.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 enum Way {
     Window,
     Scrape,
@@ -69,8 +69,8 @@ fn way(case: &Value) -> Way {
     }
 }
 
-fn of_way(way_: Way) -> Vec<Value> {
-    cases().into_iter().filter(|case| !is_left(case) && way(case) == way_).collect()
+fn of_way(wanted: Way) -> Vec<Value> {
+    cases().into_iter().filter(|case| !is_left(case) && way(case) == wanted).collect()
 }
 
 #[test]
@@ -308,7 +308,7 @@ fn plain(value: &Value) -> String {
     match value {
         Value::Array(values) => values.iter().map(plain).collect::<Vec<_>>().join(","),
         Value::String(text) => text.clone(),
-        other => other.to_string(),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::Object(_) => value.to_string(),
     }
 }
 

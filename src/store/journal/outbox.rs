@@ -130,11 +130,11 @@ impl Snapshot {
     }
 
     /// All batches of a partition after a sequence, ascending; `None` when some of them are gone, because the store has
-    /// them for sure by now.
+    /// them for sure by now, or when they are larger than `room`, of which what they take is taken.
     ///
     /// # Errors
     /// When the file cannot be read.
-    pub fn batches(&self, partition: Partition, after: u64) -> Result<Option<Vec<Batch>>, Error> {
+    pub fn batches(&self, partition: Partition, after: u64, room: &mut usize) -> Result<Option<Vec<Batch>>, Error> {
         let (position, _) = read_position(&self.transaction, partition)?;
         if after < position.dropped {
             return Ok(None);
@@ -142,7 +142,10 @@ impl Snapshot {
         let table = self.transaction.open_table(OUTBOX)?;
         let mut batches = Vec::new();
         for entry in table.range((partition, after + 1)..=(partition, position.last))? {
-            match record::read_batch(entry?.1.value()) {
+            let (_, value) = entry?;
+            let Some(left) = room.checked_sub(value.value().len()) else { return Ok(None) };
+            *room = left;
+            match record::read_batch(value.value()) {
                 Some(batch) => batches.push(batch),
                 None => count_damaged("batch"),
             }
