@@ -13,6 +13,20 @@
 //! several times, first with the limit, then with a worker, who is asked for a seal at its end, as by a flush each second;
 //! the cells are drained behind the clock's back, as another thread does it in an agent. Times are those of the processor,
 //! so that what else runs on the machine counts less; a ratio is the median of the rounds' ratios.
+//!
+//! `cargo bench --bench ingest`, 2026-11, 2 cores of an AMD EPYC (Zen 3), rustc 1.95, beside other work:
+//!
+//! ```text
+//! packets   lines      tags   series  limit ns      M/s  tallyd ns      M/s  ratio  seal us
+//! 1,432 B   counters      0     1000      43.5    23.01       57.4    17.41   1.34      7.6
+//! 1,432 B   counters      0   100000     335.5     2.98      354.4     2.82   1.08      8.5
+//! 1,432 B   mixed         0     1000      60.0    16.68      121.5     8.23   1.93      7.4
+//! 1,432 B   mixed         0   100000     382.8     2.61      621.3     1.61   1.67      7.6
+//! 1,432 B   mixed         4     1000     131.5     7.60      198.2     5.05   1.58      8.2
+//! 1,432 B   mixed         4   100000     493.2     2.03      672.2     1.49   1.38      8.3
+//! one line  counters      0     1000      86.8    11.52      110.7     9.03   1.28      9.1
+//! one line  counters      0   100000     317.1     3.15      317.7     3.15   1.10      7.4
+//! ```
 
 #![allow(
     clippy::unwrap_used,

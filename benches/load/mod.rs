@@ -1,27 +1,27 @@
 //! What the benches of lines share: packets as clients send them, the same bytes in every run, and the splitter that
 //! reading them is measured beside.
 
-pub mod splitter;
+pub(crate) mod splitter;
 
 /// Payload of a full datagram on an Ethernet of 1,500 bytes.
-pub const FULL: usize = 1_432;
+pub(crate) const FULL: usize = 1_432;
 
 /// What the lines of a load are.
 #[derive(Clone, Copy)]
-pub struct Load {
+pub(crate) struct Load {
     /// So many names of 30 bytes, each as likely as any other.
-    pub series: usize,
+    pub(crate) series: usize,
     /// Payload of a packet in bytes; one line is sent alone if it is longer.
-    pub packet: usize,
+    pub(crate) packet: usize,
     /// 60 % counters, 25 % timers, 10 % gauges and 5 % sets, by series; else counters only.
-    pub mixed: bool,
+    pub(crate) mixed: bool,
     /// Whether there are four DogStatsD tags, which go with the series.
-    pub tagged: bool,
+    pub(crate) tagged: bool,
 }
 
 impl Load {
     /// Packets with so many lines in all. Line feeds stand between lines, none behind the last one of a packet.
-    pub fn packets(self, lines: usize) -> Vec<Vec<u8>> {
+    pub(crate) fn packets(self, lines: usize) -> Vec<Vec<u8>> {
         let mut random = 0x2545_f491_4f6c_dd1d_u64;
         let mut packets: Vec<Vec<u8>> = Vec::new();
         for _ in 0..lines {
@@ -56,7 +56,7 @@ impl Load {
 }
 
 /// The middle one of some figures.
-pub fn median(mut figures: Vec<f64>) -> f64 {
+pub(crate) fn median(mut figures: Vec<f64>) -> f64 {
     figures.sort_unstable_by(f64::total_cmp);
     figures[figures.len() / 2]
 }

@@ -15,7 +15,7 @@ use tallyd::protocol::Sink;
 use tallyd::sample::{Identity, Kind, Sample, Value, WireType};
 
 /// Hands the samples of a packet to a sink.
-pub fn split(packet: &[u8], sink: &mut impl Sink) {
+pub(crate) fn split(packet: &[u8], sink: &mut impl Sink) {
     let mut rest = packet;
     while !rest.is_empty() {
         let length = line(rest, sink).or_else(|| memchr(b'\n', rest).map(|end| end + 1));
