@@ -33,9 +33,14 @@ const REFUSED_FOR: &str = "budget";
 
 /// Lets the counters of a listener that starts stand at 0.
 pub fn begin(listener: Listener) {
-    for metric in
-        [telemetry::LINES, telemetry::LINES_ACCEPTED, telemetry::SAMPLES, telemetry::EVENTS, telemetry::SERVICE_CHECKS]
-    {
+    for metric in [
+        telemetry::LINES,
+        telemetry::LINES_ACCEPTED,
+        telemetry::SAMPLES,
+        telemetry::SAMPLES_DROPPED,
+        telemetry::EVENTS,
+        telemetry::SERVICE_CHECKS,
+    ] {
         metric.begin([[listener.name()]]);
     }
     for metric in [telemetry::LINES_REJECTED, telemetry::SAMPLES_REJECTED] {

@@ -195,7 +195,7 @@ fn explain_says_what_prometheus_will_see() {
         ("page-views.2:1|c|#Site.x:a\"b,le:1,flag", "page_views_2{Site_x=\"a\\\"b\",exported_le=\"1\"}"),
         ("1st:1|ms", "_1st"),
         ("tallyd_lines_total:1|c", "tallyd_lines_total_client"),
-        ("m:1|m|#k:v", "m_rate{k=\"v\"}, m_total{k=\"v\"}"),
+        ("m:1|m|#k:v", "m_total{k=\"v\"}\n  prometheus m_rate{k=\"v\"}"),
         (r#"{"level":"a","name":"b","type":"SET","value":"x"}"#, "a_b"),
     ] {
         let said = text(&run(&["explain", line], &[], "").stdout);
