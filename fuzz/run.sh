@@ -2,6 +2,7 @@
 # Fuzzes the targets, one after the other: fuzz/run.sh [SECONDS [TARGET...]], 20 seconds each of all by default.
 # It starts from the cases of tests/corpus and from what earlier runs found worth keeping in target/fuzz/corpus. A
 # finding ends it with status 1; the input stays in target/fuzz/findings. `fuzz/run.sh 0` only builds.
+# Where dependencies of tallyd changed, `cargo fetch --manifest-path fuzz/Cargo.toml` brings fuzz/Cargo.lock up to it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -8,6 +8,7 @@ step() { printf '\n== %s\n' "$*"; "$@"; }
 
 packaging/setup.sh tests
 step cargo fmt --check
+step cargo fmt --check --manifest-path fuzz/Cargo.toml
 step cargo clippy --quiet --locked --all-targets -- -D warnings
 RUSTDOCFLAGS="-D warnings" step cargo doc --quiet --locked --no-deps
 step cargo test --locked --no-fail-fast

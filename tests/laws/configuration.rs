@@ -22,13 +22,14 @@ pub fn config(bytes: &[u8]) {
 }
 
 fn is_read_back(loaded: &Loaded) {
-    let written = loaded.config.to_toml();
-    let again = load(&written);
-    // Their texts, since a number may be none.
-    assert_eq!(again.config.to_toml(), written);
-    // Passwords are printed as stars, which are passwords too.
-    let printed = loaded.print();
-    assert_eq!(values(&load(&printed).print()), values(&printed));
+    let (written, printed) = (loaded.config.to_toml(), loaded.print());
+    let again = load(&printed);
+    assert_eq!(values(&again.print()), values(&printed));
+    // Texts are compared, since a number may be none. Passwords are printed as stars; what is written has them.
+    if again.config.to_toml() != written {
+        assert!(printed.contains(":***@"));
+        assert_eq!(load(&written).config.to_toml(), written);
+    }
 }
 
 fn load(file: &str) -> Loaded {
