@@ -38,6 +38,13 @@ def configurations():
         yield f"\0${seed}".encode()
 
 
+def mappings():
+    for line in (ROOT / "tests/corpus/mapping.jsonl").read_text(encoding="utf-8").splitlines():
+        case = json.loads(line)
+        names = [name.split(":")[0] for name in case.get("lines", [])]
+        yield "\0".join([case["mapping"], *names]).encode()
+
+
 def write(directory, inputs):
     directory.mkdir(parents=True, exist_ok=True)
     for number, text in enumerate(inputs):
@@ -53,6 +60,7 @@ def main(directory):
     write(directory / "stream", [text + cuts for text in lines for cuts in [b"\1\1\1\1", b"\x05\x10\3\x20"]])
     write(directory / "json", bodies)
     write(directory / "config", configurations())
+    write(directory / "mapping", mappings())
 
 
 if __name__ == "__main__":

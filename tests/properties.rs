@@ -169,6 +169,18 @@ proptest! {
 }
 
 #[test]
+fn mapping_files_of_the_corpus_obey_the_laws() {
+    let corpus = include_str!("corpus/mapping.jsonl");
+    let cases = corpus.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    for case in cases {
+        let lines = case["lines"].as_array().into_iter().flatten();
+        let names = lines.filter_map(|line| line.as_str()?.split(':').next());
+        let parts: Vec<_> = [case["mapping"].as_str().unwrap()].into_iter().chain(names).collect();
+        laws::mapping(parts.join("\0").as_bytes());
+    }
+}
+
+#[test]
 fn the_cases_of_the_corpus_obey_the_laws() {
     let corpus = include_str!("corpus/lines.jsonl");
     let mut texts = 0;

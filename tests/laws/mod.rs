@@ -3,6 +3,7 @@
 
 mod accounts;
 mod configuration;
+mod mapping;
 mod print;
 mod record;
 
@@ -13,6 +14,7 @@ use tallyd::protocol::{Body, Config, GaugeSign, Limits, NamePolicy, Parser};
 
 use accounts::Accounts;
 pub use configuration::config;
+pub use mapping::mapping;
 pub use print::{print, reads_back};
 pub use record::{Call, Name, Reading, Readings, Record};
 
