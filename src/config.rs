@@ -505,6 +505,7 @@ impl Loaded {
     fn problems(&self) -> Vec<Problem> {
         let mut problems = self.addresses();
         problems.extend(self.paths());
+        problems.extend(self.numbers());
         problems.extend(self.state_dir());
         problems.extend(self.interval());
         problems.extend(self.prometheus());
@@ -573,6 +574,18 @@ impl Loaded {
             Some(self.wrong(key, &value, &format!("{other} has this path already; take another one")))
         };
         all.iter().enumerate().filter_map(wrong).collect()
+    }
+
+    /// TOML has numbers that are none, and no limit would hold against them.
+    fn numbers(&self) -> Vec<Problem> {
+        let rate = self.config.limits.protocol.sample_rate_min;
+        let rate = (!(rate > 0.0 && rate <= 1.0)).then(|| {
+            self.wrong("limits.sample_rate_min", &Value::from(rate), "write a number above 0 and not above 1")
+        });
+        let percentiles = self.config.flush.percentiles.iter().filter(|percent| !(percent.abs() <= 100.0));
+        let wrong =
+            |percent: &f64| self.wrong("flush.percentiles", &Value::from(*percent), "write numbers from -100 to 100");
+        rate.into_iter().chain(percentiles.map(wrong)).collect()
     }
 
     fn interval(&self) -> Option<Problem> {

@@ -271,6 +271,18 @@ fn unix_sockets_have_absolute_paths_each_its_own() {
 }
 
 #[test]
+fn numbers_are_numbers_within_their_range() {
+    for text in ["nan", "0", "-0.5", "1.5", "inf"] {
+        let problems = problems(&format!("limits.sample_rate_min = {text}"), &[], &[]);
+        assert!(problems[0].contains("above 0 and not above 1"), "{text}: {problems:?}");
+    }
+    for list in ["[nan]", "[90, -101]", "[inf]"] {
+        let problems = problems(&format!("flush.percentiles = {list}"), &[], &[]);
+        assert!(problems.len() == 1 && problems[0].contains("from -100 to 100"), "{list}: {problems:?}");
+    }
+}
+
+#[test]
 fn writes_from_other_machines_are_refused_unless_asked_for() {
     for argument in ["http.ingest=0.0.0.0:8000", "http.api=[::]:7000", "http.api=192.0.2.1:7000"] {
         let problems = problems("", &[], &[argument]);
