@@ -579,10 +579,10 @@ impl Loaded {
     /// TOML has numbers that are none, and no limit would hold against them.
     fn numbers(&self) -> Vec<Problem> {
         let rate = self.config.limits.protocol.sample_rate_min;
-        let rate = (!(rate > 0.0 && rate <= 1.0)).then(|| {
+        let rate = (rate.is_nan() || rate <= 0.0 || rate > 1.0).then(|| {
             self.wrong("limits.sample_rate_min", &Value::from(rate), "write a number above 0 and not above 1")
         });
-        let percentiles = self.config.flush.percentiles.iter().filter(|percent| !(percent.abs() <= 100.0));
+        let percentiles = self.config.flush.percentiles.iter().filter(|percent| !(-100.0..=100.0).contains(*percent));
         let wrong =
             |percent: &f64| self.wrong("flush.percentiles", &Value::from(*percent), "write numbers from -100 to 100");
         rate.into_iter().chain(percentiles.map(wrong)).collect()
