@@ -255,6 +255,25 @@ fn a_reload_swaps_the_rules_or_refuses_the_file() {
 }
 
 #[test]
+fn without_rules_nothing_is_left_of_them() {
+    let rules = Rules::new("mappings:\n- {match: a.*, name: $2}\n");
+    let agent = Agent::start_with_file(&format!("[mapping]\nfile = '{}'\n", rules.path().display()));
+    agent.datagram("a.b:1|c\nc.d:1|c");
+    agent.wait_for("c.d", "value", 1);
+    assert_eq!(exposition(&agent), ["# TYPE c_d counter", "c_d 1"]);
+    let told = || {
+        let text = agent.get("/metrics").text();
+        let of = |line: &&str| line.starts_with("tallyd_scrape_unmapped") || line.contains("empty_metric_name\"");
+        text.lines().filter(of).map(|line| line.ends_with(" 1")).collect::<Vec<_>>()
+    };
+    assert_eq!(told(), [true, true]);
+    agent.write_file("");
+    assert_eq!(reload(&agent).status, 200);
+    assert_eq!(exposition(&agent), ["# TYPE a_b counter", "a_b 1", "# TYPE c_d counter", "c_d 1"]);
+    assert_eq!(told(), [false, false]);
+}
+
+#[test]
 fn a_series_is_shown_until_its_ttl_is_over() {
     let rules = Rules::new(
         "defaults: {ttl: 1500ms}\nmappings:\n- {match: short, name: short}\n- {match: long, name: long, ttl: 1h}\n",
