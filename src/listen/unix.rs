@@ -154,7 +154,8 @@ mod tests {
         let clients: Vec<Socket> = (0..10).map(|_| Socket::new(Domain::UNIX, Type::STREAM, None).unwrap()).collect();
         clients.iter().for_each(|client| client.set_nonblocking(true).unwrap());
         assert!(clients.iter().any(|client| client.connect(&address).is_err()), "the queue is full");
-        assert!(matches!(streams(&config).unwrap_err(), Error::InUse { .. }));
+        let error = streams(&config).unwrap_err();
+        assert!(matches!(error, Error::InUse { .. }) && error.to_string().ends_with("another path"), "{error}");
     }
 
     #[test]
