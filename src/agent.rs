@@ -2,7 +2,8 @@
 //!
 //! Start: own metrics, addresses of HTTP, journal, ledger and flush, store, API, then listeners, and the line `ready` on
 //! standard error. Stop: `/-/ready` says 503, the listeners read what the kernel holds, shards seal and close, the last
-//! flush, the store's turn, then HTTP ends. What is left at the deadline is in the journal.
+//! flush, the store's turn, then HTTP ends. What is left at the deadline is in the journal. Reloads are read beside all
+//! that, one after the other.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -11,7 +12,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -89,12 +90,13 @@ impl std::error::Error for Error {}
 ///
 /// # Errors
 /// When a part cannot start.
-pub fn run(config: &Config, mut reload: impl FnMut() -> Result<Config, String>) -> Result<(), Error> {
+pub fn run(config: &Config, reload: impl FnMut() -> Result<Config, String> + Send + 'static) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::System)?;
     let (orders, inbox) = mpsc::channel(1);
-    let agent = Agent::start(config, orders)?;
+    let agent = Agent::start(config, orders.clone())?;
+    agent.serve_reloads(inbox, reload)?;
     agent.say_ready();
-    let told = runtime.block_on(agent.obey(inbox, &mut reload)).map_err(Error::System);
+    let told = runtime.block_on(agent.obey(&orders)).map_err(Error::System);
     agent.stop(config.limits.agent.stop.0);
     told
 }
@@ -191,12 +193,8 @@ impl Agent {
         eprintln!("ready{}", addresses.collect::<String>());
     }
 
-    /// Serves signals and orders until one says stop.
-    async fn obey(
-        &self,
-        mut orders: mpsc::Receiver<Reload>,
-        reload: &mut impl FnMut() -> Result<Config, String>,
-    ) -> io::Result<()> {
+    /// Serves signals until one says stop.
+    async fn obey(&self, orders: &mpsc::Sender<Reload>) -> io::Result<()> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut hangup = signal(SignalKind::hangup())?;
@@ -205,19 +203,35 @@ impl Agent {
             tokio::select! {
                 _ = terminate.recv() => return Ok(()),
                 _ = interrupt.recv() => return Ok(()),
-                _ = hangup.recv() => drop(self.reload(reload)),
-                Some(answer) = orders.recv() => drop(answer.send(self.reload(reload).err().into_iter().collect())),
+                // Where an order waits already, it will read what this one would.
+                _ = hangup.recv() => drop(orders.try_send(oneshot::channel().0)),
                 _ = second.tick() => self.exporter.upkeep(),
             }
         }
     }
 
-    /// Takes a new configuration, or refuses it as a whole.
-    fn reload(&self, reload: &mut impl FnMut() -> Result<Config, String>) -> Result<(), String> {
-        let config = reload().inspect_err(|error| tracing::error!("the configuration is refused: {error}"))?;
-        self.workers.set(settings(&config));
-        self.mapper.set(config.mapping.rules);
-        Ok(())
+    /// Takes new configurations, or refuses them as a whole. That has a thread of its own, which ends with the process: a
+    /// file may take its time to be read, for ever if it is a pipe, and a stop must not wait for it.
+    fn serve_reloads(
+        &self,
+        mut orders: mpsc::Receiver<Reload>,
+        mut reload: impl FnMut() -> Result<Config, String> + Send + 'static,
+    ) -> Result<(), Error> {
+        let (workers, mapper) = (Arc::clone(&self.workers), Arc::clone(&self.mapper));
+        let mut obey = move || {
+            let config = reload().inspect_err(|error| tracing::error!("the configuration is refused: {error}"))?;
+            workers.set(settings(&config));
+            mapper.set(config.mapping.rules);
+            Ok(())
+        };
+        let serve = move || {
+            while let Some(answer) = orders.blocking_recv() {
+                let wrong = obey().err().into_iter().collect();
+                // Who asked may have gone.
+                drop(answer.send(wrong));
+            }
+        };
+        thread::Builder::new().name("reload".to_owned()).spawn(serve).map(drop).map_err(Error::System)
     }
 
     fn stop(self, within: Duration) {
@@ -372,7 +386,7 @@ fn start_api(
             }
         });
     };
-    let thread = std::thread::Builder::new().name("api".to_owned()).spawn(run).map_err(Error::System)?;
+    let thread = thread::Builder::new().name("api".to_owned()).spawn(run).map_err(Error::System)?;
     match outcome.recv() {
         Ok(result) => result.map(|()| Thread { stop, thread }),
         Err(_) => Err(Error::System(io::Error::other("the API's thread ended at once"))),

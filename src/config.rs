@@ -419,14 +419,16 @@ impl Config {
         layers::merge(sources, Self::default().tree())
     }
 
-    /// The keys in which `new` differs, if a running agent can take them all; else those that need a restart.
+    /// The keys in which `new` differs, if a running agent can take them all; else those that need a restart. A file that
+    /// is named as before and says something else is a difference too.
     pub fn reload(&self, new: &Self) -> Result<Vec<&'static str>, Vec<&'static str>> {
-        let (old, new) = (self.tree(), new.tree());
-        let changed = || {
-            KEYS.iter().filter(|key| {
-                get(&old, key.name).is_some_and(|value| !value.is_table()) && get(&old, key.name) != get(&new, key.name)
-            })
+        let (old_tree, new_tree) = (self.tree(), new.tree());
+        let differs = |key: &Key| {
+            let (old, new) = (get(&old_tree, key.name), get(&new_tree, key.name));
+            old.is_some_and(|value| !value.is_table()) && old != new
         };
+        let other_rules = self.mapping.rules != new.mapping.rules;
+        let changed = || KEYS.iter().filter(|key| differs(key) || (other_rules && key.name == "mapping.file"));
         let restart: Vec<_> = changed().filter(|key| key.reload == Reload::Restart).map(|key| key.name).collect();
         if restart.is_empty() { Ok(changed().map(|key| key.name).collect()) } else { Err(restart) }
     }

@@ -3,25 +3,45 @@
 //! ```text
 //! socket -> burst of datagrams -> lines -> Sample<'_> -> the worker's own shard == seal ==> ledger -> flush -> journal -> store
 //! (listen)                       (protocol)            (aggregate)                        (aggregate)        (store)   (redis)
-//!                                                                                            |-> scrape, JSON API (http)
+//!                                                       ^ drop? (mapping)                    |-> view -> JSON API (http)
+//!                                                                                            |-> names (mapping) -> scrape (http)
 //! ```
 //!
 //! It goes one way. `protocol` knows bytes and nothing else, `aggregate` knows numbers, `mapping` knows names and what
-//! Prometheus is to see in their place; all three are pure, and everything that can fail stands around them. Nothing on the right is ever waited for by anything on the left.
+//! Prometheus is to see in their place; all three are pure, and everything that can fail stands around them. Nothing on
+//! the right is ever waited for by anything on the left. The words that all share are in `sample`, `units`, `clock` and
+//! `telemetry`; `config`, `agent` and `cli` put the parts together.
+
+// Blank lines keep the order, which is that of the way and not of the alphabet.
+
+pub mod sample;
+
+pub mod listen;
+
+pub mod protocol;
+
+pub mod ingest;
+
+pub mod mapping;
+
+pub mod aggregate;
+
+pub mod flush;
+
+pub mod store;
+
+pub mod view;
+
+pub mod http;
+
+pub mod units;
+
+pub mod clock;
+
+pub mod telemetry;
+
+pub mod config;
 
 pub mod agent;
-pub mod aggregate;
+
 pub mod cli;
-pub mod clock;
-pub mod config;
-pub mod flush;
-pub mod http;
-pub mod ingest;
-pub mod listen;
-pub mod mapping;
-pub mod protocol;
-pub mod sample;
-pub mod store;
-pub mod telemetry;
-pub mod units;
-pub mod view;

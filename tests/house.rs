@@ -90,10 +90,9 @@ fn named(file: &Path) -> BTreeMap<String, usize> {
         return names;
     }
     let text = fs::read_to_string(file).unwrap();
-    for (number, line) in text.lines().enumerate() {
-        if line.trim_start().starts_with("#[cfg(test)]") {
-            break;
-        }
+    // Unit tests stand at the end of a file; what else is for tests alone stands anywhere, and ends nothing.
+    let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+    for (number, line) in code.lines().enumerate() {
         let code = line.split("//").next().unwrap_or_default();
         for (at, _) in code.match_indices("crate::") {
             let rest = &code[at + "crate::".len()..];

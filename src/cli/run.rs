@@ -70,7 +70,7 @@ fn filter(level: Level) -> EnvFilter {
     })
 }
 
-fn run_agent(config: &Config, reload: impl FnMut() -> Result<Config, String>) -> Result<(), Failure> {
+fn run_agent(config: &Config, reload: impl FnMut() -> Result<Config, String> + Send + 'static) -> Result<(), Failure> {
     agent::run(config, reload).map_err(|error| Failure::told(error.exit_code(), error.to_string()))
 }
 

@@ -328,6 +328,18 @@ fn a_reload_takes_what_it_may_and_is_refused_as_a_whole_otherwise() {
     assert_eq!(old.reload(&config(&["store.redis.url=redis://:new@127.0.0.1:6379"])), Err(vec!["store.redis.url"]));
 }
 
+#[test]
+fn other_rules_in_the_same_file_are_a_change() {
+    let with = |rules: &str| {
+        let mut loaded = load("", &[], &["mapping.file=rules.yml"]).unwrap();
+        loaded.set_mapping(rules).unwrap();
+        loaded.config
+    };
+    let (one, other) = (with("mappings: []\n"), with("mappings: [{match: a, name: b}]\n"));
+    assert_eq!(one.reload(&one), Ok(vec![]));
+    assert_eq!(one.reload(&other), Ok(vec!["mapping.file"]));
+}
+
 /// Another value that the key may have.
 fn another(key: &str, default: &Value) -> BoxedStrategy<Value> {
     let address = (any::<u128>(), any::<bool>(), 1..u16::MAX).prop_map(|(ip, six, port)| {

@@ -248,7 +248,11 @@ impl fmt::Display for Error {
                 write!(f, "{key} = {value:?}: write a path that begins with / and has at most {UNIX_PATH_MAX} bytes")
             }
             Self::InUse { key, address } => {
-                write!(f, "{key} = \"{address}\": in use; stop the other program there, or take another port")
+                let other = match address {
+                    Address::Inet(_) => "port",
+                    Address::Unix(_) => "path",
+                };
+                write!(f, "{key} = \"{address}\": in use; stop the other program there, or take another {other}")
             }
             Self::Denied { key, address: address @ Address::Inet(_) } => {
                 write!(f, "{key} = \"{address}\": not permitted; take a port above 1023, or grant CAP_NET_BIND_SERVICE")

@@ -83,13 +83,20 @@ fn make_way(path: &Path, address: &SockAddr, kind: Type) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
         Ok(file) if !file.file_type().is_socket() => Err(io::Error::other("there is a file that is no socket")),
-        Ok(_) => match Socket::new(Domain::UNIX, kind, None)?.connect(address) {
+        Ok(_) => match probe(address, kind) {
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
-            // One of the other kind is somebody's as well.
-            Err(error) if error.raw_os_error() != Some(libc::EPROTOTYPE) => Err(error),
+            // One of the other kind is somebody's as well, and so is one whose owner is slow to accept.
+            Err(error) if ![Some(libc::EPROTOTYPE), Some(libc::EAGAIN)].contains(&error.raw_os_error()) => Err(error),
             Ok(()) | Err(_) => Err(io::Error::from_raw_os_error(libc::EADDRINUSE)),
         },
     }
+}
+
+/// Connects, without waiting for room in the other's queue: that can take as long as the other likes.
+fn probe(address: &SockAddr, kind: Type) -> io::Result<()> {
+    let socket = Socket::new(Domain::UNIX, kind, None)?;
+    socket.set_nonblocking(true)?;
+    socket.connect(address)
 }
 
 #[cfg(test)]
@@ -134,6 +141,21 @@ mod tests {
         }
         assert!(config.unixgram[0].exists() && config.unix[0].exists());
         assert!(datagrams(&config).is_ok() && streams(&config).is_ok());
+    }
+
+    #[test]
+    fn an_owner_that_accepts_nobody_holds_up_no_start() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = config(directory.path());
+        let address = SockAddr::unix(&config.unix[0]).unwrap();
+        let owner = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        owner.bind(&address).unwrap();
+        owner.listen(0).unwrap();
+        let clients: Vec<Socket> = (0..10).map(|_| Socket::new(Domain::UNIX, Type::STREAM, None).unwrap()).collect();
+        clients.iter().for_each(|client| client.set_nonblocking(true).unwrap());
+        assert!(clients.iter().any(|client| client.connect(&address).is_err()), "the queue is full");
+        let error = streams(&config).unwrap_err();
+        assert!(matches!(error, Error::InUse { .. }) && error.to_string().ends_with("another path"), "{error}");
     }
 
     #[test]

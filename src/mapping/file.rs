@@ -49,10 +49,10 @@ pub enum Fault {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let key = &self.key;
+        let key = on_a_line(&self.key);
         match &self.fault {
-            Fault::Syntax(message) if key.is_empty() => write!(f, "no YAML: {message}"),
-            Fault::Syntax(message) => write!(f, "{key}: no YAML: {message}"),
+            Fault::Syntax(message) if key.is_empty() => write!(f, "no YAML: {}", on_a_line(message)),
+            Fault::Syntax(message) => write!(f, "{key}: no YAML: {}", on_a_line(message)),
             Fault::Unknown(Some(nearest)) => write!(f, "{key}: unknown key; did you mean {nearest}?"),
             Fault::Unknown(None) => write!(f, "{key}: unknown key; statsd_exporter's README lists those there are"),
             Fault::Renamed(now) => write!(f, "{key}: no longer a key of statsd_exporter; write {now}"),
@@ -64,6 +64,28 @@ impl fmt::Display for Problem {
             }
         }
     }
+}
+
+/// How many characters of a text of the file a message shows.
+const SHOWN_MAX: usize = 200;
+
+/// A text of the file as a message shows it: on one line, and none too long to be read.
+fn on_a_line(text: &str) -> String {
+    let (shown, dots) = cut(text);
+    // Only what moves the cursor: letters of any language stay as they are.
+    let escaped = shown.chars().map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() });
+    escaped.collect::<String>() + dots
+}
+
+/// The same, in quotes.
+pub(super) fn quoted(text: &str) -> String {
+    let (shown, dots) = cut(text);
+    format!("{shown:?}{dots}")
+}
+
+/// The beginning of a text that is shown, and what says that there is more.
+fn cut(text: &str) -> (&str, &'static str) {
+    text.char_indices().nth(SHOWN_MAX).map_or((text, ""), |(end, _)| (&text[..end], "..."))
 }
 
 /// What is right, but does nothing.
@@ -448,14 +470,14 @@ impl Reader {
     }
 
     fn value(&mut self, at: Place, key: String, found: &str, want: &'static str) {
-        self.problem(at, key, Fault::Value { found: format!("{found:?}"), want });
+        self.problem(at, key, Fault::Value { found: quoted(found), want });
     }
 
     /// A node of the wrong kind.
     fn kind(&mut self, node: &Node, key: String, want: &'static str) {
         let found = match &node.value {
             Value::Null => "nothing".to_owned(),
-            Value::Scalar(text) => format!("{text:?}"),
+            Value::Scalar(text) => quoted(text),
             Value::List(_) => "a list".to_owned(),
             Value::Map(_) => "a map".to_owned(),
         };
@@ -674,6 +696,23 @@ mod tests {
                 "12:1 maping: unknown key; did you mean mappings?",
             ]
         );
+    }
+
+    #[test]
+    fn a_message_is_one_line_that_can_be_read() {
+        let long = "x".repeat(10_000);
+        for text in [
+            "\"a\\nb\\e[2J\": 1\n",
+            "\"a\\nb\": 1\n\"a\\nb\": 2\n",
+            "mappings:\n- match: a.*\n  name: n\n  labels: {\"q\\nz\": 1}\n",
+            &format!("{long}: 1\n"),
+            &format!("mappings:\n- {{match: a.*, name: '{long}-'}}\n"),
+            &format!("mappings:\n- {{match: '({long}', match_type: regex, name: n}}\n"),
+        ] {
+            let problems = crate::mapping::Mapping::parse(text).unwrap_err();
+            let told = problems[0].to_string();
+            assert!(told.len() < 600 && !told.contains(char::is_control), "{told:?}");
+        }
     }
 
     #[test]

@@ -432,7 +432,7 @@ impl Builder {
 fn reason(error: &regex::Error, pattern: &str) -> String {
     let text = error.to_string();
     let last = text.lines().last().unwrap_or_default();
-    format!("{pattern:?}: {}", last.strip_prefix("error: ").unwrap_or(last))
+    format!("{}: {}", file::quoted(pattern), last.strip_prefix("error: ").unwrap_or(last))
 }
 
 /// A regex of Go in the syntax of the crate `regex`.

@@ -1,6 +1,8 @@
 //! statsd_exporter's mapping files through the executable: every case of the corpus, `check`, `explain`, reload, drop,
 //! ttl and the names that no rule matches.
 
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -252,6 +254,40 @@ fn a_reload_swaps_the_rules_or_refuses_the_file() {
         agent.datagram("c.d:1|c");
         (agent.metric("c.d")?["value"].as_f64()? > before).then_some(())
     });
+}
+
+#[test]
+fn a_stop_waits_for_no_reload() {
+    let rules = Rules::new("mappings: []\n");
+    let mut agent = rules.agent();
+    std::fs::remove_file(rules.path()).unwrap();
+    assert!(Command::new("mkfifo").arg(rules.path()).status().unwrap().success());
+    agent.signal("HUP");
+    // A pipe can be opened so once the other end reads it; it will read for ever.
+    let mut writer = OpenOptions::new();
+    writer.write(true).custom_flags(libc::O_NONBLOCK);
+    let _held = until("the reload to begin", || writer.open(rules.path()).ok());
+    agent.signal("TERM");
+    assert!(agent.wait().success());
+}
+
+#[test]
+fn without_rules_nothing_is_left_of_them() {
+    let rules = Rules::new("mappings:\n- {match: a.*, name: $2}\n");
+    let agent = Agent::start_with_file(&format!("[mapping]\nfile = '{}'\n", rules.path().display()));
+    agent.datagram("a.b:1|c\nc.d:1|c");
+    agent.wait_for("c.d", "value", 1);
+    assert_eq!(exposition(&agent), ["# TYPE c_d counter", "c_d 1"]);
+    let told = || {
+        let text = agent.get("/metrics").text();
+        let of = |line: &&str| line.starts_with("tallyd_scrape_unmapped") || line.contains("empty_metric_name\"");
+        text.lines().filter(of).map(|line| line.ends_with(" 1")).collect::<Vec<_>>()
+    };
+    assert_eq!(told(), [true, true]);
+    agent.write_file("");
+    assert_eq!(reload(&agent).status, 200);
+    assert_eq!(exposition(&agent), ["# TYPE a_b counter", "a_b 1", "# TYPE c_d counter", "c_d 1"]);
+    assert_eq!(told(), [false, false]);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The README's commands, run as they stand there, and its lists compared with the code.
 
+use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
 
 use crate::agent::{Agent, tallyd};
@@ -84,20 +85,53 @@ fn every_command_prints_what_the_readme_shows() {
     }
 }
 
-#[test]
-fn every_metric_of_ours_stands_in_the_readme() {
+/// The rows of the table under this head, without their bars.
+fn rows(head: &str) -> Vec<String> {
     let readme = readme();
-    for metric in tallyd::telemetry::ALL {
-        assert!(readme.contains(&format!("`{}`", metric.name)), "{} is not in the README", metric.name);
-    }
+    let table = readme.lines().skip_while(|line| *line != head).skip(2);
+    let rows: Vec<_> = table.map_while(|line| line.strip_prefix("| ")).map(str::to_owned).collect();
+    assert!(!rows.is_empty(), "no table under {head}");
+    rows
 }
 
 #[test]
-fn every_subcommand_stands_in_the_readme() {
+fn the_readme_lists_our_metrics_as_the_code_defines_them() {
+    let row = |metric: &tallyd::telemetry::Metric| {
+        let labels: Vec<String> = metric.labels.iter().map(|label| format!("`{label}`")).collect();
+        format!("`{}` | {} | {} |", metric.name, labels.join(", "), metric.help)
+    };
+    let defined: Vec<String> = tallyd::telemetry::ALL.iter().map(row).collect();
+    assert_eq!(rows("| metric | labels | meaning |"), defined);
+}
+
+#[test]
+fn the_readme_lists_the_routes_of_the_api() {
+    let document: serde_json::Value = serde_json::from_str(include_str!("../../src/http/openapi.json")).unwrap();
+    let described = document["paths"].as_object().unwrap().iter().flat_map(|(path, item)| {
+        let methods = item.as_object().unwrap().keys().filter(|key| ["get", "post", "delete"].contains(&key.as_str()));
+        methods.map(move |method| format!("{} {path}", method.to_uppercase()))
+    });
+    // What takes samples stands in a chapter of its own.
+    let described: BTreeSet<String> = described.filter(|route| route != "POST /ingest/metrics").collect();
+    let listed: BTreeSet<String> = rows("| route (port 7000) | answer |")
+        .iter()
+        .flat_map(|row| {
+            let (method, paths) = row.split_once('|').unwrap().0.trim().trim_matches('`').split_once(' ').unwrap();
+            paths.split("`, `").map(|path| format!("{method} {path}")).collect::<Vec<_>>()
+        })
+        .collect();
+    assert_eq!(listed, described);
+}
+
+#[test]
+fn the_readme_lists_the_subcommands() {
     let help = tallyd().arg("--help").output().unwrap();
     let help = String::from_utf8(help.stdout).unwrap();
-    let readme = readme();
-    for command in ["run", "check", "explain", "send"] {
-        assert!(help.contains(command) && readme.contains(&format!("`tallyd {command}")), "{command}");
-    }
+    let lines = help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
+    // What stands deeper is the rest of a text.
+    let names = lines.filter_map(|line| line.strip_prefix("  ")?.split(' ').next().filter(|name| !name.is_empty()));
+    let commands: BTreeSet<&str> = names.filter(|name| *name != "help").collect();
+    let rows = rows("| command | does |");
+    let listed = rows.iter().filter_map(|row| row.strip_prefix("`tallyd ")?.split([' ', '`']).next());
+    assert_eq!(listed.collect::<BTreeSet<_>>(), commands);
 }

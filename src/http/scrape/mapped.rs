@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use arc_swap::ArcSwapOption;
 use foldhash::fast::RandomState;
@@ -18,6 +18,7 @@ use super::{Config, Moment};
 use crate::aggregate::ledger::Series;
 use crate::mapping::{Action, Found, Mapping, Metric, ObserverType, Rule, Style};
 use crate::sample::{Kind, SeriesKey, Tags};
+use crate::telemetry;
 
 /// The rules of an agent, and what they said of its series.
 #[derive(Default)]
@@ -150,7 +151,21 @@ impl Mapper {
 
     /// Puts other rules in.
     pub fn set(&self, rules: Option<Arc<Mapping>>) {
-        self.rules.store(rules);
+        let has_none = rules.is_none();
+        let had_some = self.rules.swap(rules).is_some();
+        if has_none && had_some {
+            // No scrape sets them any more.
+            telemetry::SCRAPE_PARTIAL.gauge(&["empty_metric_name"]).set(0.0);
+            telemetry::SCRAPE_UNMAPPED.gauge(&[]).set(0.0);
+        }
+        // Without rules nobody would ask, and so nobody forget.
+        let forgotten = std::mem::take(&mut *self.lock());
+        // A million answers take their time to go: not under the lock.
+        drop(forgotten);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the rules say of these series; those that they hide are left out.
@@ -194,12 +209,12 @@ impl Mapper {
     /// How many answers are kept.
     #[cfg(test)]
     pub(super) fn kept(&self) -> usize {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner).by_place.len()
+        self.lock().by_place.len()
     }
 
     /// Hands each series on with the rules' answer.
     fn ask(&self, mapping: &Arc<Mapping>, series: Vec<Arc<Series>>, mut each: impl FnMut(Arc<Series>, &Answer)) {
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = self.lock();
         if !kept.of.as_ref().is_some_and(|of| Arc::ptr_eq(of, mapping)) {
             *kept = Kept { of: Some(Arc::clone(mapping)), by_place: HashMap::default() };
         }

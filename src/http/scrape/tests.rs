@@ -798,6 +798,8 @@ fn rules_are_asked_once_for_each_series() {
     assert_eq!(mapper.kept(), 10, "what is gone from the ledger is forgotten");
     mapper.set(Some(Arc::new(Mapping::parse("mappings:\n- {match: 'a.*', name: second}\n").unwrap())));
     assert_eq!(lines(&text(mapper.apply(few))), ["# TYPE second counter", "second 10"]);
+    mapper.set(None);
+    assert_eq!(mapper.kept(), 0, "rules that are gone leave nothing");
 }
 
 #[test]
