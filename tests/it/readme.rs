@@ -97,7 +97,7 @@ fn every_subcommand_stands_in_the_readme() {
     let help = tallyd().arg("--help").output().unwrap();
     let help = String::from_utf8(help.stdout).unwrap();
     let readme = readme();
-    for command in ["run", "check", "explain", "send"] {
+    for command in ["run", "check", "explain", "send", "bench"] {
         assert!(help.contains(command) && readme.contains(&format!("`tallyd {command}")), "{command}");
     }
 }
