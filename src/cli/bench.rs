@@ -1,7 +1,7 @@
 //! `tallyd bench`: a load of exact size at a steady pace, and with `--api` what the agent made of it.
 //!
-//! All packets are made before the clock starts and then sent again and again, one call a packet, so that the generator
-//! costs little beside what it measures. Each sender is a thread with a socket of its own: the kernel spreads sockets
+//! All packets are made before the clock starts and then sent again and again, one a call or with `--segments` many, so
+//! that the generator costs little beside what it measures. Each sender is a thread with a socket of its own: the kernel spreads sockets
 //! over the workers of an agent. Counters carry the value 1, so their sum is a count of lines that the agent's tables
 //! must agree with. Figures are the listener's: whoever else sends to it is counted as well.
 
@@ -16,7 +16,7 @@ use std::thread;
 use std::time::Duration;
 
 use self::api::{Api, Figures, Reader};
-use self::load::{Load, Mix, Packet, SERIES_MAX};
+use self::load::{Call, Load, Mix, SERIES_MAX};
 use self::pace::{Sent, Share};
 use self::report::{Counted, Report};
 use super::send::{self, PATIENCE, Sender, Target, Warning};
@@ -27,11 +27,17 @@ use crate::units::{Size, Time};
 /// An agent publishes its counts once a second. Figures that rest for longer have arrived.
 const QUIET: Duration = Duration::from_millis(1_500);
 
+/// As clap ends for arguments that do not go together.
+const USAGE: u8 = 2;
+
 /// From one reading of the figures to the next.
 const POLL: Duration = Duration::from_millis(100);
 
 /// How long figures may take to rest, before the load and after it.
 const SETTLE_MAX: [Duration; 2] = [Duration::from_secs(3), Duration::from_secs(20)];
+
+/// Most segments of a call that every kernel takes.
+const SEGMENTS_MAX: u64 = 64;
 
 /// Arguments of `bench`.
 #[derive(Debug, clap::Args)]
@@ -66,6 +72,9 @@ pub struct Args {
     /// Most bytes of lines in a packet; 1 is a line a packet
     #[arg(long, value_name = "SIZE", default_value = "1432")]
     pub packet: Size,
+    /// Packets by one call, over UDP (UDP_SEGMENT); line ends fill them up to one size
+    #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=SEGMENTS_MAX))]
+    pub segments: u64,
     /// What the names of the series begin with
     #[arg(long, value_name = "NAME", default_value = "bench", value_parser = name)]
     pub name: String,
@@ -86,6 +95,9 @@ fn name(text: &str) -> Result<String, String> {
 
 /// Sends the load and writes to `out` what was sent, and what was counted. Warnings go to `warnings`.
 pub fn run(args: &Args, out: &mut impl Write, warnings: &mut impl Write) -> Result<(), Failure> {
+    if args.segments > 1 && !matches!(args.to, Target::Udp(_)) {
+        return Err(Failure::told(USAGE, format!("--segments {}: only UDP has them; leave it out", args.segments)));
+    }
     let reader = args.api.as_ref().map(|api| Reader::new(api, listener(&args.to), &args.name));
     let load = Load {
         name: &args.name,
@@ -93,14 +105,15 @@ pub fn run(args: &Args, out: &mut impl Write, warnings: &mut impl Write) -> Resu
         mix: &args.mix,
         tags: args.tags,
         bytes_max: args.packet.bytes(),
+        segments: args.segments,
         target: &args.to,
     };
-    let packets = load.packets().map_err(|error| send::broken(&args.to, &error))?;
+    let calls = load.calls().map_err(|error| send::broken(&args.to, &error))?;
     let connect = |_| Sender::connect(&args.to).and_then(|sender| sender.limit_writes(PATIENCE).map(|()| sender));
     let senders: io::Result<Vec<_>> = (0..args.senders).map(connect).collect();
     let senders = senders.map_err(|error| send::unreachable(&args.to, &error))?;
     let before = reader.as_ref().map(before).transpose().map_err(|error| unread(args, &error))?;
-    let (sent, warning) = send_all(args, senders, &load, &packets).map_err(|error| send::broken(&args.to, &error))?;
+    let (sent, warning) = send_all(args, senders, &load, &calls).map_err(|error| send::broken(&args.to, &error))?;
     if let Some(warning) = warning {
         warning.tell(&args.to, warnings)?;
     }
@@ -131,16 +144,11 @@ fn unread(args: &Args, error: &io::Error) -> Failure {
 }
 
 /// Lets all senders begin together, and waits until the other side has taken what streams carry.
-fn send_all(
-    args: &Args,
-    senders: Vec<Sender>,
-    load: &Load<'_>,
-    packets: &[Packet],
-) -> io::Result<(Sent, Option<Warning>)> {
+fn send_all(args: &Args, senders: Vec<Sender>, load: &Load<'_>, calls: &[Call]) -> io::Result<(Sent, Option<Warning>)> {
     let start = Barrier::new(senders.len());
     let one = |number: usize, mut sender: Sender| {
         let share = Share::new(number as u64, args.senders, args.rate, args.lines, args.time.0);
-        let ring = packets.iter().cycle().skip(number * packets.len() / args.senders as usize);
+        let ring = calls.iter().cycle().skip(number * calls.len() / args.senders as usize);
         start.wait();
         let sent = pace::send(&mut sender, load, ring, share)?;
         Ok((sent, sender.finish()?))
@@ -239,6 +247,7 @@ mod tests {
         drop(socket);
         assert!(bench(&["--to", &to, "--lines", "9", "--packet", "1"]).unwrap().1.contains("refused"));
         let tcp = to.replace("udp", "tcp");
+        assert_eq!(bench(&["--to", &tcp, "--lines", "9", "--segments", "2"]).unwrap_err().code(), 2);
         assert_eq!(bench(&["--to", &tcp, "--lines", "9"]).unwrap_err().code(), 69);
         let api = to.replace("udp", "http");
         let failure = bench(&["--to", &to, "--lines", "9", "--api", &api]).unwrap_err();

@@ -6,13 +6,15 @@
 
 use std::ffi::OsString;
 use std::fmt;
-use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, IoSlice, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs, UdpSocket};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
+
+use socket2::{MsgHdr, SockRef};
 
 use super::{Code, Failure};
 use crate::units::Size;
@@ -22,6 +24,12 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// For an ICMP error from another machine.
 const ICMP_WAIT: Duration = Duration::from_millis(50);
+
+/// What the length of a control message takes, and by what control messages are aligned.
+const WORD: usize = size_of::<usize>();
+
+/// The header of a control message.
+const HEADER: usize = size_of::<libc::cmsghdr>();
 
 /// Arguments of `send`.
 #[derive(Debug, clap::Args)]
@@ -234,18 +242,20 @@ impl Sender {
     /// Sends a packet as [`Target::frame`] made it.
     pub(super) fn send(&mut self, packet: &[u8]) -> io::Result<()> {
         match self {
-            Self::Udp { socket, refused, .. } => match socket.send(packet) {
-                // The error is an earlier datagram's; this one has not been sent.
-                Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                    *refused = true;
-                    socket.send(packet).map(drop)
-                }
-                result => result.map(drop),
-            },
+            Self::Udp { socket, refused, .. } => twice(refused, || socket.send(packet)),
             Self::Tcp(stream) => stream.write_all(packet),
             Self::Unixgram(socket) => socket.send(packet).map(drop),
             Self::Unix(stream) => stream.write_all(packet),
         }
+    }
+
+    /// Sends UDP datagrams that lie one behind the other, all of `size` bytes but for a shorter last one, by one call
+    /// (UDP_SEGMENT).
+    pub(super) fn send_segments(&mut self, datagrams: &[u8], size: u16) -> io::Result<()> {
+        let Self::Udp { socket, refused, .. } = self else { return Err(ErrorKind::Unsupported.into()) };
+        let (buffers, control) = ([IoSlice::new(datagrams)], segment_size(size));
+        let message = MsgHdr::new().with_buffers(&buffers).with_control(&control);
+        twice(refused, || SockRef::from(&*socket).sendmsg(&message, 0))
     }
 
     /// Waits until the other side has taken everything, where a transport tells.
@@ -267,6 +277,28 @@ impl Sender {
             }
         }
     }
+}
+
+/// Sends on a socket of UDP, which reports an earlier datagram's refusal instead of sending the next one.
+fn twice(refused: &mut bool, send: impl Fn() -> io::Result<usize>) -> io::Result<()> {
+    match send() {
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            *refused = true;
+            send().map(drop)
+        }
+        result => result.map(drop),
+    }
+}
+
+/// The control message that carries UDP_SEGMENT: a `cmsghdr` (length, level, type), the size, and what aligns the next.
+fn segment_size(size: u16) -> [u8; HEADER + WORD] {
+    let length = HEADER + size_of::<u16>();
+    let mut control = [0; HEADER + WORD];
+    control[..WORD].copy_from_slice(&length.to_ne_bytes());
+    control[WORD..WORD + 4].copy_from_slice(&libc::SOL_UDP.to_ne_bytes());
+    control[WORD + 4..WORD + 8].copy_from_slice(&libc::UDP_SEGMENT.to_ne_bytes());
+    control[HEADER..length].copy_from_slice(&size.to_ne_bytes());
+    control
 }
 
 /// A connection to the first address of `host:port` that takes one.
@@ -415,6 +447,20 @@ mod tests {
         });
         send(&to, 5, &["a:1|c", "bc:2|c"], "").unwrap();
         assert_eq!(server.join().unwrap(), b"\x05\0\0\0a:1|c\x06\0\0\0bc:2|c");
+    }
+
+    #[test]
+    fn segments_are_datagrams_of_their_own() {
+        let (socket, to) = udp();
+        let mut sender = Sender::connect(&to.parse().unwrap()).unwrap();
+        sender.send_segments(b"a:1|c\nb:22|c\nc:3", 6).unwrap();
+        for expected in ["a:1|c\n", "b:22|c", "\nc:3"] {
+            assert_eq!(datagram(|buffer| socket.recv(buffer)), expected);
+        }
+        drop(socket);
+        sender.send_segments(b"aab", 2).unwrap();
+        sender.send_segments(b"aab", 2).unwrap();
+        assert!(sender.finish().unwrap() == Some(Warning::Refused));
     }
 
     #[test]

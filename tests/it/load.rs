@@ -45,10 +45,21 @@ fn a_modest_load_is_accepted_to_the_last_line_on_every_transport() {
 /// More than the agent can take: the kernel drops, and each packet and each line is in one count or the other.
 #[test]
 fn under_overload_every_packet_is_read_or_dropped_and_every_line_accepted_or_rejected() {
+    overload(&[]);
+}
+
+/// The same where the kernel parts the packets.
+#[test]
+fn under_overload_every_segment_is_read_or_dropped() {
+    overload(&["--segments", "64"]);
+}
+
+#[track_caller]
+fn overload(more: &[&str]) {
     let agent = Agent::start(&["listen.receive_buffer=4KiB", "listen.workers=1"]);
     let to = format!("udp://{}", agent.address("udp"));
     let load = ["--rate", "0", "--lines", "200000", "--packet", "1", "--mix", "c=1", "--time", "20s"];
-    let report = bench(&agent, &to, &load);
+    let report = bench(&agent, &to, &[&load, more].concat());
     let counted = &report["agent"];
     let figure = |name: &str| counted[name].as_u64().unwrap();
     assert_eq!((&report["lines"], &report["packets"]), (&200_000.into(), &200_000.into()), "{report}");

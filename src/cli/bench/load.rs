@@ -4,7 +4,7 @@
 use std::io;
 use std::str::FromStr;
 
-use crate::cli::send::Target;
+use crate::cli::send::{Sender, Target};
 
 /// Lines that are made at least, however few the series are, so that values differ.
 const LINES_MIN: u64 = 1 << 16;
@@ -12,6 +12,9 @@ const LINES_MIN: u64 = 1 << 16;
 /// Each series comes once in a round, in steps of this prime: neighbours in a packet are none in a table. It is larger
 /// than any number of series, so that it divides none.
 const STEP: u64 = (1 << 31) - 1;
+
+/// Most bytes of one call: those of a UDP datagram over IPv4, which segments are until the kernel parts them.
+const CALL_MAX: usize = 65_507;
 
 /// Most series of a load.
 pub(super) const SERIES_MAX: u64 = 20_000_000;
@@ -92,15 +95,20 @@ pub(super) struct Load<'a> {
     pub(super) tags: u64,
     /// Most bytes of lines in a packet; a longer line has one for itself.
     pub(super) bytes_max: usize,
+    /// Most packets of a call.
+    pub(super) segments: u64,
     /// Where it goes, since packets are framed for it.
     pub(super) target: &'a Target,
 }
 
-/// What goes by one call.
+/// What goes by one call: a packet, or several as segments.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Packet {
-    /// As they are sent.
-    pub(super) bytes: Box<[u8]>,
+pub(super) struct Call {
+    bytes: Box<[u8]>,
+    /// Bytes of each packet but the last, which may have fewer.
+    segment: u16,
+    /// How many packets there are.
+    packets: u64,
     /// Number of its first line.
     pub(super) first: u64,
     /// How many lines it has.
@@ -109,22 +117,68 @@ pub(super) struct Packet {
     pub(super) counters: u64,
 }
 
+/// Lines that are framed together.
+struct Packet {
+    bytes: Vec<u8>,
+    lines: u64,
+    counters: u64,
+}
+
+impl Call {
+    /// Makes the call, and says how many packets and bytes went by it.
+    pub(super) fn send(&self, sender: &mut Sender) -> io::Result<(u64, u64)> {
+        if self.packets > 1 {
+            sender.send_segments(&self.bytes, self.segment)?;
+        } else {
+            sender.send(&self.bytes)?;
+        }
+        Ok((self.packets, self.bytes.len() as u64))
+    }
+}
+
 impl Load<'_> {
-    /// Packets to be sent again and again: each series is in them, and equally often.
-    pub(super) fn packets(&self) -> io::Result<Vec<Packet>> {
+    /// Calls to be made again and again: each series is in them, and equally often.
+    pub(super) fn calls(&self) -> io::Result<Vec<Call>> {
         let lines = LINES_MIN.next_multiple_of(self.series);
-        let mut packets = Vec::new();
+        let mut calls = Vec::new();
         let mut first = 0;
         while first < lines {
-            let packet = self.packet(first, lines - first)?;
-            first += packet.lines;
+            let call = self.call(first, lines - first)?;
+            first += call.lines;
+            calls.push(call);
+        }
+        Ok(calls)
+    }
+
+    /// A call that begins with a line of this number, and has so many at most.
+    pub(super) fn call(&self, first: u64, lines_max: u64) -> io::Result<Call> {
+        let mut packets: Vec<Packet> = Vec::new();
+        let (mut lines, mut segment) = (0, 0);
+        while lines < lines_max && (packets.len() as u64) < self.segments {
+            let packet = self.packet(first + lines, lines_max - lines)?;
+            let longest = packet.bytes.len().max(segment);
+            if !packets.is_empty() && longest * (packets.len() + 1) > CALL_MAX {
+                break;
+            }
+            (lines, segment) = (lines + packet.lines, longest);
             packets.push(packet);
         }
-        Ok(packets)
+        // Segments have one size; line ends fill them up, since blank lines count nowhere.
+        let last = packets.len().saturating_sub(1);
+        packets[..last].iter_mut().for_each(|packet| packet.bytes.resize(segment, b'\n'));
+        Ok(Call {
+            bytes: packets.iter().flat_map(|packet| &packet.bytes).copied().collect(),
+            // A single packet that is longer has no segments.
+            segment: u16::try_from(segment).unwrap_or(u16::MAX),
+            packets: packets.len() as u64,
+            first,
+            lines,
+            counters: packets.iter().map(|packet| packet.counters).sum(),
+        })
     }
 
     /// A packet that begins with a line of this number, and has so many at most.
-    pub(super) fn packet(&self, first: u64, lines_max: u64) -> io::Result<Packet> {
+    fn packet(&self, first: u64, lines_max: u64) -> io::Result<Packet> {
         let (mut bytes, mut line) = (Vec::new(), Vec::new());
         let (mut lines, mut counters) = (0, 0);
         while lines < lines_max {
@@ -141,7 +195,7 @@ impl Load<'_> {
             counters += u64::from(kind == Type::Counter);
         }
         self.target.frame(&mut bytes)?;
-        Ok(Packet { bytes: bytes.into_boxed_slice(), first, lines, counters })
+        Ok(Packet { bytes, lines, counters })
     }
 
     /// Writes the line of a number.
@@ -173,10 +227,10 @@ mod tests {
     use super::*;
 
     fn load<'a>(series: u64, bytes_max: usize, mix: &'a Mix, target: &'a Target) -> Load<'a> {
-        Load { name: "bench", series, mix, tags: 2, bytes_max, target }
+        Load { name: "bench", series, mix, tags: 2, bytes_max, segments: 1, target }
     }
 
-    fn text(packet: &Packet) -> &str {
+    fn text(packet: &Call) -> &str {
         std::str::from_utf8(&packet.bytes).unwrap()
     }
 
@@ -197,7 +251,7 @@ mod tests {
     #[test]
     fn every_series_comes_equally_often_and_no_packet_is_too_long() {
         let (mix, target) = ("c=3,ms=2,g=1,s=1".parse().unwrap(), "udp://[::1]:1".parse().unwrap());
-        let packets = load(1_234, 500, &mix, &target).packets().unwrap();
+        let packets = load(1_234, 500, &mix, &target).calls().unwrap();
         let mut seen: HashMap<&str, u64> = HashMap::new();
         for packet in &packets {
             assert!(packet.bytes.len() <= 500);
@@ -212,9 +266,31 @@ mod tests {
     #[test]
     fn a_small_size_is_a_line_a_packet() {
         let (mix, target) = ("c=1,ms=1".parse().unwrap(), "udp://[::1]:1".parse().unwrap());
-        let packets = load(3, 1, &mix, &target).packets().unwrap();
+        let packets = load(3, 1, &mix, &target).calls().unwrap();
         assert!(packets.iter().all(|packet| packet.lines == 1));
         assert_eq!(text(&packets[0]), "bench.c.0:1|c|#tag0:v0,tag1:v0");
+    }
+
+    #[test]
+    fn segments_have_one_size_and_the_same_lines() {
+        let (mix, target) = ("c=1,ms=1".parse().unwrap(), "udp://[::1]:1".parse().unwrap());
+        let load = load(1_234, 1_432, &mix, &target);
+        let all = |segments| {
+            let calls = Load { segments, ..load }.calls().unwrap();
+            assert!(calls.iter().all(|call| call.packets <= segments && call.bytes.len() <= CALL_MAX));
+            calls
+        };
+        let lines = |calls: &[Call]| -> Vec<String> {
+            let lines = calls.iter().flat_map(|call| call.bytes.chunks(call.segment.into())).flat_map(|segment| {
+                let text = std::str::from_utf8(segment).unwrap();
+                text.lines().filter(|line| !line.is_empty()).map(str::to_owned)
+            });
+            lines.collect()
+        };
+        let (alone, many) = (all(1), all(64));
+        assert_eq!(lines(&alone), lines(&many));
+        let packets = |calls: &[Call]| calls.iter().map(|call| call.packets).sum::<u64>();
+        assert_eq!((packets(&many), many[0].packets), (packets(&alone), 46), "65,507 bytes hold 46 of 1,424");
     }
 
     #[test]
@@ -223,13 +299,13 @@ mod tests {
         for to in ["tcp://[::1]:1", "unix:///s"] {
             let target = to.parse().unwrap();
             let load = load(100, 1_432, &mix, &target);
-            let packets = load.packets().unwrap();
-            let cut = load.packet(packets[1].first, 2).unwrap();
+            let packets = load.calls().unwrap();
+            let cut = load.call(packets[1].first, 2).unwrap();
             assert!(cut.lines == 2 && cut.bytes.len() < packets[1].bytes.len());
             let frame = if to.starts_with("tcp") { 0 } else { 4 };
             let end = if to.starts_with("tcp") { cut.bytes.len() - 1 } else { cut.bytes.len() };
             assert_eq!(cut.bytes[frame..end], packets[1].bytes[frame..end]);
-            assert_eq!(load.packet(packets[1].first, u64::MAX).unwrap(), packets[1]);
+            assert_eq!(load.call(packets[1].first, u64::MAX).unwrap(), packets[1]);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! One sender: packets from the ring to its socket, a burst every millisecond, as many as the clock says are due. What
+//! One sender: calls from the ring to its socket, a burst every millisecond, as many as the clock says are due. What
 //! a late burst lacks, the next one makes up for; no error of a sleep adds up.
 
 use std::io;
@@ -7,14 +7,14 @@ use std::slice;
 use std::thread;
 use std::time::Duration;
 
-use super::load::{Load, Packet};
+use super::load::{Call, Load};
 use crate::cli::send::Sender;
 use crate::clock::Clock;
 
 /// From one burst to the next.
 const TICK: Duration = Duration::from_millis(1);
 
-/// Packets from one look at the clock to the next.
+/// Calls from one look at the clock to the next.
 const LOOK: usize = 64;
 
 /// By how much a paced load may be late and is still finished.
@@ -88,16 +88,19 @@ impl Sent {
         }
     }
 
-    fn add(&mut self, packet: &Packet) {
-        self.packets += 1;
-        self.bytes += packet.bytes.len() as u64;
-        self.lines += packet.lines;
-        self.counters += packet.counters;
+    /// Makes a call and counts what went by it.
+    fn send(&mut self, call: &Call, sender: &mut Sender) -> io::Result<()> {
+        let (packets, bytes) = call.send(sender)?;
+        self.packets += packets;
+        self.bytes += bytes;
+        self.lines += call.lines;
+        self.counters += call.counters;
+        Ok(())
     }
 }
 
-/// The packets of a load, beginning somewhere and without an end.
-pub(super) type Ring<'a> = Skip<Cycle<slice::Iter<'a, Packet>>>;
+/// The calls of a load, beginning somewhere and without an end.
+pub(super) type Ring<'a> = Skip<Cycle<slice::Iter<'a, Call>>>;
 
 /// Sends a share, beginning now.
 pub(super) fn send(sender: &mut Sender, load: &Load<'_>, mut ring: Ring<'_>, share: Share) -> io::Result<Sent> {
@@ -119,7 +122,7 @@ pub(super) fn send(sender: &mut Sender, load: &Load<'_>, mut ring: Ring<'_>, sha
     Ok(sent)
 }
 
-/// Sends packets until as many lines are sent as are due, but [`LOOK`] at most, and never more than `lines` in all.
+/// Makes calls until as many lines are sent as are due, but [`LOOK`] at most, and never more than `lines` in all.
 fn burst(
     sender: &mut Sender,
     load: &Load<'_>,
@@ -132,15 +135,12 @@ fn burst(
         if sent.lines >= due {
             break;
         }
-        let Some(packet) = ring.next() else { break };
+        let Some(call) = ring.next() else { break };
         let left = lines - sent.lines;
-        if packet.lines > left {
-            let cut = load.packet(packet.first, left)?;
-            sender.send(&cut.bytes)?;
-            sent.add(&cut);
+        if call.lines > left {
+            sent.send(&load.call(call.first, left)?, sender)?;
         } else {
-            sender.send(&packet.bytes)?;
-            sent.add(packet);
+            sent.send(call, sender)?;
         }
     }
     Ok(())
