@@ -26,11 +26,12 @@ fn a_modest_load_is_accepted_to_the_last_line_on_every_transport() {
             _ => format!("{kind}://{}", path(kind)),
         };
         let name = format!("of.{kind}");
-        let load = ["--name", &name, "--rate", "20000", "--lines", "10001", "--series", "50", "--tags", "2"];
+        // So few datagrams that the smallest buffer a system grants holds all of them, however slow the agent is.
+        let load = ["--name", &name, "--rate", "10000", "--lines", "3001", "--series", "50", "--tags", "2"];
         let report = bench(&agent, &to, &[&load[..], &["--senders", "3"]].concat());
         let counted = &report["agent"];
-        assert_eq!((&report["to"], &report["lines"]), (&to.into(), &10_001.into()), "{report}");
-        for (figure, want) in [("lines", 10_001), ("accepted", 10_001), ("rejected", 0), ("lost", 0)] {
+        assert_eq!((&report["to"], &report["lines"]), (&to.into(), &3_001.into()), "{report}");
+        for (figure, want) in [("lines", 3_001), ("accepted", 3_001), ("rejected", 0), ("lost", 0)] {
             assert_eq!(counted[figure], want, "{kind} {figure}: {report}");
         }
         assert!(counted["accounted"] == true && counted["counters_agree"] == true, "{report}");
