@@ -3,6 +3,7 @@
 //! A command writes its answer to the stream it is given and returns a [`Failure`]; only [`Failure::report`] writes to
 //! standard error. A reader that went away (`tallyd check --print | head`) is no failure.
 
+pub mod bench;
 pub mod check;
 pub mod explain;
 pub mod run;
@@ -40,6 +41,8 @@ pub enum Command {
     Explain(explain::Args),
     /// Send lines to an agent
     Send(send::Args),
+    /// Send a load of exact size at a steady pace, and say what became of it
+    Bench(bench::Args),
 }
 
 /// The layers of the configuration that stand on the command line.

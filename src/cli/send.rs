@@ -6,7 +6,7 @@
 
 use std::ffi::OsString;
 use std::fmt;
-use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, IoSlice, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs, UdpSocket};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
@@ -14,14 +14,22 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use socket2::{MsgHdr, SockRef};
+
 use super::{Code, Failure};
 use crate::units::Size;
 
 /// For a connection, and for the other side to close it.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// For an ICMP error from another machine.
 const ICMP_WAIT: Duration = Duration::from_millis(50);
+
+/// What the length of a control message takes, and by what control messages are aligned.
+const WORD: usize = size_of::<usize>();
+
+/// The header of a control message.
+const HEADER: usize = size_of::<libc::cmsghdr>();
 
 /// Arguments of `send`.
 #[derive(Debug, clap::Args)]
@@ -69,6 +77,21 @@ impl FromStr for Target {
     }
 }
 
+impl Target {
+    /// Adds to a packet of lines, of which the last has no end yet, what parts it from the next one on the wire.
+    pub(super) fn frame(&self, packet: &mut Vec<u8>) -> io::Result<()> {
+        match self {
+            Self::Udp(_) | Self::Unixgram(_) => {}
+            Self::Tcp(_) => packet.push(b'\n'),
+            Self::Unix(_) => {
+                let length = u32::try_from(packet.len()).map_err(|_| ErrorKind::InvalidInput)?;
+                drop(packet.splice(..0, length.to_le_bytes()));
+            }
+        }
+        Ok(())
+    }
+}
+
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -83,32 +106,33 @@ impl fmt::Display for Target {
 /// Sends the arguments' lines, or those of `input` if there are none. Warnings go to `warnings`.
 pub fn run(args: &Args, input: impl Read, warnings: &mut impl Write) -> Result<(), Failure> {
     let sender = Sender::connect(&args.to).map_err(|error| unreachable(&args.to, &error))?;
-    let mut packer = Packer { sender, packet: Vec::new(), bytes_max: args.packet.bytes() };
+    let mut packer = Packer { target: &args.to, sender, packet: Vec::new(), bytes_max: args.packet.bytes() };
     let sent = if args.lines.is_empty() { packer.stream(input) } else { packer.arguments(&args.lines) };
     let warning = sent.and_then(|()| packer.sender.finish()).map_err(|error| broken(&args.to, &error))?;
     match warning {
-        Some(warning) => Ok(writeln!(warnings, "tallyd: warning: {}: {warning}", args.to)?),
+        Some(warning) => Ok(warning.tell(&args.to, warnings)?),
         None => Ok(()),
     }
 }
 
-fn unreachable(target: &Target, error: &io::Error) -> Failure {
+pub(super) fn unreachable(target: &Target, error: &io::Error) -> Failure {
     let code = if error.kind() == ErrorKind::PermissionDenied { Code::Permission } else { Code::Unavailable };
     Failure::told(code, format!("--to {target}: {error}; name the address of a running agent"))
 }
 
-fn broken(target: &Target, error: &io::Error) -> Failure {
+pub(super) fn broken(target: &Target, error: &io::Error) -> Failure {
     Failure::told(Code::Io, format!("--to {target}: {error}; not all lines were sent"))
 }
 
 /// Lines waiting to be sent together.
-struct Packer {
+struct Packer<'a> {
+    target: &'a Target,
     sender: Sender,
     packet: Vec<u8>,
     bytes_max: usize,
 }
 
-impl Packer {
+impl Packer<'_> {
     fn arguments(&mut self, lines: &[OsString]) -> io::Result<()> {
         let lines = lines.iter().flat_map(|line| line.as_bytes().split(|byte| *byte == b'\n'));
         lines.into_iter().try_for_each(|line| self.line(line))?;
@@ -145,7 +169,8 @@ impl Packer {
 
     fn send(&mut self) -> io::Result<()> {
         if !self.packet.is_empty() {
-            self.sender.send(&mut self.packet)?;
+            self.target.frame(&mut self.packet)?;
+            self.sender.send(&self.packet)?;
             self.packet.clear();
         }
         Ok(())
@@ -154,7 +179,7 @@ impl Packer {
 
 /// What came back though nothing was asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Warning {
+pub(super) enum Warning {
     Refused,
     StillOpen,
 }
@@ -168,8 +193,15 @@ impl fmt::Display for Warning {
     }
 }
 
+impl Warning {
+    /// Says so in one line.
+    pub(super) fn tell(self, target: &Target, warnings: &mut impl Write) -> io::Result<()> {
+        writeln!(warnings, "tallyd: warning: {target}: {self}")
+    }
+}
+
 /// An open socket.
-enum Sender {
+pub(super) enum Sender {
     Udp { socket: UdpSocket, peer: SocketAddr, refused: bool },
     Tcp(TcpStream),
     Unixgram(UnixDatagram),
@@ -177,7 +209,8 @@ enum Sender {
 }
 
 impl Sender {
-    fn connect(target: &Target) -> io::Result<Self> {
+    /// Opens a socket to a target.
+    pub(super) fn connect(target: &Target) -> io::Result<Self> {
         match target {
             Target::Udp(host) => {
                 let peer = host.to_socket_addrs()?.next().ok_or(ErrorKind::NotFound)?;
@@ -186,16 +219,7 @@ impl Sender {
                 socket.connect(peer)?;
                 Ok(Self::Udp { socket, peer, refused: false })
             }
-            Target::Tcp(host) => {
-                let mut last = io::Error::from(ErrorKind::NotFound);
-                for peer in host.to_socket_addrs()? {
-                    match TcpStream::connect_timeout(&peer, PATIENCE) {
-                        Ok(stream) => return Ok(Self::Tcp(stream)),
-                        Err(error) => last = error,
-                    }
-                }
-                Err(last)
-            }
+            Target::Tcp(host) => connect(host).map(Self::Tcp),
             Target::Unixgram(path) => {
                 let socket = UnixDatagram::unbound()?;
                 socket.connect(path)?;
@@ -205,31 +229,37 @@ impl Sender {
         }
     }
 
-    /// Sends a packet of lines, of which the last has no end yet.
-    fn send(&mut self, packet: &mut Vec<u8>) -> io::Result<()> {
+    /// Makes a call that the other side blocks for so long an error.
+    pub(super) fn limit_writes(&self, time: Duration) -> io::Result<()> {
         match self {
-            Self::Udp { socket, refused, .. } => match socket.send(packet) {
-                // The error is an earlier datagram's; this one has not been sent.
-                Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                    *refused = true;
-                    socket.send(packet).map(drop)
-                }
-                result => result.map(drop),
-            },
-            Self::Tcp(stream) => {
-                packet.push(b'\n');
-                stream.write_all(packet)
-            }
-            Self::Unixgram(socket) => socket.send(packet).map(drop),
-            Self::Unix(stream) => {
-                let length = u32::try_from(packet.len()).map_err(|_| ErrorKind::InvalidInput)?;
-                stream.write_all(&length.to_le_bytes())?;
-                stream.write_all(packet)
-            }
+            Self::Udp { socket, .. } => socket.set_write_timeout(Some(time)),
+            Self::Tcp(stream) => stream.set_write_timeout(Some(time)),
+            Self::Unixgram(socket) => socket.set_write_timeout(Some(time)),
+            Self::Unix(stream) => stream.set_write_timeout(Some(time)),
         }
     }
 
-    fn finish(&mut self) -> io::Result<Option<Warning>> {
+    /// Sends a packet as [`Target::frame`] made it.
+    pub(super) fn send(&mut self, packet: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Udp { socket, refused, .. } => twice(refused, || socket.send(packet)),
+            Self::Tcp(stream) => stream.write_all(packet),
+            Self::Unixgram(socket) => socket.send(packet).map(drop),
+            Self::Unix(stream) => stream.write_all(packet),
+        }
+    }
+
+    /// Sends UDP datagrams that lie one behind the other, all of `size` bytes but for a shorter last one, by one call
+    /// (UDP_SEGMENT).
+    pub(super) fn send_segments(&mut self, datagrams: &[u8], size: u16) -> io::Result<()> {
+        let Self::Udp { socket, refused, .. } = self else { return Err(ErrorKind::Unsupported.into()) };
+        let (buffers, control) = ([IoSlice::new(datagrams)], segment_size(size));
+        let message = MsgHdr::new().with_buffers(&buffers).with_control(&control);
+        twice(refused, || SockRef::from(&*socket).sendmsg(&message, 0))
+    }
+
+    /// Waits until the other side has taken everything, where a transport tells.
+    pub(super) fn finish(&mut self) -> io::Result<Option<Warning>> {
         match self {
             Self::Udp { socket, peer, refused } => {
                 Ok((*refused || is_refused(socket, *peer)?).then_some(Warning::Refused))
@@ -247,6 +277,40 @@ impl Sender {
             }
         }
     }
+}
+
+/// Sends on a socket of UDP, which reports an earlier datagram's refusal instead of sending the next one.
+fn twice(refused: &mut bool, send: impl Fn() -> io::Result<usize>) -> io::Result<()> {
+    match send() {
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            *refused = true;
+            send().map(drop)
+        }
+        result => result.map(drop),
+    }
+}
+
+/// The control message that carries UDP_SEGMENT: a `cmsghdr` (length, level, type), the size, and what aligns the next.
+fn segment_size(size: u16) -> [u8; HEADER + WORD] {
+    let length = HEADER + size_of::<u16>();
+    let mut control = [0; HEADER + WORD];
+    control[..WORD].copy_from_slice(&length.to_ne_bytes());
+    control[WORD..WORD + 4].copy_from_slice(&libc::SOL_UDP.to_ne_bytes());
+    control[WORD + 4..WORD + 8].copy_from_slice(&libc::UDP_SEGMENT.to_ne_bytes());
+    control[HEADER..length].copy_from_slice(&size.to_ne_bytes());
+    control
+}
+
+/// A connection to the first address of `host:port` that takes one.
+pub(super) fn connect(host: &str) -> io::Result<TcpStream> {
+    let mut last = io::Error::from(ErrorKind::NotFound);
+    for peer in host.to_socket_addrs()? {
+        match TcpStream::connect_timeout(&peer, PATIENCE) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 /// Whether an ICMP error has come; from this machine it comes at once.
@@ -383,6 +447,20 @@ mod tests {
         });
         send(&to, 5, &["a:1|c", "bc:2|c"], "").unwrap();
         assert_eq!(server.join().unwrap(), b"\x05\0\0\0a:1|c\x06\0\0\0bc:2|c");
+    }
+
+    #[test]
+    fn segments_are_datagrams_of_their_own() {
+        let (socket, to) = udp();
+        let mut sender = Sender::connect(&to.parse().unwrap()).unwrap();
+        sender.send_segments(b"a:1|c\nb:22|c\nc:3", 6).unwrap();
+        for expected in ["a:1|c\n", "b:22|c", "\nc:3"] {
+            assert_eq!(datagram(|buffer| socket.recv(buffer)), expected);
+        }
+        drop(socket);
+        sender.send_segments(b"aab", 2).unwrap();
+        sender.send_segments(b"aab", 2).unwrap();
+        assert!(sender.finish().unwrap() == Some(Warning::Refused));
     }
 
     #[test]

@@ -20,6 +20,7 @@ mod config;
 mod ingest;
 mod lifecycle;
 mod limits;
+mod load;
 mod mapping;
 mod prometheus;
 mod readme;
