@@ -3,12 +3,18 @@
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::str::FromStr;
+use std::thread;
+use std::time::Duration;
 
 use crate::cli::send::{self, PATIENCE};
+use crate::clock::Clock;
 use crate::telemetry;
 
 /// Most bytes of a page.
 const PAGE_MAX: u64 = 4 << 30;
+
+/// Until a busy agent is asked again.
+const BUSY: Duration = Duration::from_millis(20);
 
 /// The processor time of the agent's process.
 const CPU: &str = "process_cpu_seconds_total";
@@ -83,8 +89,20 @@ impl<'a> Reader<'a> {
         Self { api, listener: format!("listener=\"{listener}\""), counters: format!("{}_c_", name.replace('.', "_")) }
     }
 
-    /// Reads the page as it is now.
+    /// Reads the page as it is now. An agent makes few pages at a time, and tells who is too many to come again.
     pub(super) fn read(&self) -> io::Result<Figures> {
+        let clock = Clock::default();
+        loop {
+            match self.read_once() {
+                Err(error) if error.kind() == ErrorKind::ResourceBusy && clock.monotonic() < PATIENCE => {
+                    thread::sleep(BUSY);
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn read_once(&self) -> io::Result<Figures> {
         let mut stream = send::connect(&self.api.0)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         write!(stream, "GET /metrics HTTP/1.0\r\nHost: {}\r\nAccept: text/plain\r\n\r\n", self.api.0)?;
@@ -95,8 +113,10 @@ impl<'a> Reader<'a> {
     fn page(&self, mut answer: impl BufRead) -> io::Result<Figures> {
         let mut line = String::new();
         answer.read_line(&mut line)?;
-        if line.split(' ').nth(1) != Some("200") {
-            return Err(io::Error::other(format!("GET /metrics was answered {:?}", line.trim_end())));
+        let status = line.split(' ').nth(1);
+        if status != Some("200") {
+            let kind = if status == Some("503") { ErrorKind::ResourceBusy } else { ErrorKind::Other };
+            return Err(io::Error::new(kind, format!("GET /metrics was answered {:?}", line.trim_end())));
         }
         let mut figures = Figures::default();
         let mut is_whole = false;
@@ -173,6 +193,7 @@ mod tests {
     fn an_answer_that_is_no_whole_page_is_an_error() {
         let error = |page: &str| read(page).unwrap_err().to_string();
         assert!(error("HTTP/1.0 403 Forbidden\r\n\r\n").contains("403 Forbidden"));
+        assert_eq!(read("HTTP/1.0 503 Busy\r\n\r\n").unwrap_err().kind(), ErrorKind::ResourceBusy);
         assert!(error("").contains("\"\""));
         assert!(error(&PAGE[..PAGE.find("tallyd_build").unwrap()]).contains("whole"));
     }
