@@ -3,6 +3,7 @@
 //! One thread, which owns the [`Writer`], folds sealed cells in. Scrape, API and flush read beside it: a read of a series
 //! is one atomic load of an immutable [`State`], so it takes no lock and never holds up the fold.
 
+use std::borrow::Cow;
 use std::hash::{BuildHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -11,11 +12,11 @@ use arc_swap::ArcSwap;
 use foldhash::fast::RandomState;
 use serde::{Deserialize, Serialize};
 
-use super::Aggregate;
 use super::meter::Rates;
 use super::series::EXACT_MAX;
 use super::shard::{Budget, Sealed, SeriesId, cost};
 use super::window::{Window, start_of};
+use super::{Aggregate, Gauge};
 use crate::sample::{Kind, SeriesKey};
 
 /// A moment by both clocks, in milliseconds since the epoch: windows and labels go by the one that people see, rates and
@@ -150,6 +151,20 @@ fn open_window(at_ms: u64, window_ms: u64, closed_until_ms: u64) -> u64 {
     let start_ms = start_of(at_ms, window_ms);
     let is_back = start_ms + BACK_MAX * window_ms < closed_until_ms;
     if is_back { start_ms } else { start_ms.max(closed_until_ms) }
+}
+
+/// What of a cell counts for a store that takes an agent's later set of a gauge for the newer one: a set that bears an
+/// earlier time than the one that stands is none, and so are changes from before that.
+fn what_counts<'c>(cell: &'c Aggregate, before: &Aggregate) -> Cow<'c, Aggregate> {
+    let (Aggregate::Gauge(late), Aggregate::Gauge(Gauge { set: Some((_, stands_ms)), .. })) = (cell, before) else {
+        return Cow::Borrowed(cell);
+    };
+    if late.set.is_none_or(|(_, set_ms)| set_ms >= *stands_ms) {
+        return Cow::Borrowed(cell);
+    }
+    let Gauge { change, changed_at, samples, .. } = late.clone();
+    let (change, changed_at) = if changed_at < *stands_ms { Default::default() } else { (change, changed_at) };
+    Cow::Owned(Aggregate::Gauge(Gauge { set: None, change, changed_at, samples }))
 }
 
 /// Adds a cell to a window that stands at `start_ms`, replacing an older one; a cell older than the window is left out.
@@ -532,7 +547,7 @@ impl Writer {
         };
         self.count_coarsened(&state.total.aggregate, &next.total.aggregate);
         if self.remote {
-            add_unshipped(&mut next.unshipped, cell, self.flush);
+            add_unshipped(&mut next.unshipped, &what_counts(cell, &state.total.aggregate), self.flush);
         }
         series.state.store(Arc::new(next));
         series.folded_at_ms.store(at.steady_ms, Ordering::Relaxed);

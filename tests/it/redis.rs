@@ -19,6 +19,12 @@ fn stored(redis: &Redis, key: &str) -> f64 {
     fields.lines().map(|field| field.parse::<f64>().unwrap_or(0.0)).sum()
 }
 
+/// A field of a series as it stands in Redis; empty where there is none.
+fn stored_field(redis: &Redis, letter: &str, key: &str, field: &str) -> String {
+    let name = redis.cli(&["--scan", "--pattern", &format!("tallyd:*:s:{letter}:{key}")]);
+    redis.cli(&["HGET", name.trim(), field]).trim().to_owned()
+}
+
 #[test]
 fn two_agents_share_one_total() {
     let redis = Redis::start();
@@ -223,4 +229,20 @@ fn a_copied_state_directory_counts_nothing_twice() {
         reader.wait_for("copied", "value", all);
     }
     assert_eq!(stored(&redis, "copied"), f64::from(all));
+}
+
+/// A set that bears an earlier time than the one that stands changes nothing, here and in the store.
+#[test]
+fn a_late_set_of_a_gauge_changes_nothing_in_the_store_either() {
+    let redis = Redis::start();
+    // The window is long enough that the earlier time lies in it or the one before.
+    let agent = Agent::start(&["store.kind=redis", &redis.url(), "flush.interval=100ms"]);
+    agent.datagram("q:5|g");
+    until("the first to be stored", || (stored_field(&redis, "g", "q", "value") == "5").then_some(()));
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    agent.datagram(format!("q:3|g|T{}", now - 2));
+    until("the second to be stored", || (stored_field(&redis, "g", "q", "samples") == "2").then_some(()));
+    assert_eq!(stored_field(&redis, "g", "q", "value"), "5");
+    assert!(same(&agent.metric("q").unwrap()["value"], &json!(5)));
+    assert!(same(&agent.get("/data/metrics/q?scope=local").json()["value"], &json!(5)));
 }
