@@ -11,11 +11,11 @@ use arc_swap::ArcSwap;
 use foldhash::fast::RandomState;
 use serde::{Deserialize, Serialize};
 
-use super::Aggregate;
 use super::meter::Rates;
 use super::series::EXACT_MAX;
-use super::shard::{Budget, Sealed, SeriesId, cost};
+use super::shard::{Budget, Sealed, SeriesId};
 use super::window::{Window, start_of};
+use super::{Aggregate, series};
 use crate::sample::{Kind, SeriesKey};
 
 /// A moment by both clocks, in milliseconds since the epoch: windows and labels go by the one that people see, rates and
@@ -57,13 +57,13 @@ impl Total {
 
     /// Adds what came until `now_ms`. `false` when a sum would not stay finite; then nothing changed.
     pub fn add(&mut self, delta: &Aggregate, now_ms: u64) -> bool {
-        self.add_at(delta, At { wall_ms: now_ms, steady_ms: now_ms })
+        self.add_at(delta, At { wall_ms: now_ms, steady_ms: now_ms }, &series::Limits::default())
     }
 
     /// The same by both clocks. A meter begins with its first mark, not when that was sealed.
-    fn add_at(&mut self, delta: &Aggregate, at: At) -> bool {
+    fn add_at(&mut self, delta: &Aggregate, at: At, limits: &series::Limits) -> bool {
         let is_first = self.aggregate.is_empty();
-        let finite = self.aggregate.merge(delta, 0);
+        let finite = self.aggregate.merge_within(delta, 0, limits);
         if finite {
             self.update_ms = self.update_ms.max(at.wall_ms);
             if let (Some(rates), Aggregate::Meter(marks)) = (&mut self.rates, delta) {
@@ -123,23 +123,38 @@ impl State {
     }
 
     /// Adds a cell that was sealed at a moment, to the window that begins at `start_ms`.
-    fn fold(&self, cell: &Aggregate, kind: Kind, at: At, start_ms: u64, window_ms: u64) -> Option<Self> {
+    fn fold(&self, cell: &Aggregate, kind: Kind, at: At, start_ms: u64, within: Within<'_>) -> Option<Self> {
+        let Within { window_ms, limits } = within;
         let mut next = self.clone();
-        if !Arc::make_mut(&mut next.total).add_at(cell, at) {
+        if !Arc::make_mut(&mut next.total).add_at(cell, at, limits) {
             return None;
         }
         let late = |window: &Arc<Window>| start_ms < window.start_ms && start_ms + 2 * window_ms > window.start_ms;
         if next.window.as_ref().is_some_and(late) {
-            add_to_window(&mut next.before, cell, kind, start_ms);
+            add_to_window(&mut next.before, cell, kind, start_ms, limits);
         } else {
             // Further back than a late shard can be, so the wall clock was set back: the window is a new one.
             if next.window.as_ref().is_some_and(|window| window.start_ms != start_ms) {
                 next.before = next.window.take();
             }
-            add_to_window(&mut next.window, cell, kind, start_ms);
+            add_to_window(&mut next.window, cell, kind, start_ms, limits);
         }
         Some(next)
     }
+
+    /// How many bytes total and windows hold on the heap beyond what every series has.
+    fn memory(&self) -> i64 {
+        let windows = [&self.window, &self.before].into_iter().flatten();
+        let bytes = self.total.aggregate.memory() + windows.map(|window| window.aggregate.memory()).sum::<usize>();
+        bytes as i64
+    }
+}
+
+/// How long windows are, and what a series may keep.
+#[derive(Debug, Clone, Copy)]
+struct Within<'a> {
+    window_ms: u64,
+    limits: &'a series::Limits,
 }
 
 /// How far back, in windows, a cell or a clock may be before the clock is taken to have been set back for good.
@@ -153,7 +168,13 @@ fn open_window(at_ms: u64, window_ms: u64, closed_until_ms: u64) -> u64 {
 }
 
 /// Adds a cell to a window that stands at `start_ms`, replacing an older one; a cell older than the window is left out.
-fn add_to_window(place: &mut Option<Arc<Window>>, cell: &Aggregate, kind: Kind, start_ms: u64) {
+fn add_to_window(
+    place: &mut Option<Arc<Window>>,
+    cell: &Aggregate,
+    kind: Kind,
+    start_ms: u64,
+    limits: &series::Limits,
+) {
     let old = place.as_ref().map_or(0, |window| window.start_ms);
     if place.is_none() || old < start_ms {
         *place = Some(Arc::new(Window { start_ms, aggregate: Aggregate::new(kind) }));
@@ -161,7 +182,7 @@ fn add_to_window(place: &mut Option<Arc<Window>>, cell: &Aggregate, kind: Kind, 
     match place {
         Some(window) if window.start_ms == start_ms => {
             // The total took the cell, and a window is a part of it, so its sums stay finite as well.
-            Arc::make_mut(window).aggregate.merge(cell, EXACT_MAX);
+            Arc::make_mut(window).aggregate.merge_within(cell, EXACT_MAX, limits);
         }
         Some(_) | None => {}
     }
@@ -308,6 +329,11 @@ impl Ledger {
         self.map(id).pin().get(id).map(|found| Arc::clone(&found.0))
     }
 
+    /// Whether it holds the series of a kind and a key.
+    pub fn contains(&self, id: &SeriesId) -> bool {
+        self.map(id).pin().contains(id)
+    }
+
     /// How many series there are.
     pub fn len(&self) -> usize {
         self.maps.iter().map(papaya::HashSet::len).sum()
@@ -408,8 +434,9 @@ impl Writer {
     pub fn restore(&mut self, kind: Kind, key: SeriesKey, mut total: Total, now_ms: u64) {
         total.hold_back(now_ms);
         let id = Arc::new(SeriesId { kind, key });
-        self.budget.force(1, cost(&id.key));
-        let series = Arc::new(Series::new(Arc::clone(&id), State::new(total), now_ms));
+        let state = State::new(total);
+        self.budget.force(1, self.budget.cost(&id) + state.memory());
+        let series = Arc::new(Series::new(Arc::clone(&id), state, now_ms));
         self.insert(&series);
     }
 
@@ -496,7 +523,7 @@ impl Writer {
     pub fn reset(&mut self, id: &SeriesId) -> bool {
         let Some(series) = self.ledger.get(id) else { return false };
         if series.holders.load(Ordering::Relaxed) == 0 {
-            self.budget.refund(1, cost(&series.id.key));
+            self.budget.refund(1, self.budget.cost(&series.id));
         }
         self.remove(&series);
         true
@@ -513,7 +540,7 @@ impl Writer {
             }
         });
         for series in orphans {
-            self.budget.refund(1, cost(&series.id.key));
+            self.budget.refund(1, self.budget.cost(&series.id));
             self.forget(&series);
         }
         let numbers = |shard: &ShardSeries| {
@@ -526,13 +553,18 @@ impl Writer {
 
     fn fold_cell(&mut self, series: &Arc<Series>, cell: &Aggregate, at: At, start_ms: u64) {
         let state = series.state.load();
-        let Some(mut next) = state.fold(cell, series.kind(), at, start_ms, self.ledger.window_ms) else {
+        let limits = *self.budget.each();
+        let within = Within { window_ms: self.ledger.window_ms, limits: &limits };
+        let Some(mut next) = state.fold(cell, series.kind(), at, start_ms, within) else {
             self.overflowed += 1;
             return;
         };
+        // What is not listed, as before its first sample and after a reset, has nothing charged to it.
+        let held = if series.listed.load(Ordering::Relaxed) { state.memory() } else { 0 };
+        self.charge_growth(&mut next, held);
         self.count_coarsened(&state.total.aggregate, &next.total.aggregate);
         if self.remote {
-            add_unshipped(&mut next.unshipped, cell, self.flush);
+            add_unshipped(&mut next.unshipped, cell, self.flush, &limits);
         }
         series.state.store(Arc::new(next));
         series.folded_at_ms.store(at.steady_ms, Ordering::Relaxed);
@@ -542,6 +574,20 @@ impl Writer {
         if !series.changed.swap(true, Ordering::Relaxed) {
             self.changed.push(Arc::clone(series));
         }
+    }
+
+    /// Charges what a state keeps beyond the bytes charged so far. Where there is no room, its histogram gives precision
+    /// up, once a fold; what then remains is charged all the same, and new series are refused until there is room.
+    fn charge_growth(&self, next: &mut State, held: i64) {
+        if self.budget.charge_change(next.memory() - held) {
+            return;
+        }
+        if let Aggregate::Observed(observed) = &mut Arc::make_mut(&mut next.total).aggregate
+            && observed.histogram.scale() > SCALE_SPARED
+        {
+            observed.histogram.halve();
+        }
+        self.budget.force(0, next.memory() - held);
     }
 
     fn count_coarsened(&mut self, before: &Aggregate, after: &Aggregate) {
@@ -588,7 +634,7 @@ impl Writer {
     fn join(&mut self, id: &Arc<SeriesId>, at: At, recall: &mut impl FnMut(&SeriesId) -> Option<Total>) -> Arc<Series> {
         if let Some(series) = self.ledger.get(id) {
             // The shard charged the series as its own; the ledger, or another shard, has done so before.
-            let bytes = if series.holders.fetch_add(1, Ordering::Relaxed) == 0 { cost(&id.key) } else { 0 };
+            let bytes = if series.holders.fetch_add(1, Ordering::Relaxed) == 0 { self.budget.cost(id) } else { 0 };
             self.budget.refund(1, bytes);
             return series;
         }
@@ -613,7 +659,7 @@ impl Writer {
             self.budget.force(1, 0);
         } else if series.listed.load(Ordering::Relaxed) && !self.is_idle(&series) {
             // Samples were on their way when the shard was asked. The ledger holds the series until it is idle again.
-            self.budget.force(1, cost(&series.id.key));
+            self.budget.force(1, self.budget.cost(&series.id));
         } else {
             self.forget(&series);
         }
@@ -638,16 +684,20 @@ impl Writer {
     }
 
     fn remove(&mut self, series: &Series) {
+        self.budget.refund(0, series.peek().memory());
         self.held[series.kind() as usize] -= 1;
         self.ledger.remove(series);
     }
 }
 
+/// Want of memory halves scales down to this one, whose error is 4.3 %: below, figures would not be worth their memory.
+const SCALE_SPARED: i8 = 3;
+
 /// Adds a cell to the delta of a flush.
-fn add_unshipped(unshipped: &mut Vec<Unshipped>, cell: &Aggregate, flush: u64) {
+fn add_unshipped(unshipped: &mut Vec<Unshipped>, cell: &Aggregate, flush: u64, limits: &series::Limits) {
     match unshipped.last_mut() {
         Some(last) if last.flush == flush => {
-            Arc::make_mut(&mut last.delta).merge(cell, 0);
+            Arc::make_mut(&mut last.delta).merge_within(cell, 0, limits);
         }
         Some(_) | None => unshipped.push(Unshipped { flush, delta: Arc::new(cell.clone()) }),
     }
@@ -656,7 +706,7 @@ fn add_unshipped(unshipped: &mut Vec<Unshipped>, cell: &Aggregate, flush: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::aggregate::shard::{Limits, Shard};
+    use crate::aggregate::shard::{Limits, Shard, Sight};
     use crate::sample::{Identity, Value, WireType};
 
     const WINDOW_MS: u64 = 10_000;
@@ -682,7 +732,7 @@ mod tests {
             let identity = Identity::Line { name: name.as_bytes(), tags: b"" };
             let number = match self.shard.find(kind, &identity) {
                 Ok(number) => number,
-                Err(vacancy) => self.shard.admit(vacancy, kind, &identity, SeriesKey::parse(name)),
+                Err(vacancy) => self.shard.admit(vacancy, kind, &identity, SeriesKey::parse(name), Sight::default()),
             };
             self.shard.add(number, WireType::Plain(kind), value, 1.0, now_ms, 0).unwrap();
             number
