@@ -706,8 +706,9 @@ fn add_unshipped(unshipped: &mut Vec<Unshipped>, cell: &Aggregate, flush: u64, l
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::aggregate::shard::{Limits, Shard, Sight};
+    use crate::aggregate::shard::{Limits, OVERFLOW, Shard, Sight};
     use crate::sample::{Identity, Value, WireType};
+    use crate::units::Size;
 
     const WINDOW_MS: u64 = 10_000;
     /// A multiple of a window.
@@ -721,7 +722,11 @@ mod tests {
     }
 
     fn pair() -> Pair {
-        let budget = Arc::new(Budget::new(&Limits::default()));
+        pair_within(&Limits::default())
+    }
+
+    fn pair_within(limits: &Limits) -> Pair {
+        let budget = Arc::new(Budget::new(limits));
         let writer = Writer::new(Arc::new(Ledger::new(WINDOW_MS)), Arc::clone(&budget), false, 1);
         Pair { shard: Shard::new(Arc::clone(&budget)), writer, budget }
     }
@@ -834,6 +839,26 @@ mod tests {
         assert_eq!(rates.parts().start_ms, BEGIN_MS + 100);
         assert_eq!(rates.at(BEGIN_MS + 5_100), [0.0; 3]);
         assert_eq!(rates.at(BEGIN_MS + 5_101), [12.0; 3]);
+    }
+
+    #[test]
+    fn growth_without_room_takes_precision_and_is_given_back() {
+        let mut pair = pair_within(&Limits { memory: Size(2_000), ..Limits::default() });
+        let values: Vec<_> = (1..=200).map(f64::from).collect();
+        pair.send(Kind::Timer, "t", &Value::Numbers(&values), BEGIN_MS);
+        let id = SeriesId { kind: Kind::Timer, key: SeriesKey::parse("t") };
+        let cost = pair.budget.cost(&id) as u64;
+        assert_eq!(pair.budget.bytes(), cost, "the series itself has room");
+        pair.fold(both(1));
+        let state = pair.state(Kind::Timer, "t");
+        let Aggregate::Observed(observed) = &state.total.aggregate else { unreachable!() };
+        assert_eq!((observed.histogram.scale(), observed.n, pair.writer.halved), (5, 200, 1));
+        assert_eq!(pair.budget.bytes(), cost + state.memory() as u64);
+        let refused = pair.send(Kind::Counter, "new", &Value::Numbers(&[1.0]), BEGIN_MS);
+        assert_eq!(pair.shard.take_refused(), [1, 0, 0], "{refused}");
+        let overflow = SeriesId { kind: Kind::Counter, key: SeriesKey::parse(OVERFLOW) };
+        assert!(pair.writer.reset(&id));
+        assert_eq!(pair.budget.bytes(), cost + pair.budget.cost(&overflow) as u64);
     }
 
     #[test]
