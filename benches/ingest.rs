@@ -168,7 +168,8 @@ impl Agent {
     fn new() -> Self {
         let settings =
             Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default(), mapping: None };
-        let limits = shard::Limits { series: 10_000_000, memory: tallyd::units::Size(16 << 30) };
+        let memory = tallyd::units::Size(16 << 30);
+        let limits = shard::Limits { series: 10_000_000, memory, new_series: u32::MAX, ..shard::Limits::default() };
         let budget = Arc::new(Budget::new(&limits));
         let rejects = Arc::new(Rejects::new(&ingest::Limits::default()));
         let (workers, deliveries) =

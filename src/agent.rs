@@ -141,7 +141,8 @@ impl Agent {
         let sockets = HttpSockets::bind(&config.http).map_err(Error::Http)?;
         let journal = open_journal(config).map_err(Error::Journal)?;
         let ledger = Arc::new(Ledger::new(config.flush.window.as_millis()));
-        let budget = Arc::new(Budget::new(&config.limits.aggregate));
+        let is_remote = config.store.kind == Kind::Redis;
+        let budget = Arc::new(Budget::beside(Arc::clone(&ledger), &config.limits.aggregate, is_remote));
         let rejects = Arc::new(Rejects::new(&config.limits.ingest));
         let flush::Config { interval, window, .. } = config.flush;
         let times = Times { interval_ms: interval.as_millis(), window_ms: window.as_millis() };
@@ -153,7 +154,7 @@ impl Agent {
             ledger: Arc::clone(&ledger),
             budget,
             journal: journal.clone(),
-            remote: config.store.kind == Kind::Redis,
+            remote: is_remote,
             on_commit: ring(&bell),
         };
         let running = Running::start(parts, &config.flush, &config.limits.flush).map_err(Error::Flush)?;

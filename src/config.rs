@@ -18,7 +18,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use toml::{Table, Value};
 
 use crate::agent::limits as agent;
-use crate::aggregate::shard;
+use crate::aggregate::{self, histogram, set, shard};
 use crate::http::scrape;
 use crate::mapping::Mapping;
 use crate::store::{journal, redis};
@@ -256,7 +256,11 @@ keys! {
     "limits.values", Now, "Values packed in a line; more are rejected.";
     "limits.sample_rate_min", Now, "Lower rates are rejected.";
     "limits.series", Restart, "Further series are folded into _overflow of their type.";
-    "limits.memory", Restart, "Memory that series are charged to; beyond it the same.";
+    "limits.memory", Restart, "Memory that series are charged to; beyond it the same. New ones leave an eighth of it to the growth of others.";
+    "limits.new_series", Restart, "New series in one second; beyond it the same.";
+    "limits.source_share", Restart, "Part of limits.series that one source address may have made; beyond it the same. Loopback and unix sockets have no share.";
+    "limits.buckets", Restart, "Buckets of a histogram, 320 to 2048; beyond it its scale halves.";
+    "limits.set_exact", Restart, "Members of a set that are counted exactly, up to 1024; beyond it the set is an estimate.";
     "limits.idle", Restart, "Time without a sample after which a series is freed from memory; the store keeps its total.";
     "limits.idle_gauges", Restart, "The same for gauges.";
     "limits.set_member", Now, "Longer members are rejected.";
@@ -511,6 +515,7 @@ impl Loaded {
         problems.extend(self.state_dir());
         problems.extend(self.interval());
         problems.extend(self.prometheus());
+        problems.extend(self.series());
         problems
     }
 
@@ -526,6 +531,32 @@ impl Loaded {
             scrape::Error::InfiniteBucket(_) | scrape::Error::BucketOrder(_) => "prometheus.buckets",
         };
         Some(self.refused(key, &error))
+    }
+
+    /// What journal, store and other agents keep is bounded by the defaults, so more could not be kept here.
+    fn series(&self) -> Vec<Problem> {
+        let limits = &self.config.limits.aggregate;
+        let aggregate::series::Limits { buckets, set_exact } = limits.each;
+        let mut problems = Vec::new();
+        if !(0.0..=1.0).contains(&limits.source_share) {
+            let value = Value::from(limits.source_share);
+            problems.push(self.wrong("limits.source_share", &value, "no part of the whole; write 0 to 1"));
+        }
+        if !(320..=histogram::BUCKETS_MAX).contains(&buckets) {
+            problems.push(self.wrong(
+                "limits.buckets",
+                &Value::from(buckets as i64),
+                "out of range; write 320 to 2048",
+            ));
+        }
+        if set_exact > set::EXACT_MAX {
+            problems.push(self.wrong(
+                "limits.set_exact",
+                &Value::from(set_exact as i64),
+                "out of range; write 0 to 1024",
+            ));
+        }
+        problems
     }
 
     fn addresses(&self) -> Vec<Problem> {

@@ -10,7 +10,7 @@ mod events;
 mod rejects;
 mod tally;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -23,7 +23,7 @@ pub use rejects::{Limits, Rejected, Rejects};
 use tally::Tally;
 pub use tally::begin;
 
-use crate::aggregate::shard::{Budget, Cells, IGNORED, Sealed, Shard};
+use crate::aggregate::shard::{Budget, Cells, IGNORED, Sealed, Shard, Sight};
 use crate::aggregate::window::start_of;
 use crate::clock::Clock;
 use crate::mapping::Mapping;
@@ -73,11 +73,16 @@ pub struct Source {
 }
 
 impl Source {
+    /// The address of another machine; none for a process of this one.
+    fn remote(&self) -> Option<IpAddr> {
+        self.address.map(|address| address.ip().to_canonical()).filter(|address| !address.is_loopback())
+    }
+
     /// Tells senders of absolute counters apart: by host, since a client's port changes with each of its sockets.
     fn host(&self) -> u64 {
         match self.address.map(|address| address.ip().to_canonical()) {
-            Some(std::net::IpAddr::V4(ip)) => u64::from(u32::from(ip)),
-            Some(std::net::IpAddr::V6(ip)) => {
+            Some(IpAddr::V4(ip)) => u64::from(u32::from(ip)),
+            Some(IpAddr::V6(ip)) => {
                 let bits = u128::from(ip);
                 (bits >> 64) as u64 ^ bits as u64
             }
@@ -423,7 +428,7 @@ impl Worker {
     }
 
     fn deliver(&mut self, at_ms: u64, complete_until_ms: u64, answers: u64, last: bool) {
-        self.core.tally.refused += self.core.shard.take_refused();
+        self.core.tally.refuse(self.core.shard.take_refused());
         self.core.tally.publish();
         let sealed = self.core.shard.seal();
         self.port.out += 1;
@@ -471,7 +476,8 @@ impl Core {
                     self.shard.ignore(vacancy, kind, &sample.identity);
                     return Ok(IGNORED);
                 }
-                Ok(self.shard.admit(vacancy, kind, &sample.identity, key))
+                let sight = Sight { at_ms: self.now_ms, source: self.source.remote() };
+                Ok(self.shard.admit(vacancy, kind, &sample.identity, key, sight))
             }
         }
     }
@@ -584,9 +590,13 @@ mod tests {
     const SOURCE: Source = Source { listener: Listener::Tcp, address: None };
 
     fn worker() -> (Arc<Workers>, Receiver<Delivery>, Worker) {
+        worker_within(&shard::Limits::default())
+    }
+
+    fn worker_within(limits: &shard::Limits) -> (Arc<Workers>, Receiver<Delivery>, Worker) {
         let settings =
             Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default(), mapping: None };
-        let budget = Arc::new(Budget::new(&shard::Limits::default()));
+        let budget = Arc::new(Budget::new(limits));
         let rejects = Arc::new(Rejects::new(&Limits::default()));
         let (workers, deliveries) = Workers::new(settings, budget, rejects, TIMES);
         let worker = workers.register(|| {});
@@ -604,6 +614,24 @@ mod tests {
         worker.turn(worker.question());
         assert_eq!(deliveries.recv().unwrap().answers, asked);
         assert!(!worker.owes(worker.question()));
+    }
+
+    #[test]
+    fn one_address_cannot_take_all_series_but_this_machine_can() {
+        let (_workers, _deliveries, mut worker) = worker_within(&shard::Limits { series: 10, ..Default::default() });
+        let mut send = |address: Option<&str>, name: &str, count: usize| {
+            let address = address.map(|address| address.parse().unwrap());
+            let source = Source { listener: Listener::Udp, address };
+            (0..count).for_each(|n| worker.datagram(format!("{name}{n}:1|c").as_bytes(), source));
+            worker.core.shard.take_refused()
+        };
+        assert_eq!(send(Some("192.0.2.1:1000"), "a", 7), [0, 0, 2]);
+        assert_eq!(send(Some("[::ffff:192.0.2.1]:2000"), "b", 1), [0, 0, 1], "the same address");
+        assert_eq!(send(Some("192.0.2.1:1000"), "a", 5), [0; 3], "those it has go on");
+        assert_eq!(send(Some("[2001:db8::1]:1000"), "c", 1), [0; 3]);
+        // `_overflow` is one of ten.
+        assert_eq!(send(Some("127.0.0.1:1000"), "d", 2), [0; 3]);
+        assert_eq!(send(None, "e", 2), [1, 0, 0]);
     }
 
     #[test]

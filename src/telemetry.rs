@@ -72,7 +72,7 @@ table! {
     SERIES = "tallyd_series", Gauge, ["kind"], "Series held in memory.";
     SERIES_CREATED = "tallyd_series_created_total", Counter, ["kind"], "Series seen for the first time or again after their expiry.";
     SERIES_EXPIRED = "tallyd_series_expired_total", Counter, ["kind"], "Series freed from memory because they were idle.";
-    SERIES_REFUSED = "tallyd_series_refused_total", Counter, ["reason"], "Samples of new identities folded into _overflow.";
+    SERIES_REFUSED = "tallyd_series_refused_total", Counter, ["reason"], "Samples of new identities folded into _overflow; budget: no room for more series, rate: too many were new in that second, source: one address made too many of them.";
     SERIES_COARSENED = "tallyd_series_coarsened_total", Counter, ["reason"], "Times a series gave precision up to keep a bound; buckets: the scale of its histogram halved, set_exact: the set is an estimate from then on.";
     SERIES_MEMORY_BYTES = "tallyd_series_memory_bytes", Gauge, [], "Memory charged to series, in bytes.";
     SEALS = "tallyd_seals_total", Counter, ["cause"], "Seals taken from shards.";

@@ -14,9 +14,9 @@ use serde::{Deserialize, Serialize};
 
 use super::meter::Rates;
 use super::series::EXACT_MAX;
-use super::shard::{Budget, Sealed, SeriesId, cost};
+use super::shard::{Budget, Sealed, SeriesId};
 use super::window::{Window, start_of};
-use super::{Aggregate, Gauge};
+use super::{Aggregate, Gauge, series};
 use crate::sample::{Kind, SeriesKey};
 
 /// A moment by both clocks, in milliseconds since the epoch: windows and labels go by the one that people see, rates and
@@ -58,13 +58,13 @@ impl Total {
 
     /// Adds what came until `now_ms`. `false` when a sum would not stay finite; then nothing changed.
     pub fn add(&mut self, delta: &Aggregate, now_ms: u64) -> bool {
-        self.add_at(delta, At { wall_ms: now_ms, steady_ms: now_ms })
+        self.add_at(delta, At { wall_ms: now_ms, steady_ms: now_ms }, &series::Limits::default())
     }
 
     /// The same by both clocks. A meter begins with its first mark, not when that was sealed.
-    fn add_at(&mut self, delta: &Aggregate, at: At) -> bool {
+    fn add_at(&mut self, delta: &Aggregate, at: At, limits: &series::Limits) -> bool {
         let is_first = self.aggregate.is_empty();
-        let finite = self.aggregate.merge(delta, 0);
+        let finite = self.aggregate.merge_within(delta, 0, limits);
         if finite {
             self.update_ms = self.update_ms.max(at.wall_ms);
             if let (Some(rates), Aggregate::Meter(marks)) = (&mut self.rates, delta) {
@@ -124,23 +124,38 @@ impl State {
     }
 
     /// Adds a cell that was sealed at a moment, to the window that begins at `start_ms`.
-    fn fold(&self, cell: &Aggregate, kind: Kind, at: At, start_ms: u64, window_ms: u64) -> Option<Self> {
+    fn fold(&self, cell: &Aggregate, kind: Kind, at: At, start_ms: u64, within: Within<'_>) -> Option<Self> {
+        let Within { window_ms, limits } = within;
         let mut next = self.clone();
-        if !Arc::make_mut(&mut next.total).add_at(cell, at) {
+        if !Arc::make_mut(&mut next.total).add_at(cell, at, limits) {
             return None;
         }
         let late = |window: &Arc<Window>| start_ms < window.start_ms && start_ms + 2 * window_ms > window.start_ms;
         if next.window.as_ref().is_some_and(late) {
-            add_to_window(&mut next.before, cell, kind, start_ms);
+            add_to_window(&mut next.before, cell, kind, start_ms, limits);
         } else {
             // Further back than a late shard can be, so the wall clock was set back: the window is a new one.
             if next.window.as_ref().is_some_and(|window| window.start_ms != start_ms) {
                 next.before = next.window.take();
             }
-            add_to_window(&mut next.window, cell, kind, start_ms);
+            add_to_window(&mut next.window, cell, kind, start_ms, limits);
         }
         Some(next)
     }
+
+    /// How many bytes total and windows hold on the heap beyond what every series has.
+    fn memory(&self) -> i64 {
+        let windows = [&self.window, &self.before].into_iter().flatten();
+        let bytes = self.total.aggregate.memory() + windows.map(|window| window.aggregate.memory()).sum::<usize>();
+        bytes as i64
+    }
+}
+
+/// How long windows are, and what a series may keep.
+#[derive(Debug, Clone, Copy)]
+struct Within<'a> {
+    window_ms: u64,
+    limits: &'a series::Limits,
 }
 
 /// How far back, in windows, a cell or a clock may be before the clock is taken to have been set back for good.
@@ -168,7 +183,13 @@ fn what_counts<'c>(cell: &'c Aggregate, before: &Aggregate) -> Cow<'c, Aggregate
 }
 
 /// Adds a cell to a window that stands at `start_ms`, replacing an older one; a cell older than the window is left out.
-fn add_to_window(place: &mut Option<Arc<Window>>, cell: &Aggregate, kind: Kind, start_ms: u64) {
+fn add_to_window(
+    place: &mut Option<Arc<Window>>,
+    cell: &Aggregate,
+    kind: Kind,
+    start_ms: u64,
+    limits: &series::Limits,
+) {
     let old = place.as_ref().map_or(0, |window| window.start_ms);
     if place.is_none() || old < start_ms {
         *place = Some(Arc::new(Window { start_ms, aggregate: Aggregate::new(kind) }));
@@ -176,7 +197,7 @@ fn add_to_window(place: &mut Option<Arc<Window>>, cell: &Aggregate, kind: Kind, 
     match place {
         Some(window) if window.start_ms == start_ms => {
             // The total took the cell, and a window is a part of it, so its sums stay finite as well.
-            Arc::make_mut(window).aggregate.merge(cell, EXACT_MAX);
+            Arc::make_mut(window).aggregate.merge_within(cell, EXACT_MAX, limits);
         }
         Some(_) | None => {}
     }
@@ -323,6 +344,11 @@ impl Ledger {
         self.map(id).pin().get(id).map(|found| Arc::clone(&found.0))
     }
 
+    /// Whether it holds the series of a kind and a key.
+    pub fn contains(&self, id: &SeriesId) -> bool {
+        self.map(id).pin().contains(id)
+    }
+
     /// How many series there are.
     pub fn len(&self) -> usize {
         self.maps.iter().map(papaya::HashSet::len).sum()
@@ -423,8 +449,9 @@ impl Writer {
     pub fn restore(&mut self, kind: Kind, key: SeriesKey, mut total: Total, now_ms: u64) {
         total.hold_back(now_ms);
         let id = Arc::new(SeriesId { kind, key });
-        self.budget.force(1, cost(&id.key));
-        let series = Arc::new(Series::new(Arc::clone(&id), State::new(total), now_ms));
+        let state = State::new(total);
+        self.budget.force(1, self.budget.cost(&id) + state.memory());
+        let series = Arc::new(Series::new(Arc::clone(&id), state, now_ms));
         self.insert(&series);
     }
 
@@ -511,7 +538,7 @@ impl Writer {
     pub fn reset(&mut self, id: &SeriesId) -> bool {
         let Some(series) = self.ledger.get(id) else { return false };
         if series.holders.load(Ordering::Relaxed) == 0 {
-            self.budget.refund(1, cost(&series.id.key));
+            self.budget.refund(1, self.budget.cost(&series.id));
         }
         self.remove(&series);
         true
@@ -528,7 +555,7 @@ impl Writer {
             }
         });
         for series in orphans {
-            self.budget.refund(1, cost(&series.id.key));
+            self.budget.refund(1, self.budget.cost(&series.id));
             self.forget(&series);
         }
         let numbers = |shard: &ShardSeries| {
@@ -541,13 +568,18 @@ impl Writer {
 
     fn fold_cell(&mut self, series: &Arc<Series>, cell: &Aggregate, at: At, start_ms: u64) {
         let state = series.state.load();
-        let Some(mut next) = state.fold(cell, series.kind(), at, start_ms, self.ledger.window_ms) else {
+        let limits = *self.budget.each();
+        let within = Within { window_ms: self.ledger.window_ms, limits: &limits };
+        let Some(mut next) = state.fold(cell, series.kind(), at, start_ms, within) else {
             self.overflowed += 1;
             return;
         };
+        // What is not listed, as before its first sample and after a reset, has nothing charged to it.
+        let held = if series.listed.load(Ordering::Relaxed) { state.memory() } else { 0 };
+        self.charge_growth(&mut next, held);
         self.count_coarsened(&state.total.aggregate, &next.total.aggregate);
         if self.remote {
-            add_unshipped(&mut next.unshipped, &what_counts(cell, &state.total.aggregate), self.flush);
+            add_unshipped(&mut next.unshipped, &what_counts(cell, &state.total.aggregate), self.flush, &limits);
         }
         series.state.store(Arc::new(next));
         series.folded_at_ms.store(at.steady_ms, Ordering::Relaxed);
@@ -557,6 +589,20 @@ impl Writer {
         if !series.changed.swap(true, Ordering::Relaxed) {
             self.changed.push(Arc::clone(series));
         }
+    }
+
+    /// Charges what a state keeps beyond the bytes charged so far. Where there is no room, its histogram gives precision
+    /// up, once a fold; what then remains is charged all the same, and new series are refused until there is room.
+    fn charge_growth(&self, next: &mut State, held: i64) {
+        if self.budget.charge_change(next.memory() - held) {
+            return;
+        }
+        if let Aggregate::Observed(observed) = &mut Arc::make_mut(&mut next.total).aggregate
+            && observed.histogram.scale() > SCALE_SPARED
+        {
+            observed.histogram.halve();
+        }
+        self.budget.force(0, next.memory() - held);
     }
 
     fn count_coarsened(&mut self, before: &Aggregate, after: &Aggregate) {
@@ -603,7 +649,7 @@ impl Writer {
     fn join(&mut self, id: &Arc<SeriesId>, at: At, recall: &mut impl FnMut(&SeriesId) -> Option<Total>) -> Arc<Series> {
         if let Some(series) = self.ledger.get(id) {
             // The shard charged the series as its own; the ledger, or another shard, has done so before.
-            let bytes = if series.holders.fetch_add(1, Ordering::Relaxed) == 0 { cost(&id.key) } else { 0 };
+            let bytes = if series.holders.fetch_add(1, Ordering::Relaxed) == 0 { self.budget.cost(id) } else { 0 };
             self.budget.refund(1, bytes);
             return series;
         }
@@ -628,7 +674,7 @@ impl Writer {
             self.budget.force(1, 0);
         } else if series.listed.load(Ordering::Relaxed) && !self.is_idle(&series) {
             // Samples were on their way when the shard was asked. The ledger holds the series until it is idle again.
-            self.budget.force(1, cost(&series.id.key));
+            self.budget.force(1, self.budget.cost(&series.id));
         } else {
             self.forget(&series);
         }
@@ -653,16 +699,20 @@ impl Writer {
     }
 
     fn remove(&mut self, series: &Series) {
+        self.budget.refund(0, series.peek().memory());
         self.held[series.kind() as usize] -= 1;
         self.ledger.remove(series);
     }
 }
 
+/// Want of memory halves scales down to this one, whose error is 4.3 %: below, figures would not be worth their memory.
+const SCALE_SPARED: i8 = 3;
+
 /// Adds a cell to the delta of a flush.
-fn add_unshipped(unshipped: &mut Vec<Unshipped>, cell: &Aggregate, flush: u64) {
+fn add_unshipped(unshipped: &mut Vec<Unshipped>, cell: &Aggregate, flush: u64, limits: &series::Limits) {
     match unshipped.last_mut() {
         Some(last) if last.flush == flush => {
-            Arc::make_mut(&mut last.delta).merge(cell, 0);
+            Arc::make_mut(&mut last.delta).merge_within(cell, 0, limits);
         }
         Some(_) | None => unshipped.push(Unshipped { flush, delta: Arc::new(cell.clone()) }),
     }
@@ -671,8 +721,9 @@ fn add_unshipped(unshipped: &mut Vec<Unshipped>, cell: &Aggregate, flush: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::aggregate::shard::{Limits, Shard};
+    use crate::aggregate::shard::{Limits, OVERFLOW, Shard, Sight};
     use crate::sample::{Identity, Value, WireType};
+    use crate::units::Size;
 
     const WINDOW_MS: u64 = 10_000;
     /// A multiple of a window.
@@ -686,7 +737,11 @@ mod tests {
     }
 
     fn pair() -> Pair {
-        let budget = Arc::new(Budget::new(&Limits::default()));
+        pair_within(&Limits::default())
+    }
+
+    fn pair_within(limits: &Limits) -> Pair {
+        let budget = Arc::new(Budget::new(limits));
         let writer = Writer::new(Arc::new(Ledger::new(WINDOW_MS)), Arc::clone(&budget), false, 1);
         Pair { shard: Shard::new(Arc::clone(&budget)), writer, budget }
     }
@@ -697,7 +752,7 @@ mod tests {
             let identity = Identity::Line { name: name.as_bytes(), tags: b"" };
             let number = match self.shard.find(kind, &identity) {
                 Ok(number) => number,
-                Err(vacancy) => self.shard.admit(vacancy, kind, &identity, SeriesKey::parse(name)),
+                Err(vacancy) => self.shard.admit(vacancy, kind, &identity, SeriesKey::parse(name), Sight::default()),
             };
             self.shard.add(number, WireType::Plain(kind), value, 1.0, now_ms, 0).unwrap();
             number
@@ -799,6 +854,26 @@ mod tests {
         assert_eq!(rates.parts().start_ms, BEGIN_MS + 100);
         assert_eq!(rates.at(BEGIN_MS + 5_100), [0.0; 3]);
         assert_eq!(rates.at(BEGIN_MS + 5_101), [12.0; 3]);
+    }
+
+    #[test]
+    fn growth_without_room_takes_precision_and_is_given_back() {
+        let mut pair = pair_within(&Limits { memory: Size(2_000), ..Limits::default() });
+        let values: Vec<_> = (1..=200).map(f64::from).collect();
+        pair.send(Kind::Timer, "t", &Value::Numbers(&values), BEGIN_MS);
+        let id = SeriesId { kind: Kind::Timer, key: SeriesKey::parse("t") };
+        let cost = pair.budget.cost(&id) as u64;
+        assert_eq!(pair.budget.bytes(), cost, "the series itself has room");
+        pair.fold(both(1));
+        let state = pair.state(Kind::Timer, "t");
+        let Aggregate::Observed(observed) = &state.total.aggregate else { unreachable!() };
+        assert_eq!((observed.histogram.scale(), observed.n, pair.writer.halved), (5, 200, 1));
+        assert_eq!(pair.budget.bytes(), cost + state.memory() as u64);
+        let refused = pair.send(Kind::Counter, "new", &Value::Numbers(&[1.0]), BEGIN_MS);
+        assert_eq!(pair.shard.take_refused(), [1, 0, 0], "{refused}");
+        let overflow = SeriesId { kind: Kind::Counter, key: SeriesKey::parse(OVERFLOW) };
+        assert!(pair.writer.reset(&id));
+        assert_eq!(pair.budget.bytes(), cost + pair.budget.cost(&overflow) as u64);
     }
 
     #[test]

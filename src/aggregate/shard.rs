@@ -9,31 +9,15 @@
 
 use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
 
 use foldhash::fast::RandomState;
 use hashbrown::{HashMap, HashTable};
-use serde::{Deserialize, Serialize};
 
-use super::{Aggregate, Counter, Gauge, Marks};
+pub use super::budget::{Budget, Limits, Refusal, Sight};
+use super::budget::{Owner, spelling_cost};
+use super::set::Members;
+use super::{Aggregate, Counter, Gauge, Marks, series};
 use crate::sample::{Identity, Kind, Reason, SeriesKey, Tags, Value, WireType};
-use crate::units::Size;
-
-/// The rows of `[limits]` that bound series.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Limits {
-    /// How many series there may be.
-    pub series: u64,
-    /// How much memory they may take.
-    pub memory: Size,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self { series: 1_000_000, memory: Size(512 << 20) }
-    }
-}
 
 /// The name of the series that takes samples for which there is no room.
 pub const OVERFLOW: &str = "_overflow";
@@ -45,71 +29,6 @@ pub struct SeriesId {
     pub kind: Kind,
     /// The key.
     pub key: SeriesKey,
-}
-
-/// What all shards of an agent may still hold. Charged when an identity is first seen, never on the way of a sample.
-#[derive(Debug)]
-pub struct Budget {
-    series: AtomicI64,
-    bytes: AtomicI64,
-    series_max: i64,
-    bytes_max: i64,
-}
-
-/// What an identity costs beside its bytes: its slots in index, cells and ledger, by measurement of a counter series.
-const IDENTITY_BYTES: i64 = 400;
-
-impl Budget {
-    /// A budget nothing is charged to.
-    pub fn new(limits: &Limits) -> Self {
-        Self {
-            series: AtomicI64::new(0),
-            bytes: AtomicI64::new(0),
-            series_max: i64::try_from(limits.series).unwrap_or(i64::MAX),
-            bytes_max: i64::try_from(limits.memory.0).unwrap_or(i64::MAX),
-        }
-    }
-
-    /// Takes so many series and bytes, if there is room for both.
-    fn charge(&self, series: i64, bytes: i64) -> bool {
-        if series > 0 && self.series.load(Ordering::Relaxed) >= self.series_max {
-            // So that a flood of new names beyond the limit only reads what all workers share.
-            return false;
-        }
-        let held = self.series.fetch_add(series, Ordering::Relaxed) + series;
-        let held_bytes = self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        let fits = (series == 0 || held <= self.series_max) && held_bytes <= self.bytes_max;
-        if !fits {
-            self.refund(series, bytes);
-        }
-        fits
-    }
-
-    /// Gives series and bytes back.
-    pub fn refund(&self, series: i64, bytes: i64) {
-        self.series.fetch_sub(series, Ordering::Relaxed);
-        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
-    }
-
-    /// Charges what could not be refused, as what the journal holds at a start.
-    pub fn force(&self, series: i64, bytes: i64) {
-        self.refund(-series, -bytes);
-    }
-
-    /// Bytes charged now.
-    pub fn bytes(&self) -> u64 {
-        self.bytes.load(Ordering::Relaxed).max(0) as u64
-    }
-}
-
-/// What a series with a key of this length is charged.
-pub fn cost(key: &SeriesKey) -> i64 {
-    IDENTITY_BYTES + 2 * key.as_str().len() as i64
-}
-
-/// What each further spelling of a series is charged.
-fn spelling_cost(spelling: &[u8]) -> i64 {
-    IDENTITY_BYTES / 4 + spelling.len() as i64
 }
 
 /// The cells of a shard by series number, and which of them hold something.
@@ -201,12 +120,14 @@ pub struct Shard {
     free: Vec<u32>,
     next: u32,
     cells: Cells,
-    spares: Vec<Cells>,
+    spare: Option<Cells>,
     new: Vec<New>,
     released: Vec<u32>,
     baselines: HashMap<(u32, u64), f64, RandomState>,
     budget: Arc<Budget>,
-    refused: u64,
+    /// Who made a series, by its number.
+    owners: Vec<Owner>,
+    refused: [u64; Refusal::ALL.len()],
     /// Bytes of the entries in the index that lead to [`IGNORED`].
     ignored_bytes: usize,
 }
@@ -230,12 +151,13 @@ impl Shard {
             free: Vec::new(),
             next: 0,
             cells: Cells::default(),
-            spares: Vec::new(),
+            spare: None,
             new: Vec::new(),
             released: Vec::new(),
             baselines: HashMap::with_hasher(RandomState::default()),
             budget,
-            refused: 0,
+            owners: Vec::new(),
+            refused: [0; Refusal::ALL.len()],
             ignored_bytes: 0,
         }
     }
@@ -251,21 +173,28 @@ impl Shard {
 
     /// Gives an identity that was not found the number of the series with this key. A further spelling for which there
     /// is no room is not kept: it comes here again with its next sample, which costs time and counts where it should.
-    pub fn admit(&mut self, vacancy: Vacancy, kind: Kind, identity: &Identity<'_>, key: SeriesKey) -> u32 {
+    pub fn admit(
+        &mut self,
+        vacancy: Vacancy,
+        kind: Kind,
+        identity: &Identity<'_>,
+        key: SeriesKey,
+        sight: Sight,
+    ) -> u32 {
         let id = SeriesId { kind, key };
         let spelling = spell(kind, identity);
         let known = self.numbers.get(&id).copied();
         let is_further = known.is_some();
-        let (series, bytes) = if is_further { (0, spelling_cost(&spelling)) } else { (1, cost(&id.key)) };
-        let has_room = self.budget.charge(series, bytes);
         let number = match known {
-            Some(number) if !has_room => return number,
+            Some(number) if !self.budget.charge(spelling_cost(&spelling)) => return number,
             Some(number) => number,
-            None if !has_room => {
-                self.refused += 1;
-                return self.overflow(kind);
-            }
-            None => self.number(id),
+            None => match self.budget.admit(&id, sight) {
+                Ok(owner) => self.number(id, owner),
+                Err(refusal) => {
+                    self.refused[refusal as usize] += 1;
+                    return self.overflow(kind);
+                }
+            },
         };
         self.insert(vacancy, Entry { spelling, number, is_further });
         number
@@ -287,8 +216,8 @@ impl Shard {
         self.index.insert_unique(vacancy.0, entry, |entry| hash_spelling(hasher, &entry.spelling));
     }
 
-    /// How many samples were sent to `_overflow` since this was asked last.
-    pub fn take_refused(&mut self) -> u64 {
+    /// How many samples were sent to `_overflow` since this was asked last, by [`Refusal`].
+    pub fn take_refused(&mut self) -> [u64; Refusal::ALL.len()] {
         std::mem::take(&mut self.refused)
     }
 
@@ -310,7 +239,7 @@ impl Shard {
         if wire == WireType::AbsoluteCounter {
             return self.add_absolute(number, value, source);
         }
-        add_to(self.cells.cell(number, wire.kind()), value, rate, now_ms)
+        add_to(self.cells.cell(number, wire.kind()), value, rate, now_ms, self.budget.each())
     }
 
     /// Adds a sample to an earlier window, one that begins at `start_ms`. The caller bounds how many of them there are.
@@ -327,7 +256,7 @@ impl Shard {
         start_ms: u64,
     ) -> Result<u64, Reason> {
         let cell = self.cells.earlier.entry((number, start_ms)).or_insert_with(|| Aggregate::new(wire.kind()));
-        add_to(cell, value, rate, at_ms)
+        add_to(cell, value, rate, at_ms, self.budget.each())
     }
 
     /// An absolute counter counts the difference to the last value of the same source: nothing for the first one, and
@@ -350,7 +279,7 @@ impl Shard {
 
     /// Hands over what came since the last seal and goes on with empty cells. It takes the same time whatever it holds.
     pub fn seal(&mut self) -> Sealed {
-        let cells = std::mem::replace(&mut self.cells, self.spares.pop().unwrap_or_default());
+        let cells = std::mem::replace(&mut self.cells, self.spare.take().unwrap_or_default());
         Sealed { cells, new: std::mem::take(&mut self.new), released: std::mem::take(&mut self.released) }
     }
 
@@ -367,10 +296,10 @@ impl Shard {
         self.ignored_bytes = 0;
     }
 
-    /// Takes back cells that were drained.
+    /// Takes back cells that were drained. One array is kept: of those that a busy fold held, the rest is freed.
     pub fn give_back(&mut self, cells: Cells) {
         debug_assert!(cells.is_empty());
-        self.spares.push(cells);
+        self.spare = Some(cells);
     }
 
     /// Forgets series that the ledger wants to expire, but for those with new samples. The next seal says which.
@@ -381,11 +310,11 @@ impl Shard {
         }
         // The ledger asks again until it knows, so some of them may be free already.
         let mut released = Vec::new();
-        let budget = &self.budget;
+        let (budget, owners) = (&self.budget, &self.owners);
         self.numbers.retain(|id, number| {
             let stays = !gone[*number as usize];
             if !stays {
-                budget.refund(1, cost(&id.key));
+                budget.release(id, owners[*number as usize]);
                 released.push(*number);
             }
             stays
@@ -405,11 +334,13 @@ impl Shard {
     }
 
     /// The number for a new key.
-    fn number(&mut self, id: SeriesId) -> u32 {
+    fn number(&mut self, id: SeriesId, owner: Owner) -> u32 {
         let number = self.free.pop().unwrap_or_else(|| {
             self.next += 1;
+            self.owners.push(owner);
             self.next - 1
         });
+        self.owners[number as usize] = owner;
         let id = Arc::new(id);
         self.numbers.insert(Arc::clone(&id), number);
         self.new.push(New { number, id });
@@ -421,8 +352,8 @@ impl Shard {
         if let Some(number) = self.numbers.get(&id) {
             return *number;
         }
-        self.budget.force(1, cost(&id.key));
-        self.number(id)
+        let owner = self.budget.admit_always(&id);
+        self.number(id, owner)
     }
 
     #[inline]
@@ -483,16 +414,22 @@ fn hash_spelling(hasher: &RandomState, spelling: &[u8]) -> u64 {
 
 /// Adds a sample to a cell of its kind, and says how many values were added.
 #[inline]
-fn add_to(cell: &mut Aggregate, value: &Value<'_>, rate: f64, at_ms: u64) -> Result<u64, Reason> {
+fn add_to(
+    cell: &mut Aggregate,
+    value: &Value<'_>,
+    rate: f64,
+    at_ms: u64,
+    limits: &series::Limits,
+) -> Result<u64, Reason> {
     let added = match (cell, value) {
         (Aggregate::Counter(cell), Value::Numbers(numbers)) => add_counter(cell, numbers, rate),
         (Aggregate::Gauge(cell), Value::Numbers(numbers)) => set_gauge(cell, numbers, at_ms),
         (Aggregate::Gauge(cell), Value::Changes(changes)) => change_gauge(cell, changes, at_ms),
         (Aggregate::Observed(cell), Value::Numbers(numbers)) => {
-            numbers.iter().all(|number| cell.observe(*number, 1.0 / rate, at_ms))
+            numbers.iter().all(|number| cell.observe_within(*number, 1.0 / rate, at_ms, limits))
         }
         (Aggregate::Set(cell), Value::Member(member)) => {
-            cell.insert(member);
+            cell.insert_hash_within(Members::hash(member), limits.set_exact);
             true
         }
         (Aggregate::Meter(cell), Value::Numbers(numbers)) => add_marks(cell, numbers, rate, at_ms),
@@ -543,6 +480,7 @@ fn add_marks(cell: &mut Marks, numbers: &[f64], rate: f64, now_ms: u64) -> bool 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::Size;
 
     fn shard(series: u64) -> Shard {
         Shard::new(Arc::new(Budget::new(&Limits { series, ..Limits::default() })))
@@ -552,7 +490,7 @@ mod tests {
         let identity = Identity::Line { name: name.as_bytes(), tags: b"" };
         let number = match shard.find(Kind::Counter, &identity) {
             Ok(number) => number,
-            Err(vacancy) => shard.admit(vacancy, Kind::Counter, &identity, SeriesKey::parse(name)),
+            Err(vacancy) => shard.admit(vacancy, Kind::Counter, &identity, SeriesKey::parse(name), Sight::default()),
         };
         let wire = WireType::Plain(Kind::Counter);
         shard.add(number, wire, &Value::Numbers(&[value]), 1.0, 1, 0).unwrap();
@@ -571,12 +509,12 @@ mod tests {
         for tags in ["k:v,l:w", "l:w,k:v"] {
             let identity = Identity::Line { name: b"a", tags: tags.as_bytes() };
             let vacancy = shard.find(Kind::Counter, &identity).unwrap_err();
-            assert_eq!(shard.admit(vacancy, Kind::Counter, &identity, key.clone()), 0);
+            assert_eq!(shard.admit(vacancy, Kind::Counter, &identity, key.clone(), Sight::default()), 0);
             assert_eq!(shard.find(Kind::Counter, &identity).unwrap(), 0);
         }
         let json = Identity::Key("a;k=v;l=w");
         let vacancy = shard.find(Kind::Counter, &json).unwrap_err();
-        assert_eq!(shard.admit(vacancy, Kind::Counter, &json, key), 0);
+        assert_eq!(shard.admit(vacancy, Kind::Counter, &json, key, Sight::default()), 0);
         assert_eq!(shard.seal().new.len(), 1);
     }
 
@@ -604,7 +542,7 @@ mod tests {
         let rest: Vec<_> = (0..5).map(|i| count(&mut shard, &format!("new{i}"), 1.0)).collect();
         assert!(rest.iter().all(|number| *number == rest[0] && *number != a && *number != b));
         assert_eq!(count(&mut shard, "a", 1.0), a);
-        assert_eq!(shard.take_refused(), 5);
+        assert_eq!(shard.take_refused(), [5, 0, 0]);
         let mut sealed = shard.seal();
         assert_eq!(sealed.new[2].id.key.as_str(), OVERFLOW);
         let sum: f64 = sealed.cells.drain().map(|(_, cell)| increments(&cell)).sum();
@@ -614,17 +552,19 @@ mod tests {
     #[test]
     fn a_spelling_without_room_counts_where_it_should_and_is_not_kept() {
         let key = SeriesKey::parse("a;k=v");
-        let room = cost(&key) as u64 + 3 * (IDENTITY_BYTES as u64 / 4 + 40);
-        let budget = Arc::new(Budget::new(&Limits { series: 10, memory: Size(room) }));
+        let id = SeriesId { kind: Kind::Counter, key: key.clone() };
+        // Of which the series itself may take all but an eighth.
+        let room = Budget::new(&Limits::default()).cost(&id) as u64 * 4 / 3;
+        let budget = Arc::new(Budget::new(&Limits { series: 10, memory: Size(room), ..Limits::default() }));
         let mut shard = Shard::new(Arc::clone(&budget));
         for time in 0..1_000 {
             let tags = format!("k:v|T{time:010}|#k:v");
             let identity = Identity::Line { name: b"a", tags: tags.as_bytes() };
             let vacancy = shard.find(Kind::Counter, &identity).unwrap_err();
-            assert_eq!(shard.admit(vacancy, Kind::Counter, &identity, key.clone()), 0);
+            assert_eq!(shard.admit(vacancy, Kind::Counter, &identity, key.clone(), Sight::default()), 0);
         }
         assert!(shard.index.len() <= 4 && budget.bytes() <= room, "{} of {room}", budget.bytes());
-        assert_eq!(shard.take_refused(), 0);
+        assert_eq!(shard.take_refused(), [0; 3]);
         shard.retire(&[0]);
         assert_eq!((shard.index.len(), budget.bytes()), (0, 0));
     }

@@ -56,6 +56,21 @@ fn every_key_is_described_and_every_description_has_a_key() {
 }
 
 #[test]
+fn bounds_of_series_that_nobody_could_keep_are_refused() {
+    let set = |setting| problems("", &[], &[setting]);
+    assert_eq!(
+        set("limits.source_share=1.5"),
+        ["--set: limits.source_share = 1.5: no part of the whole; write 0 to 1"]
+    );
+    assert_eq!(set("limits.source_share=nan").len(), 1);
+    assert_eq!(set("limits.buckets=319"), ["--set: limits.buckets = 319: out of range; write 320 to 2048"]);
+    assert_eq!(set("limits.buckets=2049").len(), 1);
+    assert_eq!(set("limits.set_exact=1025"), ["--set: limits.set_exact = 1025: out of range; write 0 to 1024"]);
+    let set = ["limits.source_share=1", "limits.buckets=320", "limits.set_exact=0", "limits.new_series=0"];
+    assert!(load("", &[], &set).is_ok());
+}
+
+#[test]
 fn the_packaged_file_is_the_printed_defaults() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/tallyd.toml");
     let printed = Config::defaults();
@@ -373,6 +388,7 @@ fn another(key: &str, default: &Value) -> BoxedStrategy<Value> {
                 .prop_map(|paths| Value::Array(paths.into_iter().map(Value::from).collect()))
                 .boxed()
         }
+        ("limits.buckets", _) => (320..=2_048_i64).prop_map(Value::from).boxed(),
         ("listen.unix_mode", _) => (0..=0o777_u32).prop_map(|mode| Value::from(Mode(mode).to_string())).boxed(),
         ("http.insecure", _) => Just(Value::from(true)).boxed(),
         ("flush.interval", _) => proptest::sample::select(&[100, 250, 500, 1000, 5000][..]).prop_map(time).boxed(),

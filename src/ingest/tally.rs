@@ -3,6 +3,7 @@
 use metrics::Counter;
 
 use super::Listener;
+use crate::aggregate::shard::Refusal;
 use crate::sample::Reason;
 use crate::telemetry;
 
@@ -24,12 +25,9 @@ pub(super) struct ListenerTally {
 pub(super) struct Tally {
     by_listener: [ListenerTally; Listener::ALL.len()],
     pub(super) bad_tags: u64,
-    pub(super) refused: u64,
+    refused: [u64; Refusal::ALL.len()],
     pub(super) unplaced: u64,
 }
-
-/// Why a new identity goes into `_overflow`: there is no room for its series.
-const REFUSED_FOR: &str = "budget";
 
 /// Lets the counters of a listener that starts stand at 0.
 pub fn begin(listener: Listener) {
@@ -46,7 +44,7 @@ pub fn begin(listener: Listener) {
     for metric in [telemetry::LINES_REJECTED, telemetry::SAMPLES_REJECTED] {
         metric.begin(Reason::ALL.map(|reason| [listener.name(), reason.name()]));
     }
-    telemetry::SERIES_REFUSED.begin([[REFUSED_FOR]]);
+    telemetry::SERIES_REFUSED.begin(Refusal::ALL.map(|refusal| [refusal.name()]));
     telemetry::TIMESTAMPS_UNPLACED.begin([[]]);
 }
 
@@ -67,7 +65,14 @@ impl Tally {
         }
         add(&mut self.bad_tags, || telemetry::TAGS_REJECTED.counter(&[]));
         add(&mut self.unplaced, || telemetry::TIMESTAMPS_UNPLACED.counter(&[]));
-        add(&mut self.refused, || telemetry::SERIES_REFUSED.counter(&[REFUSED_FOR]));
+        for refusal in Refusal::ALL {
+            add(&mut self.refused[refusal as usize], || telemetry::SERIES_REFUSED.counter(&[refusal.name()]));
+        }
+    }
+
+    /// Counts samples of new identities that went to `_overflow`.
+    pub(super) fn refuse(&mut self, refused: [u64; Refusal::ALL.len()]) {
+        self.refused.iter_mut().zip(refused).for_each(|(sum, count)| *sum += count);
     }
 }
 

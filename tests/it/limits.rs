@@ -22,6 +22,91 @@ fn series_beyond_the_limit_fold_into_overflow_and_old_ones_go_on() {
     assert!((refused - overflow).abs() < 1e-9 && refused > 80.0, "{refused} {overflow}");
 }
 
+/// So many counters of 1 by different names.
+fn counters(name: &str, count: usize) -> Vec<String> {
+    (0..count).map(|i| format!("{name}{i}:1|c")).collect()
+}
+
+#[test]
+fn new_series_beyond_the_rate_fold_into_overflow_and_come_in_later() {
+    let agent = Agent::start(&["limits.new_series=5", "listen.workers=1"]);
+    agent.datagram(counters("first", 100).join("\n"));
+    let refused = until("some to be refused", || {
+        let refused = agent.own("tallyd_series_refused_total", "reason=\"rate\"");
+        (refused > 0.0).then_some(refused)
+    });
+    // A second may have ended between two lines of the datagram.
+    assert!((90.0..=95.0).contains(&refused), "{refused}");
+    assert_eq!(agent.metric("_overflow").unwrap()["value"].as_f64().unwrap(), refused);
+    until("a second to have room for another", || {
+        agent.datagram("later:1|c");
+        agent.metric("later")
+    });
+}
+
+#[test]
+fn what_the_journal_gave_back_is_not_new_after_a_restart() {
+    let agent = Agent::start_with_file("[limits]\nseries = 100\n");
+    agent.datagram(counters("known", 100).join("\n"));
+    agent.wait_for("known99", "value", 1);
+    agent.write_file("[limits]\nseries = 100\nnew_series = 0\n");
+    let agent = agent.restart_after("TERM");
+    agent.datagram(counters("known", 100).join("\n"));
+    for name in ["known0", "known99"] {
+        agent.wait_for(name, "value", 2);
+    }
+    assert_eq!(agent.own("tallyd_series_refused_total", ""), 0.0);
+    agent.datagram("stranger:1|c");
+    agent.wait_for("_overflow", "value", 1);
+}
+
+#[test]
+fn buckets_beyond_the_limit_halve_the_scale_and_are_counted() {
+    let agent = Agent::start(&["limits.buckets=320"]);
+    let coarsened = || agent.own("tallyd_series_coarsened_total", "reason=\"buckets\"");
+    let values = |from: i32, to: i32| {
+        let lines: Vec<_> = (from..to).map(|step| format!("t:{}|ms", (f64::from(step) / 40.0).exp2())).collect();
+        lines.chunks(50).for_each(|lines| agent.datagram(lines.join("\n")));
+        agent.wait_for("t", "count", to.unsigned_abs());
+    };
+    values(0, 300);
+    assert_eq!(coarsened(), 0.0);
+    values(300, 600);
+    // 15 powers of two, each of 64 buckets, then of 32, of 16.
+    assert_eq!(coarsened(), 2.0);
+}
+
+#[test]
+fn members_beyond_the_limit_turn_a_set_into_an_estimate() {
+    let agent = Agent::start(&["limits.set_exact=20"]);
+    let estimated = || agent.own("tallyd_series_coarsened_total", "reason=\"set_exact\"");
+    let members = |count: usize| {
+        let lines: Vec<_> = (0..count).map(|member| format!("s:member{member}|s")).collect();
+        agent.datagram(lines.join("\n"));
+        agent.wait_for("s", "value", count as u64);
+    };
+    members(20);
+    assert_eq!(estimated(), 0.0);
+    members(21);
+    assert_eq!(estimated(), 1.0);
+}
+
+#[test]
+fn growth_is_charged_and_given_back() {
+    let agent = Agent::start(&["listen.workers=1"]);
+    let charged = || agent.own("tallyd_series_memory_bytes", "");
+    agent.datagram("t:1|ms");
+    agent.wait_for("t", "count", 1);
+    let small = charged();
+    let lines: Vec<_> = (1..=1_000).map(|value| format!("t:{value}|ms")).collect();
+    lines.chunks(50).for_each(|lines| agent.datagram(lines.join("\n")));
+    agent.wait_for("t", "count", 1_001);
+    // A byte at least for each of some 400 buckets, in the total and in the window.
+    assert!(charged() > small + 600.0, "{small} {}", charged());
+    agent.delete("/data/metrics/t");
+    until("it to be given back", || (charged() < small).then_some(()));
+}
+
 #[test]
 fn an_over_long_line_is_refused_and_the_stream_goes_on() {
     let agent = Agent::start(&["limits.line=100B"]);
