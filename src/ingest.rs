@@ -23,12 +23,13 @@ pub use rejects::{Limits, Rejected, Rejects};
 use tally::Tally;
 pub use tally::begin;
 
+use crate::aggregate::baselines::Baselines;
 use crate::aggregate::shard::{Budget, Cells, IGNORED, Sealed, Shard, Sight};
 use crate::aggregate::window::start_of;
 use crate::clock::Clock;
 use crate::mapping::Mapping;
 use crate::protocol::{self, Body, Event, Parser, Reject, ServiceCheck, Sink};
-use crate::sample::{Kind, Reason, Sample};
+use crate::sample::{Kind, Reason, Sample, Value, WireType};
 use crate::telemetry;
 
 /// By which way bytes came in.
@@ -156,6 +157,7 @@ pub struct Workers {
     budget: Arc<Budget>,
     rejects: Arc<Rejects>,
     events: Arc<Events>,
+    baselines: Arc<Baselines>,
     times: Times,
 }
 
@@ -172,8 +174,8 @@ impl Workers {
         let settings = ArcSwap::from_pointee(settings);
         let asked = AtomicU64::new(0);
         let seats = Mutex::new(Vec::new());
-        let events = Arc::new(Events::default());
-        (Arc::new(Self { seats, asked, deliveries, settings, budget, rejects, events, times }), receiver)
+        let (events, baselines) = (Arc::new(Events::default()), Arc::new(Baselines::default()));
+        (Arc::new(Self { seats, asked, deliveries, settings, budget, rejects, events, baselines, times }), receiver)
     }
 
     /// A new worker. `wake` is called by other threads when it must take a turn although nothing comes in.
@@ -252,6 +254,7 @@ struct Core {
     rejects: Arc<Rejects>,
     events: Arc<Events>,
     window_ms: u64,
+    baselines: Arc<Baselines>,
 }
 
 /// The worker's end of the hand-over.
@@ -314,6 +317,7 @@ impl Worker {
             answer: None,
             rejects: Arc::clone(&workers.rejects),
             events: Arc::clone(&workers.events),
+            baselines: Arc::clone(&workers.baselines),
             window_ms: workers.times.window_ms,
         };
         let due_ms = next_due(now_ms, workers.times.interval_ms);
@@ -488,11 +492,10 @@ impl Core {
             self.tally.of(self.source.listener).samples_dropped += sample.value.count() as u64;
             return Ok(());
         }
-        let values = if sample.timestamp == 0 {
-            let source = self.source.host();
-            self.shard.add(number, sample.wire, &sample.value, sample.rate, self.now_ms, source)?
-        } else {
-            self.add_stamped(number, sample)?
+        let values = match (sample.wire, sample.timestamp) {
+            (WireType::AbsoluteCounter, _) => self.add_absolute(number, sample)?,
+            (wire, 0) => self.shard.add(number, wire.kind(), &sample.value, sample.rate, self.now_ms)?,
+            (wire, _) => self.add_stamped(number, wire.kind(), sample)?,
         };
         self.tally.of(self.source.listener).samples += values;
         Ok(())
@@ -500,23 +503,34 @@ impl Core {
 
     /// A sample that says when it was taken goes into the window of that time if it is the present one or the one before,
     /// which is kept. With any other time it counts as taken now, and so do marks, whose rates are those of their arrival.
-    fn add_stamped(&mut self, number: u32, sample: &Sample<'_>) -> Result<u64, Reason> {
-        let Sample { wire, value, rate, .. } = sample;
-        let source = self.source.host();
+    fn add_stamped(&mut self, number: u32, kind: Kind, sample: &Sample<'_>) -> Result<u64, Reason> {
+        let Sample { value, rate, .. } = sample;
         let present_ms = start_of(self.now_ms, self.window_ms);
         let at_ms = stamp_ms(sample.timestamp);
-        if wire.kind() == Kind::Meter {
-            return self.shard.add(number, *wire, value, *rate, self.now_ms, source);
+        if kind == Kind::Meter {
+            return self.shard.add(number, kind, value, *rate, self.now_ms);
         }
         if at_ms >= present_ms && at_ms < present_ms + self.window_ms {
-            return self.shard.add(number, *wire, value, *rate, at_ms.min(self.now_ms), source);
+            return self.shard.add(number, kind, value, *rate, at_ms.min(self.now_ms));
         }
         let before_ms = present_ms.saturating_sub(self.window_ms);
         if at_ms >= before_ms && at_ms < present_ms {
-            return self.shard.add_earlier(number, *wire, value, *rate, at_ms, before_ms);
+            return self.shard.add_earlier(number, kind, value, *rate, at_ms, before_ms);
         }
         self.tally.unplaced += 1;
-        self.shard.add(number, *wire, value, *rate, self.now_ms, source)
+        self.shard.add(number, kind, value, *rate, self.now_ms)
+    }
+
+    /// An absolute counter counts the difference to the last reading of the same host, whatever time it bears.
+    fn add_absolute(&mut self, number: u32, sample: &Sample<'_>) -> Result<u64, Reason> {
+        let Value::Numbers(readings) = sample.value else { return Err(Reason::BadValue) };
+        let host = self.source.host();
+        for reading in readings {
+            let step = self.baselines.step(&sample.identity, host, *reading);
+            self.tally.evicted += u64::from(step.evicted);
+            self.shard.add(number, Kind::Counter, &Value::Numbers(&[step.increment]), 1.0, self.now_ms)?;
+        }
+        Ok(readings.len() as u64)
     }
 }
 
@@ -589,6 +603,11 @@ mod tests {
 
     const SOURCE: Source = Source { listener: Listener::Tcp, address: None };
 
+    fn increments(cell: &Aggregate) -> f64 {
+        let Aggregate::Counter(counter) = cell else { panic!("no counter") };
+        counter.increments.value()
+    }
+
     fn worker() -> (Arc<Workers>, Receiver<Delivery>, Worker) {
         worker_within(&shard::Limits::default())
     }
@@ -635,6 +654,28 @@ mod tests {
     }
 
     #[test]
+    fn an_absolute_counter_counts_from_the_last_reading_of_its_host_whichever_worker_had_that() {
+        let (workers, deliveries, first) = worker();
+        let mut both = [first, workers.register(|| {})];
+        let host = |port| Source { listener: Listener::Udp, address: Some(([192, 0, 2, 1], port).into()) };
+        for (turn, reading) in [100, 104, 110, 3].into_iter().enumerate() {
+            both[turn % 2].datagram(format!("c:{reading}|C").as_bytes(), host(turn as u16));
+        }
+        both[0].datagram(br#"{"name":"c","type":"C","value":5,"timestamp":1}"#, host(9));
+        workers.ask();
+        for worker in &mut both {
+            worker.turn(worker.question());
+        }
+        let mut cells = deliveries.try_iter().map(|delivery| delivery.sealed.cells);
+        let sum: f64 = cells
+            .by_ref()
+            .flat_map(|mut cells| cells.drain().collect::<Vec<_>>())
+            .map(|(_, cell)| increments(&cell))
+            .sum();
+        assert_eq!(sum, 4.0 + 6.0 + 3.0);
+    }
+
+    #[test]
     fn a_sample_goes_into_the_window_of_its_timestamp_if_that_is_kept() {
         let (workers, deliveries, mut worker) = worker();
         worker.core.now_ms = 1_764_000_005_500;
@@ -651,7 +692,7 @@ mod tests {
         worker.turn(worker.question());
         let mut cells = deliveries.recv().unwrap().sealed.cells;
         let counted = |cell: &Aggregate| match cell {
-            Aggregate::Counter(counter) => counter.increments.value(),
+            Aggregate::Counter(_) => increments(cell),
             Aggregate::Gauge(gauge) => gauge.set.unwrap().1 as f64,
             Aggregate::Observed(_) | Aggregate::Set(_) | Aggregate::Meter(_) => 0.0,
         };

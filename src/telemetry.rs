@@ -64,6 +64,7 @@ table! {
     SERVICE_CHECKS = "tallyd_service_checks_total", Counter, ["listener"], "Service checks accepted.";
     TIMESTAMPS_UNPLACED = "tallyd_timestamps_unplaced_total", Counter, [], "Samples whose timestamp lies in no window that is kept; they count in the present one.";
     SAMPLES_DROPPED = "tallyd_samples_dropped_total", Counter, ["listener"], "Samples of series that a mapping rule drops; their lines count as accepted.";
+    BASELINES_EVICTED = "tallyd_baselines_evicted_total", Counter, [], "Last readings of absolute counters forgotten because there were more than 65,536.";
     TAGS_REJECTED = "tallyd_tags_rejected_total", Counter, [], "Tags without key or value, left out of a series when it was first seen.";
     REJECTS_SUPPRESSED = "tallyd_reject_log_suppressed_total", Counter, ["reason"], "Rejected lines that were counted but not logged.";
     CONNECTIONS = "tallyd_connections", Gauge, ["listener"], "Open stream connections.";

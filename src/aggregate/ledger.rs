@@ -722,7 +722,7 @@ fn add_unshipped(unshipped: &mut Vec<Unshipped>, cell: &Aggregate, flush: u64, l
 mod tests {
     use super::*;
     use crate::aggregate::shard::{Limits, OVERFLOW, Shard, Sight};
-    use crate::sample::{Identity, Value, WireType};
+    use crate::sample::{Identity, Value};
     use crate::units::Size;
 
     const WINDOW_MS: u64 = 10_000;
@@ -754,7 +754,7 @@ mod tests {
                 Ok(number) => number,
                 Err(vacancy) => self.shard.admit(vacancy, kind, &identity, SeriesKey::parse(name), Sight::default()),
             };
-            self.shard.add(number, WireType::Plain(kind), value, 1.0, now_ms, 0).unwrap();
+            self.shard.add(number, kind, value, 1.0, now_ms).unwrap();
             number
         }
 

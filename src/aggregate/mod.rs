@@ -4,6 +4,7 @@
 //! associative, and commutative but for gauges, where time decides; so it does not matter how samples were spread over
 //! shards, seals, flushes and agents.
 
+pub mod baselines;
 pub mod budget;
 pub mod etsy;
 pub mod histogram;

@@ -17,7 +17,7 @@ pub use super::budget::{Budget, Limits, Refusal, Sight};
 use super::budget::{Owner, spelling_cost};
 use super::set::Members;
 use super::{Aggregate, Counter, Gauge, Marks, series};
-use crate::sample::{Identity, Kind, Reason, SeriesKey, Tags, Value, WireType};
+use crate::sample::{Identity, Kind, Reason, SeriesKey, Tags, Value};
 
 /// The name of the series that takes samples for which there is no room.
 pub const OVERFLOW: &str = "_overflow";
@@ -56,10 +56,9 @@ impl Cells {
         self.touched.is_empty() && self.earlier.is_empty()
     }
 
-    /// Whether a series has a sample since the seal.
-    fn holds(&self, number: u32) -> bool {
-        self.cells.get(number as usize).is_some_and(Option::is_some)
-            || (!self.earlier.is_empty() && self.earlier.keys().any(|(other, _)| *other == number))
+    /// The series that have a sample since the seal.
+    fn held(&self) -> impl Iterator<Item = u32> {
+        self.touched.iter().copied().chain(self.earlier.keys().map(|(number, _)| *number))
     }
 
     /// The cell of a series, made when this is its first sample since the seal.
@@ -123,7 +122,6 @@ pub struct Shard {
     spare: Option<Cells>,
     new: Vec<New>,
     released: Vec<u32>,
-    baselines: HashMap<(u32, u64), f64, RandomState>,
     budget: Arc<Budget>,
     /// Who made a series, by its number.
     owners: Vec<Owner>,
@@ -131,9 +129,6 @@ pub struct Shard {
     /// Bytes of the entries in the index that lead to [`IGNORED`].
     ignored_bytes: usize,
 }
-
-/// How many (series, source) pairs of absolute counters a shard tells apart.
-const BASELINES_MAX: usize = 65_536;
 
 /// The number of identities whose samples are not kept.
 pub const IGNORED: u32 = u32::MAX;
@@ -154,7 +149,6 @@ impl Shard {
             spare: None,
             new: Vec::new(),
             released: Vec::new(),
-            baselines: HashMap::with_hasher(RandomState::default()),
             budget,
             owners: Vec::new(),
             refused: [0; Refusal::ALL.len()],
@@ -221,25 +215,13 @@ impl Shard {
         std::mem::take(&mut self.refused)
     }
 
-    /// Adds a sample to the cell of a series. `source` tells senders of absolute counters apart. The answer is how many
-    /// values were added.
+    /// Adds a sample to the cell of a series. The answer is how many values were added.
     ///
     /// # Errors
     /// [`Reason::NonFinite`] when a sum would not stay finite; values before that one have been added.
     #[inline]
-    pub fn add(
-        &mut self,
-        number: u32,
-        wire: WireType,
-        value: &Value<'_>,
-        rate: f64,
-        now_ms: u64,
-        source: u64,
-    ) -> Result<u64, Reason> {
-        if wire == WireType::AbsoluteCounter {
-            return self.add_absolute(number, value, source);
-        }
-        add_to(self.cells.cell(number, wire.kind()), value, rate, now_ms, self.budget.each())
+    pub fn add(&mut self, number: u32, kind: Kind, value: &Value<'_>, rate: f64, now_ms: u64) -> Result<u64, Reason> {
+        add_to(self.cells.cell(number, kind), value, rate, now_ms, self.budget.each())
     }
 
     /// Adds a sample to an earlier window, one that begins at `start_ms`. The caller bounds how many of them there are.
@@ -249,32 +231,14 @@ impl Shard {
     pub fn add_earlier(
         &mut self,
         number: u32,
-        wire: WireType,
+        kind: Kind,
         value: &Value<'_>,
         rate: f64,
         at_ms: u64,
         start_ms: u64,
     ) -> Result<u64, Reason> {
-        let cell = self.cells.earlier.entry((number, start_ms)).or_insert_with(|| Aggregate::new(wire.kind()));
+        let cell = self.cells.earlier.entry((number, start_ms)).or_insert_with(|| Aggregate::new(kind));
         add_to(cell, value, rate, at_ms, self.budget.each())
-    }
-
-    /// An absolute counter counts the difference to the last value of the same source: nothing for the first one, and
-    /// all of the new value after a fall.
-    fn add_absolute(&mut self, number: u32, value: &Value<'_>, source: u64) -> Result<u64, Reason> {
-        let Value::Numbers(numbers) = value else { return Err(Reason::BadValue) };
-        for reading in *numbers {
-            if self.baselines.len() >= BASELINES_MAX && !self.baselines.contains_key(&(number, source)) {
-                self.baselines.clear();
-            }
-            let last = self.baselines.insert((number, source), *reading);
-            let step = last.map_or(0.0, |last| if *reading >= last { *reading - last } else { *reading });
-            let Aggregate::Counter(cell) = self.cells.cell(number, Kind::Counter) else { return Err(Reason::BadValue) };
-            if !add_counter(cell, &[step], 1.0) {
-                return Err(Reason::NonFinite);
-            }
-        }
-        Ok(numbers.len() as u64)
     }
 
     /// Hands over what came since the last seal and goes on with empty cells. It takes the same time whatever it holds.
@@ -305,9 +269,8 @@ impl Shard {
     /// Forgets series that the ledger wants to expire, but for those with new samples. The next seal says which.
     pub fn retire(&mut self, numbers: &[u32]) {
         let mut gone = vec![false; self.next as usize];
-        for number in numbers.iter().filter(|number| !self.cells.holds(**number)) {
-            gone[*number as usize] = true;
-        }
+        numbers.iter().for_each(|number| gone[*number as usize] = true);
+        self.cells.held().for_each(|number| gone[number as usize] = false);
         // The ledger asks again until it knows, so some of them may be free already.
         let mut released = Vec::new();
         let (budget, owners) = (&self.budget, &self.owners);
@@ -327,7 +290,6 @@ impl Shard {
             }
             stays
         });
-        self.baselines.retain(|(number, _), _| !gone[*number as usize]);
         released.sort_unstable();
         self.released.extend(&released);
         self.free.extend(&released);
@@ -492,8 +454,7 @@ mod tests {
             Ok(number) => number,
             Err(vacancy) => shard.admit(vacancy, Kind::Counter, &identity, SeriesKey::parse(name), Sight::default()),
         };
-        let wire = WireType::Plain(Kind::Counter);
-        shard.add(number, wire, &Value::Numbers(&[value]), 1.0, 1, 0).unwrap();
+        shard.add(number, Kind::Counter, &Value::Numbers(&[value]), 1.0, 1).unwrap();
         number
     }
 
@@ -584,8 +545,7 @@ mod tests {
     fn a_value_that_is_refused_is_not_counted() {
         let mut shard = shard(10);
         let number = count(&mut shard, "a", f64::MAX);
-        let wire = WireType::Plain(Kind::Counter);
-        let error = shard.add(number, wire, &Value::Numbers(&[f64::MAX]), 1.0, 1, 0);
+        let error = shard.add(number, Kind::Counter, &Value::Numbers(&[f64::MAX]), 1.0, 1);
         assert_eq!(error, Err(Reason::NonFinite));
         let mut sealed = shard.seal();
         assert_eq!(sealed.cells.drain().next().unwrap().1.samples(), 1);
@@ -637,19 +597,5 @@ mod tests {
             shard.ignore(vacancy, Kind::Counter, &identity);
         }
         assert!(shard.index.len() < 60_000, "{}", shard.index.len());
-    }
-
-    #[test]
-    fn an_absolute_counter_counts_differences_by_source() {
-        let mut shard = shard(3);
-        let number = count(&mut shard, "a", 0.0);
-        let mut read = |source, reading| {
-            shard.add(number, WireType::AbsoluteCounter, &Value::Numbers(&[reading]), 1.0, 1, source).unwrap();
-        };
-        for (source, reading) in [(1, 100.0), (1, 130.0), (2, 1000.0), (1, 5.0), (2, 1001.0)] {
-            read(source, reading);
-        }
-        let mut sealed = shard.seal();
-        assert!((increments(&sealed.cells.drain().next().unwrap().1) - 36.0).abs() < f64::EPSILON);
     }
 }

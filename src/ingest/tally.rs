@@ -27,6 +27,7 @@ pub(super) struct Tally {
     pub(super) bad_tags: u64,
     refused: [u64; Refusal::ALL.len()],
     pub(super) unplaced: u64,
+    pub(super) evicted: u64,
 }
 
 /// Lets the counters of a listener that starts stand at 0.
@@ -46,6 +47,7 @@ pub fn begin(listener: Listener) {
     }
     telemetry::SERIES_REFUSED.begin(Refusal::ALL.map(|refusal| [refusal.name()]));
     telemetry::TIMESTAMPS_UNPLACED.begin([[]]);
+    telemetry::BASELINES_EVICTED.begin([[]]);
 }
 
 impl Tally {
@@ -64,6 +66,7 @@ impl Tally {
             }
         }
         add(&mut self.bad_tags, || telemetry::TAGS_REJECTED.counter(&[]));
+        add(&mut self.evicted, || telemetry::BASELINES_EVICTED.counter(&[]));
         add(&mut self.unplaced, || telemetry::TIMESTAMPS_UNPLACED.counter(&[]));
         for refusal in Refusal::ALL {
             add(&mut self.refused[refusal as usize], || telemetry::SERIES_REFUSED.counter(&[refusal.name()]));
