@@ -4,7 +4,7 @@
 //! `cargo bench --bench memory [-- SERIES]`; 100,000 unless told otherwise. `charged` is `tallyd_series_memory_bytes`, and
 //! it is to be no less than `resident`, else `limits.memory` is no bound.
 //!
-//! Bytes of three runs, 2026-11, 2 cores of an AMD EPYC (Zen 3), glibc's allocator, names of 30 bytes. What the allocator
+//! Bytes of three runs, 2026-11, 2 cores of an AMD EPYC, debug build, glibc's allocator, names of 30 bytes. What the allocator
 //! keeps of memory that was freed differs from run to run; charges differ by whether the rounds lay in one window or two:
 //!
 //! ```text
