@@ -27,11 +27,14 @@ pub struct Step {
     pub evicted: bool,
 }
 
+/// The last reading of each pair of series and host, both as hashes.
+type Last = HashMap<(u64, u64), f64, RandomState>;
+
 /// The table.
 #[derive(Debug)]
 pub struct Baselines {
     hasher: RandomState,
-    parts: [Mutex<HashMap<(u64, u64), f64, RandomState>>; PARTS],
+    parts: [Mutex<Last>; PARTS],
 }
 
 impl Default for Baselines {
