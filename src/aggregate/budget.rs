@@ -235,7 +235,7 @@ impl Budget {
         self.bytes.load(Ordering::Relaxed).max(0) as u64
     }
 
-    /// What a series is charged, but for what it grows to: see [`Budget::charge`].
+    /// What a series is charged, but for what it grows to: see `charge`.
     pub fn cost(&self, id: &SeriesId) -> i64 {
         let unshipped = if self.is_remote { UNSHIPPED_BYTES } else { 0 };
         identity_bytes(id.kind) + unshipped + 2 * id.key.as_str().len() as i64

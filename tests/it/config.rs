@@ -221,3 +221,11 @@ fn the_seeds_environment_names_work() {
         assert!(printed.contains(part), "{part} in {printed}");
     }
 }
+
+#[test]
+fn explain_shows_a_short_line_whole_and_of_a_long_one_what_is_around_the_place() {
+    let short = text(&run(&["explain", "servers.web1.load 12.5 1764000000"], &[], "").stdout);
+    assert!(short.contains("\n  servers.web1.load 12.5 1764000000\n"), "{short}");
+    let long = text(&run(&["explain", &format!("{}:x|c|#{}", "n".repeat(100), "t".repeat(100))], &[], "").stdout);
+    assert!(long.contains(&format!("\n  {}:x|c|#{}\n", "n".repeat(29), "t".repeat(25))), "{long}");
+}

@@ -120,7 +120,7 @@ fn write_rejected(rejected: &Rejected, out: &mut impl Write) -> io::Result<()> {
     let Rejected { line, reason, column, bytes, hint } = rejected;
     writeln!(out, "rejected: {reason} (line {line}, column {})", column + 1)?;
     let column = (*column).min(bytes.len());
-    let start = column.saturating_sub(SHOWN / 2);
+    let start = column.saturating_sub(SHOWN / 2).min(bytes.len().saturating_sub(SHOWN));
     let end = bytes.len().min(start + SHOWN);
     let before = protocol::printable(&bytes[start..column]);
     let after = protocol::printable(&bytes[column..end.max(column)]);
