@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::agent::{Agent, same, tallyd, until};
 use crate::http;
+use crate::prometheus::promtool;
 
 /// What an agent says of itself; all else in a scrape is of clients.
 fn is_own(line: &str) -> bool {
@@ -111,17 +112,8 @@ fn wrong(case: &Value) -> Option<String> {
 
 /// What `promtool` finds wrong with a scrape, lints left out.
 fn valid(agent: &Agent) -> Option<String> {
-    let mut child = Command::new("promtool")
-        .args(["check", "metrics"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("promtool is installed by packaging/setup.sh tests");
-    std::io::Write::write_all(&mut child.stdin.take().unwrap(), agent.get("/metrics").text().as_bytes()).unwrap();
-    let output = child.wait_with_output().unwrap();
-    let is_fine = matches!(output.status.code(), Some(0 | 3));
-    (!is_fine).then(|| String::from_utf8_lossy(&output.stderr).into_owned())
+    let (code, output) = promtool(&agent.get("/metrics").text());
+    (![0, 3].contains(&code)).then_some(output)
 }
 
 #[test]

@@ -14,7 +14,7 @@ use crate::http;
 use crate::net::free_port;
 
 /// Exit code and output of `promtool check metrics`.
-fn promtool(exposition: &str) -> (i32, String) {
+pub fn promtool(exposition: &str) -> (i32, String) {
     let mut child = Command::new("promtool")
         .args(["check", "metrics"])
         .stdin(Stdio::piped())

@@ -80,7 +80,11 @@ impl Counted {
 
     fn text(&self, sent: &Report, out: &mut impl Write) -> io::Result<()> {
         let accounted = if self.accounted { "" } else { " (others send as well, or some never arrived)" };
-        let verdict = if self.counters_agree { "as accepted" } else { "NOT as accepted" };
+        let verdict = if self.counters_agree {
+            "as accepted"
+        } else {
+            "NOT as accepted; look for the rest in _overflow, where new series beyond limits.new_series and limits.series go"
+        };
         let percent = if sent.lines == 0 { 0.0 } else { self.lost as f64 * 100.0 / sent.lines as f64 };
         writeln!(out, "read          {} lines{accounted}", self.lines)?;
         writeln!(out, "kernel drops  {} packets", self.kernel_drops)?;
