@@ -1,7 +1,8 @@
 //! The last rejected lines, for `GET /data/rejects` and the log.
 //!
 //! A rejected line costs its counter and, for the first few of a reason in a second, one lock and one log line; the rest
-//! are counted as suppressed. Nothing waits for the lock: a worker that finds it taken passes on.
+//! are counted as suppressed. Nothing waits for the lock: a worker that finds it taken counts the line as
+//! suppressed and passes on.
 
 use std::collections::VecDeque;
 use std::sync::Mutex;
@@ -86,7 +87,10 @@ impl Rejects {
 
     /// Keeps and logs a line, if there were not too many of its reason in this second.
     pub(super) fn note(&self, reject: &Reject<'_>, source: Source, now_ms: u64) {
-        let Ok(mut state) = self.state.try_lock() else { return };
+        let Ok(mut state) = self.state.try_lock() else {
+            telemetry::REJECTS_SUPPRESSED.counter(&[reject.reason.name()]).increment(1);
+            return;
+        };
         if state.second != now_ms / 1_000 {
             state.next_second(now_ms / 1_000);
         }
