@@ -195,7 +195,7 @@ impl Agent {
     fn drain(&mut self) -> usize {
         let mut cells = 0;
         for mut delivery in self.deliveries.try_iter() {
-            cells += black_box(delivery.sealed.cells.drain().count());
+            cells += black_box(delivery.sealed.cells.take().into_iter().count());
             self.workers.give_back(delivery.worker, Returned::Cells(delivery.sealed.cells));
         }
         cells

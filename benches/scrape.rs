@@ -142,7 +142,7 @@ fn shuffled(size: usize) -> impl Iterator<Item = usize> {
 
 fn series(kind: Kind, key: &str, state: State) -> Arc<Series> {
     let id = SeriesId { kind, key: SeriesKey::from_canonical(key) };
-    Arc::new(Series::new(Arc::new(id), state, NOW.now_ms))
+    Arc::new(Series::new(Arc::new(id), state, NOW.window_ms, NOW.now_ms))
 }
 
 /// How long this thread has run.

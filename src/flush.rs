@@ -19,7 +19,8 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
-use crate::aggregate::ledger::{At, Changed, Ledger, Series, Total, Writer};
+use crate::aggregate::fold::Writer;
+use crate::aggregate::ledger::{At, Changed, Ledger, Series, Total};
 use crate::aggregate::shard::{Budget, SeriesId};
 use crate::clock;
 use crate::ingest::{Delivery, Returned, Workers};
@@ -584,12 +585,14 @@ impl Job {
 }
 
 fn add_changed(earlier: &mut Changed, later: Changed) {
-    if let (Some(sum), Some(delta)) = (&mut earlier.delta, &later.delta) {
-        Arc::make_mut(sum).merge(delta, 0);
-    } else if earlier.delta.is_none() {
-        earlier.delta = later.delta;
+    match (&mut earlier.shipped, later.shipped) {
+        (Some(sum), Some(later)) => {
+            Arc::make_mut(&mut sum.delta).merge(&later.delta, 0);
+            sum.total = later.total;
+        }
+        (Some(_), None) => {}
+        (shipped @ None, later) => *shipped = later,
     }
-    earlier.state = later.state;
 }
 
 /// The flush's thread.
@@ -650,7 +653,7 @@ impl Flushing {
         telemetry::FLUSH_SECONDS.histogram(&[]).record(begun.elapsed());
         let lag_ms = clock::wall_ms().saturating_sub(job.until_ms);
         telemetry::FLUSH_LAG_SECONDS.gauge(&[]).set(lag_ms as f64 / 1e3);
-        if job.changed.iter().any(|changed| changed.delta.is_some()) {
+        if job.changed.iter().any(|changed| changed.shipped.is_some()) {
             let series = job.changed.into_iter().map(|changed| changed.series).collect();
             drop(self.orders.send(Order::Committed(job.flush, series)));
         }

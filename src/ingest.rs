@@ -667,11 +667,7 @@ mod tests {
             worker.turn(worker.question());
         }
         let mut cells = deliveries.try_iter().map(|delivery| delivery.sealed.cells);
-        let sum: f64 = cells
-            .by_ref()
-            .flat_map(|mut cells| cells.drain().collect::<Vec<_>>())
-            .map(|(_, cell)| increments(&cell))
-            .sum();
+        let sum: f64 = cells.by_ref().flat_map(|mut cells| cells.take()).map(|(_, cell)| increments(&cell)).sum();
         assert_eq!(sum, 4.0 + 6.0 + 3.0);
     }
 
@@ -700,7 +696,7 @@ mod tests {
             cells.drain_earlier().map(|(number, start, cell)| (number, start, counted(&cell))).collect();
         found.sort_by_key(|(number, ..)| *number);
         assert_eq!(found, [(0, 1_763_999_990_000, 3.0), (1, 1_763_999_990_000, 1_763_999_999_000.0)]);
-        let found: Vec<_> = cells.drain().map(|(number, cell)| (number, counted(&cell))).collect();
+        let found: Vec<_> = cells.take().into_iter().map(|(number, cell)| (number, counted(&cell))).collect();
         assert_eq!(found, [(0, 8.0), (1, 1_764_000_004_000.0)]);
     }
 }

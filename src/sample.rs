@@ -134,6 +134,21 @@ pub enum Identity<'a> {
     Key(&'a str),
 }
 
+impl Identity<'_> {
+    /// How many bytes it has.
+    pub const fn len(&self) -> usize {
+        match self {
+            Self::Line { name, tags } => name.len() + tags.len(),
+            Self::Key(key) => key.len(),
+        }
+    }
+
+    /// Whether it has none.
+    pub const fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
 /// One reading, or several packed ones, as sent. It borrows from the bytes that were received.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sample<'a> {

@@ -261,10 +261,10 @@ impl View {
             None => None,
         };
         let scope = if totals.is_none() && self.remote.is_some() { Scope::Local } else { scope };
-        let totals =
-            totals.unwrap_or_else(|| ids.iter().zip(&series).map(|(id, state)| self.local(id, state)).collect());
+        let totals = totals
+            .unwrap_or_else(|| ids.iter().zip(&series).map(|(id, state)| self.local(id, state.as_ref())).collect());
         let found = ids.iter().zip(series).zip(totals);
-        found.filter_map(|((id, state), total)| Some(self.metric(id, state.as_deref(), total?, scope))).collect()
+        found.filter_map(|((id, state), total)| Some(self.metric(id, state.as_ref(), total?, scope))).collect()
     }
 
     /// The store, where a reader wants its figures and it is not known to be away.
@@ -281,7 +281,7 @@ impl View {
 
     /// This agent's total: of the ledger, or of the journal where the series is idle. With a remote store a series that
     /// is not in the ledger may have been deleted elsewhere, and the journal knows of it later.
-    fn local(&self, id: &SeriesId, state: &Option<Arc<State>>) -> Option<Arc<Total>> {
+    fn local(&self, id: &SeriesId, state: Option<&State>) -> Option<Arc<Total>> {
         match state {
             Some(state) => Some(Arc::clone(&state.total)),
             None => self.journal.as_ref()?.total(id.kind, &id.key).map_or_else(
@@ -300,7 +300,7 @@ impl View {
         &self,
         remote: &Remote,
         ids: &[SeriesId],
-        states: &[Option<Arc<State>>],
+        states: &[Option<State>],
     ) -> Option<Vec<Option<Arc<Total>>>> {
         let snapshot =
             remote.journal.snapshot().inspect_err(|error| tracing::error!(%error, "the outbox is unreadable")).ok()?;
@@ -312,8 +312,8 @@ impl View {
         for ((id, state), stored) in ids.iter().zip(states).zip(stored) {
             // A hash that another program spoilt is shown as this agent knows the series.
             totals.push(match stored {
-                Ok(stored) => complete(&mut backlog, id, state.as_deref(), stored).ok()?.map(Arc::new),
-                Err(_) => self.local(id, state),
+                Ok(stored) => complete(&mut backlog, id, state.as_ref(), stored).ok()?.map(Arc::new),
+                Err(_) => self.local(id, state.as_ref()),
             });
         }
         Some(totals)

@@ -183,7 +183,8 @@ fn unsafe_code_stands_only_where_it_is_fenced() {
     for file in rust_files(&root().join("src")) {
         let text = fs::read_to_string(&file).unwrap();
         let fenced = text.contains("#![allow(unsafe_code");
-        let is_burst = file.ends_with("listen/burst.rs");
-        assert!(!fenced || is_burst, "{} allows unsafe code", file.display());
+        // System calls that std lacks, and a prefetch.
+        let may = file.ends_with("listen/burst.rs") || file.ends_with("aggregate/index.rs");
+        assert!(!fenced || may, "{} allows unsafe code", file.display());
     }
 }

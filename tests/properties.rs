@@ -15,7 +15,8 @@ use std::time::Duration;
 use crossbeam_channel::Receiver;
 use laws::{Call, Name, Reading, Readings, Record};
 use proptest::prelude::*;
-use tallyd::aggregate::ledger::{At, Ledger, Total, Writer};
+use tallyd::aggregate::fold::Writer;
+use tallyd::aggregate::ledger::{At, Ledger, Total};
 use tallyd::aggregate::shard::{self, Budget, SeriesId};
 use tallyd::aggregate::{Aggregate, Gauge};
 use tallyd::config::{Config, Sources};
@@ -437,7 +438,7 @@ impl Agent {
 
     fn flush(&mut self) {
         for changed in self.writer.take_changed() {
-            self.flushed.insert(changed.series.id().clone(), Total::clone(&changed.state.total));
+            self.flushed.insert(changed.series.id().clone(), Total::clone(&changed.series.total()));
         }
     }
 

@@ -116,7 +116,7 @@ const fn identity_bytes(kind: Kind) -> i64 {
 const UNSHIPPED_BYTES: i64 = 700;
 
 /// What a further spelling costs beside its bytes.
-const SPELLING_BYTES: i64 = 100;
+const SPELLING_BYTES: i64 = 32;
 
 /// New series leave this part of the memory for the growth of those there are: a flood of names takes no precision from them.
 const GROWTH_PART: i64 = 8;
@@ -242,9 +242,9 @@ impl Budget {
     }
 }
 
-/// What each further spelling of a series is charged.
-pub(super) fn spelling_cost(spelling: &[u8]) -> i64 {
-    SPELLING_BYTES + spelling.len() as i64
+/// What each further spelling of a series is charged, by its length.
+pub(super) fn spelling_cost(bytes: usize) -> i64 {
+    SPELLING_BYTES + bytes as i64
 }
 
 /// How many were new in the present second: the second in the upper half, the number in the lower.

@@ -6,13 +6,18 @@
 
 pub mod baselines;
 pub mod budget;
+mod cells;
 pub mod etsy;
+pub mod fold;
 pub mod histogram;
+mod index;
 pub mod ledger;
 pub mod meter;
+mod plain;
 pub mod series;
 pub mod set;
 pub mod shard;
+mod state;
 pub mod window;
 
 pub use series::{Aggregate, Counter, Gauge, Marks, Observed, Sum};

@@ -65,6 +65,18 @@ impl Sum {
         result
     }
 
+    /// The sum of two floats, if that is a float without a rest.
+    #[inline]
+    pub fn exact(a: f64, b: f64) -> Option<f64> {
+        let (sum, rest) = two_sum(a, b);
+        (rest == 0.0).then_some(sum)
+    }
+
+    /// The sum, if it is a float without a rest.
+    pub fn as_float(&self) -> Option<f64> {
+        (self.low == 0.0).then_some(self.high)
+    }
+
     /// The nearest float.
     pub fn value(&self) -> f64 {
         self.high + self.low

@@ -74,7 +74,7 @@ impl House {
         for new in delivery.sealed.new.drain(..) {
             self.names.insert((delivery.worker, new.number), new.id.key.to_string());
         }
-        for (number, cell) in delivery.sealed.cells.drain() {
+        for (number, cell) in delivery.sealed.cells.take() {
             let name = self.names[&(delivery.worker, number)].clone();
             match cell {
                 Aggregate::Counter(counter) => *self.totals.entry(name).or_default() += counter.increments.value(),
@@ -389,7 +389,7 @@ fn what_runs_beside_has_the_worker_of_the_streams() {
     listeners.stop(DEADLINE);
     let mut last = deliveries.try_iter().last().unwrap();
     assert!(last.last);
-    let cells: Vec<_> = last.sealed.cells.drain().collect();
+    let cells: Vec<_> = last.sealed.cells.take().into_iter().collect();
     assert!(matches!(&cells[..], [(_, Aggregate::Counter(counter))] if counter.increments.value() == 2.0), "{cells:?}");
 }
 

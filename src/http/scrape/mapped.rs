@@ -127,7 +127,7 @@ impl Mapped {
         }
         let shown = |source: u32, series: &Series| {
             let ttl_ms = self.rules.style(source).map_or(0, |style| style.ttl.as_nanos().div_ceil(1_000_000) as u64);
-            let update_ms = || series.peek().total.update_ms;
+            let update_ms = || series.total().update_ms;
             [expire_ms, ttl_ms].iter().all(|ms| *ms == 0 || update_ms().saturating_add(*ms) > moment.now_ms)
         };
         let stays: Vec<bool> =
@@ -196,7 +196,7 @@ impl Mapper {
                 let (name, kind) = (series.key().name().into_owned(), series.kind());
                 let found = names.entry((name.clone(), kind)).or_insert_with(|| Unmapped::new(name, kind));
                 found.series += 1;
-                found.count += series.peek().total.aggregate.samples();
+                found.count += series.total().aggregate.samples();
             }
         });
         let total = names.len();

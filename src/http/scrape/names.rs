@@ -501,7 +501,7 @@ impl Index {
         let Range { start, end } = self.families[family];
         let sources =
             self.entries[start as usize..end as usize].iter().map(|entry| &self.sources[entry.source as usize]);
-        let ages = sources.map(|source| (source.state().total.start_ms, source.kind()));
+        let ages = sources.map(|source| (source.total().start_ms, source.kind()));
         ages.min_by_key(|(start_ms, kind)| (*start_ms, kind.letter())).unwrap_or((0, Kind::Counter))
     }
 

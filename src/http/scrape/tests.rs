@@ -30,7 +30,7 @@ fn series(kind: Kind, key: &str, start_ms: u64, aggregate: &Aggregate) -> Arc<Se
 }
 
 fn made(kind: Kind, key: SeriesKey, state: State) -> Arc<Series> {
-    Arc::new(Series::new(Arc::new(SeriesId { kind, key }), state, NOW.now_ms))
+    Arc::new(Series::new(Arc::new(SeriesId { kind, key }), state, NOW.window_ms, NOW.now_ms))
 }
 
 fn counter(key: &str, values: &[f64]) -> Arc<Series> {

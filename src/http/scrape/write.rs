@@ -106,11 +106,9 @@ impl Writer {
         let end = self.index.entries.len().min(self.at + AHEAD);
         let series = || self.sources(self.at..end);
         black_box(series().map(|series| series.kind() as usize).sum::<usize>());
-        let states: Vec<_> = series().map(|series| series.peek()).collect();
-        black_box(states.iter().map(|state| state.total.start_ms).fold(0, u64::wrapping_add));
-        let windows = states.iter().flat_map(|state| [&state.window, &state.before]).flatten();
-        black_box(windows.map(|window| window.start_ms).fold(0, u64::wrapping_add));
-        drop(states);
+        let totals: Vec<_> = series().map(|series| series.total()).collect();
+        black_box(totals.iter().map(|total| total.start_ms).fold(0, u64::wrapping_add));
+        drop(totals);
         self.warm = end;
     }
 
@@ -159,7 +157,7 @@ impl Writer {
         let (mut value, mut negative) = (Sum::default(), 0);
         let mut scaled = 0.0;
         for (series, scale) in self.scaled(same) {
-            if let Aggregate::Counter(counter) = &series.state().total.aggregate {
+            if let Aggregate::Counter(counter) = &series.total().aggregate {
                 // What a negative scale turns round rises where the counter falls.
                 let (rise, fall) = if scale < 0.0 {
                     (&counter.decrements, &counter.increments)
@@ -179,9 +177,9 @@ impl Writer {
     }
 
     fn gauge(&self, same: Range<usize>, out: &mut Vec<u8>) {
-        let states = self.scaled(same).map(|(series, scale)| (series.state(), scale));
-        let Some((state, scale)) = states.max_by_key(|(state, _)| state.total.update_ms) else { return };
-        if let Aggregate::Gauge(gauge) = &state.total.aggregate {
+        let totals = self.scaled(same).map(|(series, scale)| (series.total(), scale));
+        let Some((total, scale)) = totals.max_by_key(|(total, _)| total.update_ms) else { return };
+        if let Aggregate::Gauge(gauge) = &total.aggregate {
             self.sample(out, "", "", gauge.value() * scale);
         }
     }
@@ -209,7 +207,7 @@ impl Writer {
     fn meter_total(&self, same: Range<usize>, out: &mut Vec<u8>) {
         let (mut count, mut scaled) = (Sum::default(), 0.0);
         for (series, scale) in self.scaled(same) {
-            if let Aggregate::Meter(marks) = &series.state().total.aggregate {
+            if let Aggregate::Meter(marks) = &series.total().aggregate {
                 if scale == 1.0 {
                     count.merge(&marks.count);
                 } else {
@@ -223,8 +221,8 @@ impl Writer {
     fn meter_rate(&self, same: Range<usize>, out: &mut Vec<u8>) {
         let (mut rates, mut mean) = ([0.0; 3], 0.0);
         for (series, scale) in self.scaled(same) {
-            let state = series.state();
-            let Some(own) = &state.total.rates else { continue };
+            let total = series.total();
+            let Some(own) = &total.rates else { continue };
             for (all, now) in rates.iter_mut().zip(own.at(self.moment.steady_ms)) {
                 *all += now * scale;
             }
@@ -237,7 +235,7 @@ impl Writer {
     }
 
     fn observed(&mut self, entry: &Entry, same: Range<usize>, out: &mut Vec<u8>) {
-        let states: Vec<(Arc<State>, Unit)> = self
+        let states: Vec<(State, Unit)> = self
             .scaled(same)
             .map(|(series, scale)| (series.state(), Unit { divisor: divisor(series.kind()), scale }))
             .collect();
@@ -258,7 +256,7 @@ impl Writer {
         rule.and_then(|rule| self.of_rules.get(&rule)).unwrap_or(&self.options)
     }
 
-    fn quantiles(&mut self, rule: Option<u32>, states: &[(Arc<State>, Unit)], out: &mut Vec<u8>) {
+    fn quantiles(&mut self, rule: Option<u32>, states: &[(State, Unit)], out: &mut Vec<u8>) {
         let start_ms = start_of(self.moment.now_ms, self.moment.window_ms).saturating_sub(self.moment.window_ms);
         let mut values = std::mem::take(&mut self.values);
         gather(states, start_ms, &mut values);
@@ -269,7 +267,7 @@ impl Writer {
         self.values = values;
     }
 
-    fn buckets(&self, rule: Option<u32>, states: &[(Arc<State>, Unit)], out: &mut Vec<u8>) {
+    fn buckets(&self, rule: Option<u32>, states: &[(State, Unit)], out: &mut Vec<u8>) {
         for (bound, label) in &self.options(rule).buckets {
             let count = totals(states).map(|(observed, unit)| unit.count_at_most(observed, *bound)).sum();
             self.sample(out, "_bucket", label, count);
@@ -332,14 +330,14 @@ fn observed(aggregate: &Aggregate) -> Option<&Observed> {
     }
 }
 
-fn totals(states: &[(Arc<State>, Unit)]) -> impl Iterator<Item = (&Observed, Unit)> {
+fn totals(states: &[(State, Unit)]) -> impl Iterator<Item = (&Observed, Unit)> {
     states.iter().filter_map(|(state, unit)| observed(&state.total.aggregate).zip(Some(*unit)))
 }
 
 /// Fills `values` with what the windows that began at `start_ms` or later hold, in order: values that are kept as they
 /// came, and of each bucket the value whose largest relative distance to the others is least, each with its weight and
 /// in the unit in which it is shown.
-fn gather(states: &[(Arc<State>, Unit)], start_ms: u64, values: &mut Vec<(f64, f64)>) {
+fn gather(states: &[(State, Unit)], start_ms: u64, values: &mut Vec<(f64, f64)>) {
     values.clear();
     let windows = states.iter().flat_map(|(state, unit)| [(&state.before, *unit), (&state.window, *unit)]);
     for (window, unit) in windows.filter_map(|(window, unit)| window.as_ref().zip(Some(unit))) {

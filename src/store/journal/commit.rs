@@ -7,13 +7,14 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ops::Bound;
+use std::sync::Arc;
 
 use redb::{ReadableTable, Table, WriteTransaction};
 
 use super::outbox::{Queue, put_positions};
 use super::record::{self, BatchHead, OperationRef, Place};
 use super::{Error, Journal, Limits, OUTBOX, State, TOTALS, count_damaged, locked, put_agent};
-use crate::aggregate::ledger::Changed;
+use crate::aggregate::ledger::{Changed, Reading, Shipped};
 use crate::sample::{Kind, SeriesKey};
 use crate::store::{Batch, Operation, Partition, partition};
 use crate::telemetry;
@@ -161,8 +162,10 @@ impl Commit<'_> {
         writing.order.extend(places.zip(0..));
         writing.order.sort_unstable();
         for (place, at) in &writing.order {
-            let Changed { series, state, .. } = &changed[*at as usize];
-            record::write_total(&mut writing.out, self.state.revision, series.kind(), series.key(), &state.total)?;
+            let Changed { series, shipped } = &changed[*at as usize];
+            let total =
+                shipped.as_ref().map_or_else(|| series.total(), |shipped| Reading::Shared(Arc::clone(&shipped.total)));
+            record::write_total(&mut writing.out, self.state.revision, series.kind(), series.key(), &total)?;
             let old = table.insert(place, writing.out.as_slice())?.map(|old| old.value().len() as u64);
             self.state.totals += u64::from(old.is_none());
             self.state.totals_bytes += writing.out.len() as u64;
@@ -189,7 +192,7 @@ impl Commit<'_> {
     ) -> Result<(), Error> {
         let mut order = std::mem::take(&mut writing.by_partition);
         order.clear();
-        let shipped = changed.iter().zip(0..).filter(|(changed, _)| changed.delta.is_some());
+        let shipped = changed.iter().zip(0..).filter(|(changed, _)| changed.shipped.is_some());
         order.extend(shipped.map(|(changed, at)| (partition(changed.series.key()), at)));
         order.sort_unstable();
         let mut table = transaction.open_table(OUTBOX)?;
@@ -343,8 +346,7 @@ impl Queue {
 }
 
 fn operation(changed: &Changed) -> Option<OperationRef<'_>> {
-    let total = &changed.state.total;
-    changed.delta.as_deref().map(|delta| OperationRef {
+    changed.shipped.as_ref().map(|Shipped { total, delta }| OperationRef {
         kind: changed.series.kind(),
         key: changed.series.key(),
         start_ms: total.start_ms,

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
-use crate::aggregate::ledger::{Changed, Series, State as LedgerState, Total};
+use crate::aggregate::ledger::{Changed, Series, Shipped, State as LedgerState, Total};
 use crate::aggregate::shard::SeriesId;
 use crate::aggregate::{Aggregate, Counter, Sum};
 use crate::store::{Batch, partition};
@@ -35,10 +35,13 @@ fn total(value: f64) -> Total {
 }
 
 fn changed(number: usize, sum: f64, delta: Option<f64>) -> Changed {
+    changed_to(number, total(sum), delta)
+}
+
+fn changed_to(number: usize, total: Total, delta: Option<f64>) -> Changed {
     let id = Arc::new(SeriesId { kind: Kind::Counter, key: key(number) });
-    let state = Arc::new(LedgerState::new(total(sum)));
-    let series = Arc::new(Series::new(id, LedgerState::new(total(sum)), NOW));
-    Changed { series, state, delta: delta.map(|delta| Arc::new(counter(delta))) }
+    let shipped = delta.map(|delta| Shipped { total: Arc::new(total.clone()), delta: Arc::new(counter(delta)) });
+    Changed { series: Arc::new(Series::new(id, LedgerState::new(total), 10_000, NOW)), shipped }
 }
 
 fn open(dir: &Path) -> (Journal, Opened) {
@@ -499,8 +502,7 @@ fn totals_without_an_update_expire() {
     let late = NOW + 31 * 86_400_000;
     let mut expired = 0;
     for flush in 2..=20 {
-        let mut fresh = changed(0, 2.0, None);
-        fresh.state = Arc::new(LedgerState::new(Total { update_ms: late, ..total(2.0) }));
+        let fresh = changed_to(0, Total { update_ms: late, ..total(2.0) }, None);
         expired += journal.commit(flush, &[fresh], &[], late).unwrap().expired;
     }
     assert_eq!(expired, 999);
@@ -516,9 +518,8 @@ fn past_its_size_the_journal_loses_what_is_idle_longest() {
     for round in 0..20_u64 {
         let changes: Vec<_> = (0..1_000)
             .map(|number| {
-                let mut changed = changed(1_000 * round as usize + number, 1.0, None);
-                changed.state = Arc::new(LedgerState::new(Total { update_ms: NOW + round, ..total(1.0) }));
-                changed
+                let total = Total { update_ms: NOW + round, ..total(1.0) };
+                changed_to(1_000 * round as usize + number, total, None)
             })
             .collect();
         flush += 1;

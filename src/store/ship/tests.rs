@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use super::super::redis::RedisReader;
 use super::super::redis::server::{Server, wait_for};
 use super::*;
-use crate::aggregate::ledger::{Changed, Series, State, Total};
+use crate::aggregate::ledger::{Changed, Series, Shipped, State, Total};
 use crate::aggregate::shard::SeriesId;
 use crate::aggregate::{Aggregate, Counter, Sum};
 use crate::sample::{Kind, SeriesKey};
@@ -152,8 +152,8 @@ fn changed(number: usize, value: f64) -> Changed {
     let delta = Aggregate::Counter(Counter { increments: Sum::from(value), decrements: Sum::default(), samples: 1 });
     let total = Total { start_ms: NOW, update_ms: NOW, aggregate: delta.clone(), rates: None };
     let id = Arc::new(SeriesId { kind: Kind::Counter, key: key(number) });
-    let series = Arc::new(Series::new(id, State::new(total.clone()), NOW));
-    Changed { series, state: Arc::new(State::new(total)), delta: Some(Arc::new(delta)) }
+    let series = Arc::new(Series::new(id, State::new(total.clone()), 10_000, NOW));
+    Changed { series, shipped: Some(Shipped { total: Arc::new(total), delta: Arc::new(delta) }) }
 }
 
 /// What the store has of every counter.
