@@ -7,6 +7,7 @@
 //! Metrics: `tallyd_lines_*`, `tallyd_samples_*`, `tallyd_series_refused_total`, `tallyd_seals_total`, published at seals.
 
 mod events;
+mod group;
 mod rejects;
 mod tally;
 
@@ -19,6 +20,7 @@ use arc_swap::ArcSwap;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 pub use events::{Events, KeptCheck, KeptEvent, Received};
+use group::Group;
 pub use rejects::{Limits, Rejected, Rejects};
 use tally::Tally;
 pub use tally::begin;
@@ -29,7 +31,7 @@ use crate::aggregate::window::start_of;
 use crate::clock::Clock;
 use crate::mapping::Mapping;
 use crate::protocol::{self, Body, Event, Parser, Reject, ServiceCheck, Sink};
-use crate::sample::{Kind, Reason, Sample, Value, WireType};
+use crate::sample::{Identity, Kind, Reason, Sample, Value, WireType};
 use crate::telemetry;
 
 /// By which way bytes came in.
@@ -336,7 +338,9 @@ impl Worker {
     #[inline]
     pub fn datagram(&mut self, bytes: &[u8], source: Source) {
         self.core.source = source;
-        self.parser.datagram(bytes, &mut self.core);
+        let mut group = Group::new(&mut self.core, bytes);
+        self.parser.datagram(bytes, &mut group);
+        group.finish();
     }
 
     /// Reads one line of a stream, without its line feed.
@@ -466,28 +470,28 @@ fn stamp_ms(timestamp: u64) -> u64 {
 }
 
 impl Core {
-    /// The number of a sample's series, admitted if this is its first sample here and no mapping rule drops it.
+    /// The number of an identity's series, admitted if this is its first sample here and no mapping rule drops it.
     #[inline]
-    fn series(&mut self, sample: &Sample<'_>, kind: Kind) -> Result<u32, Reason> {
-        match self.shard.find(kind, &sample.identity) {
+    fn number_of(&mut self, kind: Kind, identity: &Identity<'_>) -> Result<u32, Reason> {
+        match self.shard.find(kind, identity) {
             Ok(number) => Ok(number),
             Err(vacancy) => {
                 let settings = &self.settings;
-                let (key, bad_tags) = protocol::series_key(&sample.identity, &settings.protocol, &settings.limits)?;
+                let (key, bad_tags) = protocol::series_key(identity, &settings.protocol, &settings.limits)?;
                 let is_dropped = settings.mapping.as_ref().is_some_and(|mapping| mapping.drops(kind, &key.name()));
                 self.bad_tags(bad_tags);
                 if is_dropped {
-                    self.shard.ignore(vacancy, kind, &sample.identity);
+                    self.shard.ignore(vacancy, kind, identity);
                     return Ok(IGNORED);
                 }
                 let sight = Sight { at_ms: self.now_ms, source: self.source.remote() };
-                Ok(self.shard.admit(vacancy, kind, &sample.identity, key, sight))
+                Ok(self.shard.admit(vacancy, kind, identity, key, sight))
             }
         }
     }
 
     fn try_sample(&mut self, sample: &Sample<'_>) -> Result<(), Reason> {
-        let number = self.series(sample, sample.wire.kind())?;
+        let number = self.number_of(sample.wire.kind(), &sample.identity)?;
         if number == IGNORED {
             self.tally.of(self.source.listener).samples_dropped += sample.value.count() as u64;
             return Ok(());
@@ -541,8 +545,8 @@ impl Sink for Core {
             Ok(()) => self.accepted = true,
             Err(reason) => {
                 let bytes = match sample.identity {
-                    crate::sample::Identity::Line { name, .. } => name,
-                    crate::sample::Identity::Key(key) => key.as_bytes(),
+                    Identity::Line { name, .. } => name,
+                    Identity::Key(key) => key.as_bytes(),
                 };
                 self.reject(&Reject { reason, line: 1, column: 0, bytes });
             }
