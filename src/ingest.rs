@@ -20,7 +20,7 @@ use arc_swap::ArcSwap;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 pub use events::{Events, KeptCheck, KeptEvent, Received};
-use group::Group;
+use group::{Group, Room};
 pub use rejects::{Limits, Rejected, Rejects};
 use tally::Tally;
 pub use tally::begin;
@@ -239,6 +239,7 @@ const CELLS_OUT: usize = 3;
 pub struct Worker {
     parser: Parser,
     core: Core,
+    room: Box<Room>,
     port: Port,
 }
 
@@ -325,7 +326,7 @@ impl Worker {
         let due_ms = next_due(now_ms, workers.times.interval_ms);
         let answered = workers.asked.load(Ordering::Acquire);
         let port = Port { workers, number, returned, clock, out: 0, answered, due_ms };
-        Self { parser: Parser::new(&settings.protocol, &settings.limits), core, port }
+        Self { parser: Parser::new(&settings.protocol, &settings.limits), core, room: Box::default(), port }
     }
 
     /// Tells the worker what time it is: that of all it is given from now on. For each burst or read, before its bytes,
@@ -338,7 +339,7 @@ impl Worker {
     #[inline]
     pub fn datagram(&mut self, bytes: &[u8], source: Source) {
         self.core.source = source;
-        let mut group = Group::new(&mut self.core, bytes);
+        let mut group = Group::new(&mut self.core, &mut self.room, bytes);
         self.parser.datagram(bytes, &mut group);
         group.finish();
     }
@@ -616,7 +617,7 @@ mod tests {
         worker_within(&shard::Limits::default())
     }
 
-    fn worker_within(limits: &shard::Limits) -> (Arc<Workers>, Receiver<Delivery>, Worker) {
+    pub(super) fn worker_within(limits: &shard::Limits) -> (Arc<Workers>, Receiver<Delivery>, Worker) {
         let settings =
             Settings { protocol: protocol::Config::default(), limits: protocol::Limits::default(), mapping: None };
         let budget = Arc::new(Budget::new(limits));

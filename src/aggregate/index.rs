@@ -114,7 +114,8 @@ impl Index {
     /// Lets the record of a hash, if there is one, come into the cache.
     #[inline]
     pub(super) fn prefetch_record(&self, hash: Hash) {
-        if let Some(slot) = self.probe(hash).next() {
+        if let Some(slot) = self.slots.get(self.home(hash)).filter(|slot| slot.place != 0) {
+            // Where it is another's, which is seldom, the look-up waits.
             self.arena.prefetch(slot.place);
         }
     }
@@ -122,12 +123,23 @@ impl Index {
     /// The number an identity leads to.
     #[inline]
     pub(super) fn find(&self, hash: Hash, kind: Kind, identity: &Identity<'_>) -> Option<u32> {
-        let (is_key, name, tags): (bool, &[u8], &[u8]) = match identity {
-            Identity::Line { name, tags } => (false, name, tags),
-            Identity::Key(key) => (true, key.as_bytes(), b""),
-        };
+        let (is_key, name, tags) = parts(identity);
         let mark = mark(kind, is_key);
-        self.probe(hash).find_map(|slot| self.arena.number_of(slot.place, mark, name, tags))
+        let mask = self.slots.len().checked_sub(1)?;
+        let mut at = self.home(hash);
+        // A quarter of the slots is empty, so this ends.
+        loop {
+            let slot = self.slots[at & mask];
+            if slot.place == 0 {
+                return None;
+            }
+            if slot.tag == hash
+                && let Some(number) = self.arena.number_of(slot.place, mark, name, tags)
+            {
+                return Some(number);
+            }
+            at += 1;
+        }
     }
 
     /// Puts in a spelling that is not there. `false`, with nothing changed, when it or all of them are too long for the
@@ -140,10 +152,7 @@ impl Index {
         number: u32,
         is_further: bool,
     ) -> bool {
-        let (is_key, name, tags): (bool, &[u8], &[u8]) = match identity {
-            Identity::Line { name, tags } => (false, name, tags),
-            Identity::Key(key) => (true, key.as_bytes(), b""),
-        };
+        let (is_key, name, tags) = parts(identity);
         let mark = mark(kind, is_key) | if is_further { FURTHER } else { 0 };
         let Some(place) = self.arena.push(number, mark, name, tags) else { return false };
         if (self.len + 1) * LOAD.1 > self.slots.len() * LOAD.0 {
@@ -199,19 +208,19 @@ impl Index {
     fn home(&self, hash: Hash) -> usize {
         (u64::from(hash.0) >> self.shift) as usize
     }
-
-    /// The slots with a tag, from its home up to the first empty slot.
-    #[inline]
-    fn probe(&self, hash: Hash) -> impl Iterator<Item = Slot> + '_ {
-        let mask = self.slots.len().wrapping_sub(1);
-        let home = self.home(hash);
-        let slots = (0..self.slots.len()).map(move |step| self.slots[(home + step) & mask]);
-        slots.take_while(|slot| slot.place != 0).filter(move |slot| slot.tag == hash)
-    }
 }
 
 fn slots_for(len: usize) -> usize {
     (len * LOAD.1 / LOAD.0 + 1).next_power_of_two().max(SLOTS_MIN)
+}
+
+/// Whether an identity is a key, its name and its tags.
+#[inline]
+fn parts<'a>(identity: &Identity<'a>) -> (bool, &'a [u8], &'a [u8]) {
+    match identity {
+        Identity::Line { name, tags } => (false, name, tags),
+        Identity::Key(key) => (true, key.as_bytes(), b""),
+    }
 }
 
 /// The kind and the form of an identity in one byte.

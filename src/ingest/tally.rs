@@ -8,7 +8,7 @@ use crate::sample::Reason;
 use crate::telemetry;
 
 /// What came by one listener since the last publication.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct ListenerTally {
     pub(super) lines: u64,
     pub(super) lines_accepted: u64,
