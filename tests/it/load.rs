@@ -117,3 +117,21 @@ fn with_gro_a_dropped_train_counts_as_one() {
     assert_eq!(counted["lost"].as_i64(), Some(lost as i64), "{report}");
     assert_eq!(agent.own("tallyd_kernel_drops_total", "") as u64, drops);
 }
+
+/// By a Zipf law the agent is sent as much as evenly, and most of it is of few series.
+#[test]
+fn a_zipf_load_is_counted_to_the_last_line() {
+    let agent = Agent::start(&[]);
+    let to = format!("udp://{}", agent.address("udp"));
+    let load = ["--zipf", "1.2", "--rate", "20000", "--lines", "5001", "--mix", "c=1", "--series", "100000"];
+    let report = bench(&agent, &to, &load);
+    let counted = &report["agent"];
+    assert!(counted["accounted"] == true && counted["counters_agree"] == true, "{report}");
+    assert_eq!((&counted["accepted"], &counted["counters"]), (&5_001.into(), &5_001.into()), "{report}");
+    let first = agent.metric("bench.c.0").unwrap()["value"].as_f64().unwrap();
+    assert!((500.0..2_500.0).contains(&first), "the first of 100,000 has a fifth of all: {first}");
+    // Packets of up to 1,432 bytes, of which several are due each millisecond.
+    let (calls, packets) = (report["calls"].as_u64().unwrap(), report["packets"].as_u64().unwrap());
+    assert!(report["call"] == "sendmmsg" && calls > 0 && calls <= packets, "{report}");
+    assert!(counted["resident_bytes"].as_u64().unwrap() > 1 << 20, "{report}");
+}
