@@ -2,7 +2,7 @@
 //! descriptors, wake a thread that waits, and read or set what a socket's buffer holds. It knows no lines and makes no
 //! decisions.
 //!
-//! All `unsafe` is here. Its invariant: the kernel writes only into memory that [`Kept`] owns, which never moves, or into
+//! All `unsafe` is here. Its invariant: the kernel writes only into memory that `Kept` owns, which never moves, or into
 //! a local that outlives the call; what is read back was written by the kernel or is zero.
 #![allow(
     unsafe_code,

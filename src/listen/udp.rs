@@ -5,6 +5,8 @@
 //! all that came at once, since wake-ups cost more than datagrams; the nap is cut so that at the present rate half of the
 //! receive buffer stays free. When a nap brought nothing it blocks until something comes, a reader asks, or a seal is due.
 //!
+//! With `listen.udp_gro` the kernel may hand over datagrams in trains; each datagram is counted, measured and read by itself.
+//!
 //! Counts are plain numbers of the thread, published once a second, and so is what the kernel dropped.
 
 use std::io;
