@@ -205,6 +205,7 @@ keys! {
     "listen.unix_mode", Restart, "Permissions of these sockets: who may write there may send.";
     "listen.workers", Restart, "Threads that read UDP. 0: one per core.";
     "listen.receive_buffer", Restart, "Asked of the kernel for each UDP socket.";
+    "listen.udp_gro", Restart, "true: datagrams of one sender may be read as one where it sends such trains (UDP_SEGMENT). A train that is dropped counts as one drop.";
     "listen.linger", Restart, "Rest of a worker that has emptied its socket while traffic flows: fewer wake-ups, as much latency.";
 
     "http", Restart, "Where requests come in.";

@@ -53,7 +53,7 @@ table! {
     DATAGRAMS = "tallyd_datagrams_total", Counter, ["listener"], "Datagrams read from a socket.";
     DATAGRAMS_TRUNCATED = "tallyd_datagrams_truncated_total", Counter, ["listener"], "Datagrams longer than limits.datagram, dropped whole.";
     RECEIVED_BYTES = "tallyd_received_bytes_total", Counter, ["listener"], "Payload bytes read, of HTTP bodies as sent.";
-    KERNEL_DROPS = "tallyd_kernel_drops_total", Counter, ["socket"], "Datagrams that the kernel dropped because a socket's buffer was full.";
+    KERNEL_DROPS = "tallyd_kernel_drops_total", Counter, ["socket"], "Datagrams that the kernel dropped because a socket's buffer was full; with listen.udp_gro a train of them counts as one.";
     RECEIVE_BUFFER_BYTES = "tallyd_receive_buffer_bytes", Gauge, ["socket"], "Receive buffer that the kernel granted, in bytes.";
     LINES = "tallyd_lines_total", Counter, ["listener"], "Lines and JSON records read, blank ones left out.";
     LINES_ACCEPTED = "tallyd_lines_accepted_total", Counter, ["listener"], "Lines and JSON records of which at least one sample, event or service check was accepted.";

@@ -1,13 +1,14 @@
 //! `tallyd bench`: a load of exact size at a steady pace, and with `--api` what the agent made of it.
 //!
-//! All packets are made before the clock starts and then sent again and again, one a call or with `--segments` many, so
-//! that the generator costs little beside what it measures. Each sender is a thread with a socket of its own: the kernel spreads sockets
+//! All packets are made before the clock starts and then sent again and again, of datagrams up to 64 by one call
+//! (sendmmsg) and with `--segments` each many of them, so that the generator costs little beside what it measures. Each sender is a thread with a socket of its own: the kernel spreads sockets
 //! over the workers of an agent. Counters carry the value 1, so their sum is a count of lines that the agent's tables
 //! must agree with. Figures are the listener's: whoever else sends to it is counted as well.
 
 mod api;
 mod load;
 mod pace;
+mod popularity;
 mod report;
 
 use std::io::{self, Write};
@@ -16,8 +17,9 @@ use std::thread;
 use std::time::Duration;
 
 use self::api::{Api, Figures, Reader};
-use self::load::{Call, Load, Mix, SERIES_MAX};
+use self::load::{Load, Message, Mix, SERIES_MAX};
 use self::pace::{Sent, Share};
+use self::popularity::{Exponent, Popularity};
 use self::report::{Counted, Report};
 use super::send::{self, PATIENCE, Sender, Target, Warning};
 use super::{Code, Failure};
@@ -36,7 +38,7 @@ const POLL: Duration = Duration::from_millis(100);
 /// How long figures may take to rest, before the load and after it.
 const SETTLE_MAX: [Duration; 2] = [Duration::from_secs(3), Duration::from_secs(20)];
 
-/// Most segments of a call that every kernel takes.
+/// Most segments of a message that every kernel takes.
 const SEGMENTS_MAX: u64 = 64;
 
 /// Arguments of `bench`.
@@ -48,7 +50,8 @@ pub struct Args {
     /// Where the agent's API is, such as http://127.0.0.1:7000, to read back what it counted
     #[arg(long, value_name = "URL")]
     pub api: Option<Api>,
-    /// Lines a second, of all senders together; 0 is as fast as possible
+    /// Lines a second, of all senders together; 0 is as fast as possible. Datagrams that are due go by sendmmsg, up to 64 a
+    /// call
     #[arg(long, value_name = "LINES", default_value_t = 100_000)]
     pub rate: u64,
     /// Ends after this time at the latest
@@ -60,9 +63,12 @@ pub struct Args {
     /// Sockets, each with a thread of its own
     #[arg(long, value_name = "COUNT", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=1_024))]
     pub senders: u64,
-    /// Different series, each sent equally often
+    /// Different series, each sent equally often unless --zipf says otherwise
     #[arg(long, value_name = "COUNT", default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(1..=SERIES_MAX))]
     pub series: u64,
+    /// Send series by a Zipf law, the one of rank r in proportion to r to the power of minus this
+    #[arg(long, value_name = "EXPONENT")]
+    pub zipf: Option<Exponent>,
     /// Shares of counters, timers, gauges and sets among the series
     #[arg(long, value_name = "TYPE=SHARE,...", default_value = "c=70,ms=20,g=8,s=2")]
     pub mix: Mix,
@@ -72,7 +78,7 @@ pub struct Args {
     /// Most bytes of lines in a packet; 1 is a line a packet
     #[arg(long, value_name = "SIZE", default_value = "1432")]
     pub packet: Size,
-    /// Packets by one call, over UDP (UDP_SEGMENT); line ends fill them up to one size
+    /// Packets handed to the kernel as one, over UDP (UDP_SEGMENT); line ends fill them up to one size
     #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=SEGMENTS_MAX))]
     pub segments: u64,
     /// What the names of the series begin with
@@ -99,21 +105,26 @@ pub fn run(args: &Args, out: &mut impl Write, warnings: &mut impl Write) -> Resu
         return Err(Failure::told(USAGE, format!("--segments {}: only UDP has them; leave it out", args.segments)));
     }
     let reader = args.api.as_ref().map(|api| Reader::new(api, listener(&args.to), &args.name));
+    let popularity = match args.zipf {
+        Some(exponent) => Popularity::zipf(args.series, exponent),
+        None => Popularity::even(args.series),
+    };
     let load = Load {
         name: &args.name,
         series: args.series,
+        popularity: &popularity,
         mix: &args.mix,
         tags: args.tags,
         bytes_max: args.packet.bytes(),
         segments: args.segments,
         target: &args.to,
     };
-    let calls = load.calls().map_err(|error| send::broken(&args.to, &error))?;
+    let messages = load.messages().map_err(|error| send::broken(&args.to, &error))?;
     let connect = |_| Sender::connect(&args.to).and_then(|sender| sender.limit_writes(PATIENCE).map(|()| sender));
     let senders: io::Result<Vec<_>> = (0..args.senders).map(connect).collect();
     let senders = senders.map_err(|error| send::unreachable(&args.to, &error))?;
     let before = reader.as_ref().map(before).transpose().map_err(|error| unread(args, &error))?;
-    let (sent, warning) = send_all(args, senders, &load, &calls).map_err(|error| send::broken(&args.to, &error))?;
+    let (sent, warning) = send_all(args, senders, &load, &messages).map_err(|error| send::broken(&args.to, &error))?;
     if let Some(warning) = warning {
         warning.tell(&args.to, warnings)?;
     }
@@ -144,11 +155,16 @@ fn unread(args: &Args, error: &io::Error) -> Failure {
 }
 
 /// Lets all senders begin together, and waits until the other side has taken what streams carry.
-fn send_all(args: &Args, senders: Vec<Sender>, load: &Load<'_>, calls: &[Call]) -> io::Result<(Sent, Option<Warning>)> {
+fn send_all(
+    args: &Args,
+    senders: Vec<Sender>,
+    load: &Load<'_>,
+    messages: &[Message],
+) -> io::Result<(Sent, Option<Warning>)> {
     let start = Barrier::new(senders.len());
     let one = |number: usize, mut sender: Sender| {
         let share = Share::new(number as u64, args.senders, args.rate, args.lines, args.time.0);
-        let ring = calls.iter().cycle().skip(number * calls.len() / args.senders as usize);
+        let ring = messages.iter().cycle().skip(number * messages.len() / args.senders as usize);
         start.wait();
         let sent = pace::send(&mut sender, load, ring, share)?;
         Ok((sent, sender.finish()?))
@@ -185,8 +201,8 @@ fn settle(reader: &Reader<'_>, time: Duration, wanted: impl Fn(&Figures) -> bool
     while !wanted(&last) && clock.monotonic() < time && clock.monotonic() - changed < QUIET {
         thread::sleep(POLL);
         let now = reader.read()?;
-        // Reading costs processor time, which therefore never rests.
-        if (Figures { cpu_seconds: last.cpu_seconds, ..now }) != last {
+        // Reading costs processor time and memory, which therefore never rest.
+        if (Figures { cpu_seconds: last.cpu_seconds, resident_bytes: last.resident_bytes, ..now }) != last {
             changed = clock.monotonic();
         }
         last = now;

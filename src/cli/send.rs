@@ -6,17 +6,17 @@
 
 use std::ffi::OsString;
 use std::fmt;
-use std::io::{self, BufRead, BufReader, ErrorKind, IoSlice, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs, UdpSocket};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use socket2::{MsgHdr, SockRef};
-
 use super::{Code, Failure};
+use crate::listen::burst::{self, Outgoing};
 use crate::units::Size;
 
 /// For a connection, and for the other side to close it.
@@ -24,12 +24,6 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// For an ICMP error from another machine.
 const ICMP_WAIT: Duration = Duration::from_millis(50);
-
-/// What the length of a control message takes, and by what control messages are aligned.
-const WORD: usize = size_of::<usize>();
-
-/// The header of a control message.
-const HEADER: usize = size_of::<libc::cmsghdr>();
 
 /// Arguments of `send`.
 #[derive(Debug, clap::Args)]
@@ -249,13 +243,24 @@ impl Sender {
         }
     }
 
-    /// Sends UDP datagrams that lie one behind the other, all of `size` bytes but for a shorter last one, by one call
-    /// (UDP_SEGMENT).
-    pub(super) fn send_segments(&mut self, datagrams: &[u8], size: u16) -> io::Result<()> {
-        let Self::Udp { socket, refused, .. } = self else { return Err(ErrorKind::Unsupported.into()) };
-        let (buffers, control) = ([IoSlice::new(datagrams)], segment_size(size));
-        let message = MsgHdr::new().with_buffers(&buffers).with_control(&control);
-        twice(refused, || SockRef::from(&*socket).sendmsg(&message, 0))
+    /// Sends messages, datagrams by as few calls as the kernel lets them go by, and answers how many calls those were.
+    pub(super) fn send_all(&mut self, messages: &[Outgoing<'_>]) -> io::Result<u64> {
+        match self {
+            Self::Udp { socket, refused, .. } => volleys(socket.as_fd(), messages, Some(refused)),
+            Self::Unixgram(socket) => volleys(socket.as_fd(), messages, None),
+            Self::Tcp(_) | Self::Unix(_) => {
+                messages.iter().try_for_each(|message| self.send(message.bytes))?;
+                Ok(messages.len() as u64)
+            }
+        }
+    }
+
+    /// The system call by which a target's packets go.
+    pub(super) const fn call(target: &Target) -> &'static str {
+        match target {
+            Target::Udp(_) | Target::Unixgram(_) => "sendmmsg",
+            Target::Tcp(_) | Target::Unix(_) => "write",
+        }
     }
 
     /// Waits until the other side has taken everything, where a transport tells.
@@ -290,15 +295,22 @@ fn twice(refused: &mut bool, send: impl Fn() -> io::Result<usize>) -> io::Result
     }
 }
 
-/// The control message that carries UDP_SEGMENT: a `cmsghdr` (length, level, type), the size, and what aligns the next.
-fn segment_size(size: u16) -> [u8; HEADER + WORD] {
-    let length = HEADER + size_of::<u16>();
-    let mut control = [0; HEADER + WORD];
-    control[..WORD].copy_from_slice(&length.to_ne_bytes());
-    control[WORD..WORD + 4].copy_from_slice(&libc::SOL_UDP.to_ne_bytes());
-    control[WORD + 4..WORD + 8].copy_from_slice(&libc::UDP_SEGMENT.to_ne_bytes());
-    control[HEADER..length].copy_from_slice(&size.to_ne_bytes());
-    control
+/// Sends all messages, however many of them the kernel takes by one call, and answers how many calls took some. A socket
+/// of UDP notes a refusal of earlier datagrams, which is reported instead of sending the next one.
+fn volleys(socket: BorrowedFd<'_>, mut messages: &[Outgoing<'_>], mut refused: Option<&mut bool>) -> io::Result<u64> {
+    let mut calls = 0;
+    while !messages.is_empty() {
+        match (burst::send(socket, messages), &mut refused) {
+            (Ok(sent), _) => {
+                calls += 1;
+                messages = &messages[sent..];
+            }
+            (Err(error), _) if error.kind() == ErrorKind::Interrupted => {}
+            (Err(error), Some(refused)) if error.kind() == ErrorKind::ConnectionRefused => **refused = true,
+            (Err(error), _) => return Err(error),
+        }
+    }
+    Ok(calls)
 }
 
 /// A connection to the first address of `host:port` that takes one.
@@ -450,17 +462,37 @@ mod tests {
     }
 
     #[test]
-    fn segments_are_datagrams_of_their_own() {
+    fn messages_of_one_call_arrive_each_for_itself_and_so_do_segments() {
         let (socket, to) = udp();
         let mut sender = Sender::connect(&to.parse().unwrap()).unwrap();
-        sender.send_segments(b"a:1|c\nb:22|c\nc:3", 6).unwrap();
-        for expected in ["a:1|c\n", "b:22|c", "\nc:3"] {
+        let [train, alone] = [(&b"a:1|c\nb:22|c\nc:3"[..], 6), (b"d:4|c", 0)];
+        let messages = [train, alone].map(|(bytes, segment)| Outgoing { bytes, segment });
+        assert_eq!(sender.send_all(&messages).unwrap(), 1);
+        for expected in ["a:1|c\n", "b:22|c", "\nc:3", "d:4|c"] {
             assert_eq!(datagram(|buffer| socket.recv(buffer)), expected);
         }
+        // A refusal stands in the way of a message, which then goes by a further call.
         drop(socket);
-        sender.send_segments(b"aab", 2).unwrap();
-        sender.send_segments(b"aab", 2).unwrap();
+        assert_eq!(sender.send_all(&messages.repeat(3)).unwrap(), 6);
         assert!(sender.finish().unwrap() == Some(Warning::Refused));
+    }
+
+    #[test]
+    fn a_slow_reader_of_a_unix_socket_gets_all_messages() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let reader = UnixDatagram::bind(&path).unwrap();
+        let payloads: Vec<String> = (0..300).map(|number| format!("a:{number}|c")).collect();
+        let messages: Vec<_> =
+            payloads.iter().map(|payload| Outgoing { bytes: payload.as_bytes(), segment: 0 }).collect();
+        let mut sender = Sender::connect(&Target::Unixgram(path)).unwrap();
+        thread::scope(|scope| {
+            let calls = scope.spawn(|| sender.send_all(&messages).unwrap());
+            for payload in &payloads {
+                assert_eq!(datagram(|buffer| reader.recv(buffer)), *payload);
+            }
+            assert_eq!(calls.join().unwrap(), 5, "64 a call");
+        });
     }
 
     #[test]

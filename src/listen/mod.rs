@@ -8,7 +8,7 @@
 //! `tallyd_kernel_drops_total`, `tallyd_receive_buffer_bytes`, `tallyd_connections`,
 //! `tallyd_connections_refused_total`, `tallyd_accept_errors_total`.
 
-mod burst;
+pub mod burst;
 mod frames;
 pub mod lines;
 mod sockets;
@@ -55,6 +55,9 @@ pub struct Config {
     pub workers: usize,
     /// What is asked of the kernel for each UDP socket.
     pub receive_buffer: Size,
+    /// Whether the kernel may hand over consecutive datagrams of one sender at once. It then counts those that it drops
+    /// together as one.
+    pub udp_gro: bool,
     /// How long a UDP worker that has emptied its sockets rests while traffic flows; 0 for not at all.
     pub linger: Time,
 }
@@ -72,6 +75,8 @@ impl Default for Config {
             unix_mode: Mode(0o666),
             workers: 0,
             receive_buffer: Size(8 << 20),
+            // Drops are to be counted exactly, and few clients send what can be joined (`benches/receive.rs`).
+            udp_gro: false,
             linger: Time::millis(1),
         }
     }
@@ -288,6 +293,11 @@ pub enum Warning {
         /// What there is.
         granted: Size,
     },
+    /// The kernel has no UDP_GRO.
+    NoGro {
+        /// Of the sockets there.
+        address: SocketAddr,
+    },
     /// A built-in address was left out because the host has no IPv6.
     NoIpv6 {
         /// The key in the configuration.
@@ -304,6 +314,11 @@ impl fmt::Display for Warning {
                 f,
                 "listen.receive_buffer = \"{asked}\": the kernel granted {granted} at {address}; \
                  raise net.core.rmem_max, or grant CAP_NET_ADMIN"
+            ),
+            Self::NoGro { address } => write!(
+                f,
+                "listen.udp_gro = true: the kernel does not do so at {address} (Linux 5.0 and later do), \
+                 so datagrams are read one by one"
             ),
             Self::NoIpv6 { key, address } => {
                 write!(f, "{key}: this host has no IPv6, so nothing listens at {address}")

@@ -49,13 +49,15 @@ pub(super) struct Shared {
     pub(super) sockets: Vec<Socket>,
     /// The receive buffer that the kernel granted to each.
     pub(super) receive_buffer: Size,
+    /// Whether each may hold trains.
+    pub(super) gro: bool,
 }
 
 /// Binds all that is configured, with sockets for so many UDP workers.
 pub(super) fn bind(config: &Config, workers: usize) -> Result<Sockets, Error> {
     let defaults = Config::default();
     let mut bound = Sockets::default();
-    let udp = |place| shared(place, workers, config.receive_buffer);
+    let udp = |place| shared(place, workers, config);
     bound.udp = bind_each("listen.udp", &config.udp, &defaults.udp, udp, &mut bound.warnings)?;
     bound.tcp = bind_each("listen.tcp", &config.tcp, &defaults.tcp, stream, &mut bound.warnings)?;
     bound.unixgram = unix::datagrams(config)?;
@@ -65,6 +67,8 @@ pub(super) fn bind(config: &Config, workers: usize) -> Result<Sockets, Error> {
     let warning =
         |shared: &Shared| Warning::ReceiveBuffer { address: shared.address, asked, granted: shared.receive_buffer };
     bound.warnings.extend(small.map(warning));
+    let single = bound.udp.iter().filter(|shared| config.udp_gro && !shared.gro);
+    bound.warnings.extend(single.map(|shared| Warning::NoGro { address: shared.address }));
     Ok(bound)
 }
 
@@ -110,23 +114,26 @@ fn lacks_family(place: Place, error: &io::Error) -> bool {
 }
 
 /// One socket for each worker, all at the same address; where the port is 0, at the one that the first got.
-fn shared(place: Place, workers: usize, buffer: Size) -> io::Result<Shared> {
+fn shared(place: Place, workers: usize, config: &Config) -> io::Result<Shared> {
     if place.address.port() != 0 {
         let probe = socket(place, Type::DGRAM, Protocol::UDP)?;
         probe.bind(&place.address.into())?;
     }
     let mut address = place.address;
     let mut sockets = Vec::with_capacity(workers);
+    let mut gro = false;
     for _ in 0..workers.max(1) {
         let socket = socket(place, Type::DGRAM, Protocol::UDP)?;
         socket.set_reuse_port(true)?;
-        set_receive_buffer(&socket, buffer)?;
+        set_receive_buffer(&socket, config.receive_buffer)?;
+        // Before anything can come. If one socket may hold trains, all are read as if they did.
+        gro |= config.udp_gro && burst::set_gro(socket.as_fd()).is_ok();
         socket.bind(&address.into())?;
         address = local(&socket)?;
         sockets.push(socket);
     }
     let granted = sockets.iter().map(receive_buffer).collect::<io::Result<Vec<_>>>()?;
-    Ok(Shared { address, sockets, receive_buffer: granted.into_iter().min().unwrap_or(Size(0)) })
+    Ok(Shared { address, sockets, receive_buffer: granted.into_iter().min().unwrap_or(Size(0)), gro })
 }
 
 /// A listening TCP socket. SO_REUSEADDR passes over what is left of closed connections, not over another listener.

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Receiver;
 use socket2::{Domain, Socket, Type};
 
+use super::burst::Outgoing;
 use super::*;
 use crate::aggregate::{self, Aggregate};
 use crate::clock;
@@ -295,6 +297,28 @@ fn truncated_datagrams_are_dropped_whole() {
     assert_eq!(house.total("n"), 2.0);
     assert_eq!(house.totals.get("m"), None);
     assert_eq!(house.totals["nn"], 345.0);
+}
+
+/// Several senders to both families, whose last datagrams are shorter and whose others may be too long by themselves.
+#[test]
+fn trains_are_read_like_datagrams() {
+    let mut config = Config { udp_gro: true, ..free("udp") };
+    config.udp.push("[::1]:0".to_owned());
+    let mut house = House::open(&config, &Limits { datagram: Size(12), ..Limits::default() });
+    let trains = [("n:1|c\nm:2|c", "n:4|c"), ("a:1|c\nbb:1|c", "n:8|c"), ("ccc:1|c\nd:1|c", "n:16|c")];
+    let trains = trains.map(|(many, last)| ([&many.repeat(20), last].concat(), many.len() as u16));
+    let addresses = house.bound(Listener::Udp);
+    let senders: Vec<_> = (0..6).map(|i| sender(addresses[i % 2])).collect();
+    for _ in 0..5 {
+        for (bytes, segment) in &trains {
+            let train = Outgoing { bytes: bytes.as_bytes(), segment: *segment };
+            senders.iter().for_each(|sender| assert_eq!(burst::send(sender.as_fd(), &[train]).unwrap(), 1));
+        }
+    }
+    assert_eq!(house.total("n"), 30.0 * f64::from(20 + 4 + 8 + 16));
+    assert_eq!(["m", "a", "bb"].map(|name| house.totals[name]), [30.0 * 40.0, 30.0 * 20.0, 30.0 * 20.0]);
+    assert_eq!(["ccc", "d"].map(|name| house.totals.get(name)), [None; 2], "13 bytes are too many");
+    house.stop(DEADLINE);
 }
 
 #[test]

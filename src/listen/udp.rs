@@ -5,6 +5,8 @@
 //! all that came at once, since wake-ups cost more than datagrams; the nap is cut so that at the present rate half of the
 //! receive buffer stays free. When a nap brought nothing it blocks until something comes, a reader asks, or a seal is due.
 //!
+//! With `listen.udp_gro` the kernel may hand over datagrams in trains; each datagram is counted, measured and read by itself.
+//!
 //! Counts are plain numbers of the thread, published once a second, and so is what the kernel dropped.
 
 use std::io;
@@ -33,6 +35,8 @@ pub(super) struct Inlet {
     name: String,
     /// The receive buffer, as it was asked for.
     receive_buffer: u64,
+    /// Whether it may hold trains of datagrams.
+    gro: bool,
     /// The kernel's count of drops when it was last read.
     drops: u32,
     /// Whether this worker answers for the drops: of workers that share one socket, the first does.
@@ -45,7 +49,7 @@ impl Inlet {
         let path = socket.local_addr()?;
         let name = path.as_pathname().map_or_else(String::new, |path| path.display().to_string());
         let receive_buffer = sockets::receive_buffer(&socket)?.0;
-        Ok(Self { socket, name, receive_buffer, drops: 0, counts_drops: true })
+        Ok(Self { socket, name, receive_buffer, gro: false, drops: 0, counts_drops: true })
     }
 }
 
@@ -56,7 +60,7 @@ pub(super) fn inlets(shared: &[sockets::Shared], count: usize) -> io::Result<Vec
         let receive_buffer = shared.receive_buffer.0;
         let counts_drops = number < shared.sockets.len();
         let name = format!("{}#{number}", shared.address);
-        Ok(Inlet { socket, name, receive_buffer, drops: 0, counts_drops })
+        Ok(Inlet { socket, name, receive_buffer, gro: shared.gro, drops: 0, counts_drops })
     };
     (0..count.max(1)).map(|number| shared.iter().map(|shared| inlet(shared, number)).collect()).collect()
 }
@@ -87,13 +91,14 @@ impl Receiver {
     ) -> Self {
         // The kernel doubles what is asked for, and charges its own structures against that.
         let room = 2 * inlets.iter().map(|inlet| inlet.receive_buffer).min().unwrap_or(0);
+        let trains = inlets.iter().any(|inlet| inlet.gro);
         let counts = Counts::new(listener, &inlets);
         let pace = Pace { linger, room, ..Pace::default() };
         Self {
             worker,
             listener,
             inlets,
-            burst: Burst::new(datagram),
+            burst: Burst::new(datagram, trains),
             wake,
             stop,
             clock: Clock::default(),
@@ -126,12 +131,13 @@ impl Receiver {
         self.finish(grace);
     }
 
-    /// Reads each socket until it is empty, but at most so many bursts.
+    /// Reads each socket until it is empty, but at most so many bursts of datagrams.
     fn read(&mut self, bursts: usize) -> Read {
+        let calls = bursts * BURST / self.burst.capacity();
         let mut read = Read::default();
         for inlet in &self.inlets {
             let mut more = true;
-            for _ in 0..bursts {
+            for _ in 0..calls {
                 let one = read_burst(inlet, self.listener, &mut self.burst, &mut self.worker, &mut self.counts);
                 read.charged += one.charged;
                 more = one.more;
@@ -167,7 +173,7 @@ impl Receiver {
         let deadline = self.clock.monotonic() + grace;
         for inlet in &self.inlets {
             let held = 2 * inlet.receive_buffer / CHARGE_MIN;
-            for _ in 0..=held / BURST as u64 {
+            for _ in 0..=held / self.burst.capacity() as u64 {
                 let more = self.clock.monotonic() < deadline
                     && read_burst(inlet, self.listener, &mut self.burst, &mut self.worker, &mut self.counts).more;
                 if !more {
@@ -204,17 +210,19 @@ fn read_burst(inlet: &Inlet, listener: Listener, burst: &mut Burst, worker: &mut
         worker.stamp();
     }
     let mut charged = 0;
-    for datagram in burst.datagrams() {
-        charged += charge(datagram.bytes.len());
-        counts.bytes += datagram.bytes.len() as u64;
-        if datagram.truncated {
-            counts.truncated += 1;
-        } else {
-            worker.datagram(datagram.bytes, Source { listener, address: datagram.source });
+    for train in burst.trains() {
+        charged += charge(train.len());
+        for datagram in train.datagrams() {
+            counts.datagrams += 1;
+            counts.bytes += datagram.bytes.len() as u64;
+            if datagram.truncated {
+                counts.truncated += 1;
+            } else {
+                worker.datagram(datagram.bytes, Source { listener, address: datagram.source });
+            }
         }
     }
-    counts.datagrams += received as u64;
-    Read { charged, more: received == BURST }
+    Read { charged, more: received == burst.capacity() }
 }
 
 /// The least that the kernel charges for a datagram, however short: its structures are larger.
@@ -348,6 +356,7 @@ mod tests {
             socket: receiver.into(),
             name: address.to_string(),
             receive_buffer: 1 << 16,
+            gro: false,
             drops: 0,
             counts_drops: true,
         };
@@ -387,7 +396,7 @@ mod tests {
         let (_, inlet) = socket();
         inlet.socket.connect(&closed.into()).unwrap();
         assert_eq!(inlet.socket.send(b"x").unwrap(), 1);
-        let (mut burst, mut worker) = (Burst::new(100), worker());
+        let (mut burst, mut worker) = (Burst::new(100, false), worker());
         let mut counts = Counts::new(Listener::Udp, slice::from_ref(&inlet));
         let clock = Clock::default();
         let read = read_burst(&inlet, Listener::Udp, &mut burst, &mut worker, &mut counts);

@@ -101,7 +101,18 @@ impl Agent {
     /// The first address of a listener: `udp`, `tcp`, `ingest`, `api`, `scrape`.
     #[track_caller]
     pub fn address(&self, listener: &str) -> SocketAddr {
-        self.addresses.get(listener).unwrap_or_else(|| panic!("no {listener} in {:?}", self.addresses))[0]
+        self.addresses(listener)[0]
+    }
+
+    /// All addresses of a listener.
+    #[track_caller]
+    pub fn addresses(&self, listener: &str) -> &[SocketAddr] {
+        self.addresses.get(listener).unwrap_or_else(|| panic!("no {listener} in {:?}", self.addresses))
+    }
+
+    /// Its process.
+    pub fn process(&self) -> u32 {
+        self.child.id()
     }
 
     /// All that it wrote to standard error.

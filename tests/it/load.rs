@@ -62,12 +62,19 @@ fn under_overload_every_segment_is_read_or_dropped() {
     overload(&["--segments", "64"]);
 }
 
+/// An agent that is sent more than it can take, a line a packet, and what became of that.
 #[track_caller]
-fn overload(more: &[&str]) {
-    let agent = Agent::start(&["listen.receive_buffer=4KiB", "listen.workers=1"]);
+fn overloaded(settings: &[&str], more: &[&str]) -> (Agent, Value) {
+    let agent = Agent::start(&[&["listen.receive_buffer=4KiB", "listen.workers=1"], settings].concat());
     let to = format!("udp://{}", agent.address("udp"));
     let load = ["--rate", "0", "--lines", "200000", "--packet", "1", "--mix", "c=1", "--time", "20s"];
     let report = bench(&agent, &to, &[&load, more].concat());
+    (agent, report)
+}
+
+#[track_caller]
+fn overload(more: &[&str]) {
+    let (agent, report) = overloaded(&[], more);
     let counted = &report["agent"];
     let figure = |name: &str| counted[name].as_u64().unwrap();
     assert_eq!((&report["lines"], &report["packets"]), (&200_000.into(), &200_000.into()), "{report}");
@@ -79,4 +86,52 @@ fn overload(more: &[&str]) {
     // And so says the agent itself.
     assert_eq!(agent.own("tallyd_datagrams_total", "listener=\"udp\"") as u64, figure("datagrams"));
     assert_eq!(agent.own("tallyd_kernel_drops_total", "") as u64, figure("kernel_drops"));
+}
+
+/// Trains are read whole, one shorter than a segment at the end among them, in both families.
+#[test]
+fn with_gro_every_segment_is_read() {
+    for host in ["127.0.0.1:0", "[::1]:0"] {
+        let agent = Agent::start(&["listen.udp_gro=true", &format!("listen.udp={host}"), "limits.datagram=100B"]);
+        let to = format!("udp://{}", agent.address("udp"));
+        let load = ["--rate", "10000", "--lines", "3001", "--series", "50", "--packet", "1", "--segments", "64"];
+        let report = bench(&agent, &to, &load);
+        let counted = &report["agent"];
+        assert!(counted["accounted"] == true && counted["counters_agree"] == true, "{report}");
+        for (figure, want) in [("datagrams", 3_001), ("kernel_drops", 0), ("accepted", 3_001), ("lost", 0)] {
+            assert_eq!(counted[figure], want, "{figure}: {report}");
+        }
+        assert_eq!(agent.own("tallyd_datagrams_truncated_total", ""), 0.0);
+    }
+}
+
+/// The kernel counts a train that it drops as one, as the README says; what is read stays exact.
+#[test]
+fn with_gro_a_dropped_train_counts_as_one() {
+    let (agent, report) = overloaded(&["listen.udp_gro=true"], &["--segments", "64"]);
+    let counted = &report["agent"];
+    let figure = |name: &str| counted[name].as_u64().unwrap();
+    let (drops, lost) = (figure("kernel_drops"), 200_000 - figure("datagrams"));
+    assert!(drops > 0 && drops < lost && lost <= 64 * drops, "{report}");
+    assert_eq!((figure("lines"), figure("counters")), (figure("datagrams"), figure("accepted")), "{report}");
+    assert_eq!(counted["lost"].as_i64(), Some(lost as i64), "{report}");
+    assert_eq!(agent.own("tallyd_kernel_drops_total", "") as u64, drops);
+}
+
+/// By a Zipf law the agent is sent as much as evenly, and most of it is of few series.
+#[test]
+fn a_zipf_load_is_counted_to_the_last_line() {
+    let agent = Agent::start(&[]);
+    let to = format!("udp://{}", agent.address("udp"));
+    let load = ["--zipf", "1.2", "--rate", "20000", "--lines", "5001", "--mix", "c=1", "--series", "100000"];
+    let report = bench(&agent, &to, &load);
+    let counted = &report["agent"];
+    assert!(counted["accounted"] == true && counted["counters_agree"] == true, "{report}");
+    assert_eq!((&counted["accepted"], &counted["counters"]), (&5_001.into(), &5_001.into()), "{report}");
+    let first = agent.metric("bench.c.0").unwrap()["value"].as_f64().unwrap();
+    assert!((500.0..2_500.0).contains(&first), "the first of 100,000 has a fifth of all: {first}");
+    // Packets of up to 1,432 bytes, of which several are due each millisecond.
+    let (calls, packets) = (report["calls"].as_u64().unwrap(), report["packets"].as_u64().unwrap());
+    assert!(report["call"] == "sendmmsg" && calls > 0 && calls <= packets, "{report}");
+    assert!(counted["resident_bytes"].as_u64().unwrap() > 1 << 20, "{report}");
 }

@@ -15,8 +15,10 @@ mod http;
 mod net;
 
 mod accounting;
+mod addresses;
 mod aggregation;
 mod config;
+mod idle;
 mod ingest;
 mod lifecycle;
 mod limits;

@@ -19,6 +19,9 @@ const BUSY: Duration = Duration::from_millis(20);
 /// The processor time of the agent's process.
 const CPU: &str = "process_cpu_seconds_total";
 
+/// Its memory.
+const RESIDENT: &str = "process_resident_memory_bytes";
+
 /// Where an agent's API is: `host:port`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Api(String);
@@ -56,10 +59,13 @@ pub(super) struct Figures {
     pub(super) counters: u64,
     /// Processor time, where the system tells.
     pub(super) cpu_seconds: Option<f64>,
+    /// Memory at that moment, where the system tells.
+    pub(super) resident_bytes: Option<u64>,
 }
 
 impl Figures {
-    /// What was added since an earlier reading; nothing where the agent was started again in between.
+    /// What was added since an earlier reading; nothing where the agent was started again in between. Memory is not
+    /// counted up, and stays as it is.
     pub(super) fn since(&self, before: &Self) -> Self {
         Self {
             datagrams: self.datagrams.saturating_sub(before.datagrams),
@@ -69,6 +75,7 @@ impl Figures {
             rejected: self.rejected.saturating_sub(before.rejected),
             counters: self.counters.saturating_sub(before.counters),
             cpu_seconds: self.cpu_seconds.zip(before.cpu_seconds).map(|(now, before)| now - before),
+            resident_bytes: self.resident_bytes,
         }
     }
 }
@@ -142,6 +149,8 @@ impl<'a> Reader<'a> {
             figures.counters += value as u64;
         } else if name == CPU {
             figures.cpu_seconds = Some(value);
+        } else if name == RESIDENT {
+            figures.resident_bytes = Some(value as u64);
         } else if name == telemetry::KERNEL_DROPS.name {
             figures.kernel_drops += value as u64;
         } else if name == telemetry::DATAGRAMS.name && is_ours {
@@ -167,7 +176,8 @@ mod tests {
         tallyd_kernel_drops_total{socket=\"127.0.0.1:1#0\"} 2\ntallyd_kernel_drops_total{socket=\"[::1]:1#0\"} 3\n\
         tallyd_lines_total{listener=\"udp\"} 20\ntallyd_lines_accepted_total{listener=\"udp\"} 16\n\
         tallyd_lines_rejected_total{listener=\"udp\",reason=\"a\"} 3\n\
-        tallyd_lines_rejected_total{listener=\"udp\",reason=\"b\"} 1\nprocess_cpu_seconds_total 1.25\n";
+        tallyd_lines_rejected_total{listener=\"udp\",reason=\"b\"} 1\nprocess_cpu_seconds_total 1.25\n\
+        process_resident_memory_bytes 4096\n";
 
     fn read(page: &str) -> io::Result<Figures> {
         let api = "http://localhost:7000/".parse().unwrap();
@@ -184,9 +194,13 @@ mod tests {
             rejected: 4,
             counters: 1_003,
             cpu_seconds: Some(1.25),
+            resident_bytes: Some(4_096),
         };
         assert_eq!(read(PAGE).unwrap(), figures);
-        assert_eq!(figures.since(&figures), Figures { cpu_seconds: Some(0.0), ..Figures::default() });
+        assert_eq!(
+            figures.since(&figures),
+            Figures { cpu_seconds: Some(0.0), resident_bytes: Some(4_096), ..Figures::default() }
+        );
     }
 
     #[test]

@@ -4,17 +4,19 @@
 use std::io;
 use std::str::FromStr;
 
-use crate::cli::send::{Sender, Target};
+use super::popularity::Popularity;
+use crate::cli::send::Target;
+use crate::listen::burst::Outgoing;
 
 /// Lines that are made at least, however few the series are, so that values differ.
 const LINES_MIN: u64 = 1 << 16;
 
-/// Each series comes once in a round, in steps of this prime: neighbours in a packet are none in a table. It is larger
-/// than any number of series, so that it divides none.
+/// Series are taken in steps of this prime: neighbours in a packet are none in a table, and series of like popularity have
+/// any type. It is larger than any number of series, so that it divides none.
 const STEP: u64 = (1 << 31) - 1;
 
-/// Most bytes of one call: those of a UDP datagram over IPv4, which segments are until the kernel parts them.
-const CALL_MAX: usize = 65_507;
+/// Most bytes of a message: those of a UDP datagram over IPv4, which segments are until the kernel parts them.
+const MESSAGE_MAX: usize = 65_507;
 
 /// Most series of a load.
 pub(super) const SERIES_MAX: u64 = 20_000_000;
@@ -90,25 +92,27 @@ pub(super) struct Load<'a> {
     pub(super) name: &'a str,
     /// How many series there are, at most [`SERIES_MAX`].
     pub(super) series: u64,
+    /// How often each is sent.
+    pub(super) popularity: &'a Popularity,
     pub(super) mix: &'a Mix,
     /// Tags of each line.
     pub(super) tags: u64,
     /// Most bytes of lines in a packet; a longer line has one for itself.
     pub(super) bytes_max: usize,
-    /// Most packets of a call.
+    /// Most packets of a message.
     pub(super) segments: u64,
     /// Where it goes, since packets are framed for it.
     pub(super) target: &'a Target,
 }
 
-/// What goes by one call: a packet, or several as segments.
+/// What is handed to the kernel as one: a packet, or several as segments.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Call {
+pub(super) struct Message {
     bytes: Box<[u8]>,
     /// Bytes of each packet but the last, which may have fewer.
     segment: u16,
     /// How many packets there are.
-    packets: u64,
+    pub(super) packets: u64,
     /// Number of its first line.
     pub(super) first: u64,
     /// How many lines it has.
@@ -124,40 +128,35 @@ struct Packet {
     counters: u64,
 }
 
-impl Call {
-    /// Makes the call, and says how many packets and bytes went by it.
-    pub(super) fn send(&self, sender: &mut Sender) -> io::Result<(u64, u64)> {
-        if self.packets > 1 {
-            sender.send_segments(&self.bytes, self.segment)?;
-        } else {
-            sender.send(&self.bytes)?;
-        }
-        Ok((self.packets, self.bytes.len() as u64))
+impl Message {
+    /// For the call that sends it.
+    pub(super) fn outgoing(&self) -> Outgoing<'_> {
+        Outgoing { bytes: &self.bytes, segment: if self.packets > 1 { self.segment } else { 0 } }
     }
 }
 
 impl Load<'_> {
-    /// Calls to be made again and again: each series is in them, and equally often.
-    pub(super) fn calls(&self) -> io::Result<Vec<Call>> {
+    /// Messages to be sent again and again: each series is in them, and equally often; by a Zipf law, as often as it says.
+    pub(super) fn messages(&self) -> io::Result<Vec<Message>> {
         let lines = LINES_MIN.next_multiple_of(self.series);
-        let mut calls = Vec::new();
+        let mut messages = Vec::new();
         let mut first = 0;
         while first < lines {
-            let call = self.call(first, lines - first)?;
-            first += call.lines;
-            calls.push(call);
+            let message = self.message(first, lines - first)?;
+            first += message.lines;
+            messages.push(message);
         }
-        Ok(calls)
+        Ok(messages)
     }
 
-    /// A call that begins with a line of this number, and has so many at most.
-    pub(super) fn call(&self, first: u64, lines_max: u64) -> io::Result<Call> {
+    /// A message that begins with a line of this number, and has so many at most.
+    pub(super) fn message(&self, first: u64, lines_max: u64) -> io::Result<Message> {
         let mut packets: Vec<Packet> = Vec::new();
         let (mut lines, mut segment) = (0, 0);
         while lines < lines_max && (packets.len() as u64) < self.segments {
             let packet = self.packet(first + lines, lines_max - lines)?;
             let longest = packet.bytes.len().max(segment);
-            if !packets.is_empty() && longest * (packets.len() + 1) > CALL_MAX {
+            if !packets.is_empty() && longest * (packets.len() + 1) > MESSAGE_MAX {
                 break;
             }
             (lines, segment) = (lines + packet.lines, longest);
@@ -166,7 +165,7 @@ impl Load<'_> {
         // Segments have one size; line ends fill them up, since blank lines count nowhere.
         let last = packets.len().saturating_sub(1);
         packets[..last].iter_mut().for_each(|packet| packet.bytes.resize(segment, b'\n'));
-        Ok(Call {
+        Ok(Message {
             bytes: packets.iter().flat_map(|packet| &packet.bytes).copied().collect(),
             // A single packet that is longer has no segments.
             segment: u16::try_from(segment).unwrap_or(u16::MAX),
@@ -200,7 +199,7 @@ impl Load<'_> {
 
     /// Writes the line of a number.
     fn line(&self, number: u64, into: &mut Vec<u8>) -> Type {
-        let series = number % self.series * STEP % self.series;
+        let series = self.popularity.rank(number) * STEP % self.series;
         let kind = self.mix.0[(series % self.mix.0.len() as u64) as usize];
         let (name, letters) = (self.name, kind.letters());
         // Fibonacci hashing: values that differ without a pattern, and the same in every run.
@@ -227,10 +226,12 @@ mod tests {
     use super::*;
 
     fn load<'a>(series: u64, bytes_max: usize, mix: &'a Mix, target: &'a Target) -> Load<'a> {
-        Load { name: "bench", series, mix, tags: 2, bytes_max, segments: 1, target }
+        // Leaked: a few dozen bytes of a test.
+        let popularity = Box::leak(Box::new(Popularity::even(series)));
+        Load { name: "bench", series, popularity, mix, tags: 2, bytes_max, segments: 1, target }
     }
 
-    fn text(packet: &Call) -> &str {
+    fn text(packet: &Message) -> &str {
         std::str::from_utf8(&packet.bytes).unwrap()
     }
 
@@ -251,7 +252,7 @@ mod tests {
     #[test]
     fn every_series_comes_equally_often_and_no_packet_is_too_long() {
         let (mix, target) = ("c=3,ms=2,g=1,s=1".parse().unwrap(), "udp://[::1]:1".parse().unwrap());
-        let packets = load(1_234, 500, &mix, &target).calls().unwrap();
+        let packets = load(1_234, 500, &mix, &target).messages().unwrap();
         let mut seen: HashMap<&str, u64> = HashMap::new();
         for packet in &packets {
             assert!(packet.bytes.len() <= 500);
@@ -266,7 +267,7 @@ mod tests {
     #[test]
     fn a_small_size_is_a_line_a_packet() {
         let (mix, target) = ("c=1,ms=1".parse().unwrap(), "udp://[::1]:1".parse().unwrap());
-        let packets = load(3, 1, &mix, &target).calls().unwrap();
+        let packets = load(3, 1, &mix, &target).messages().unwrap();
         assert!(packets.iter().all(|packet| packet.lines == 1));
         assert_eq!(text(&packets[0]), "bench.c.0:1|c|#tag0:v0,tag1:v0");
     }
@@ -276,20 +277,21 @@ mod tests {
         let (mix, target) = ("c=1,ms=1".parse().unwrap(), "udp://[::1]:1".parse().unwrap());
         let load = load(1_234, 1_432, &mix, &target);
         let all = |segments| {
-            let calls = Load { segments, ..load }.calls().unwrap();
-            assert!(calls.iter().all(|call| call.packets <= segments && call.bytes.len() <= CALL_MAX));
-            calls
+            let messages = Load { segments, ..load }.messages().unwrap();
+            assert!(messages.iter().all(|message| message.packets <= segments && message.bytes.len() <= MESSAGE_MAX));
+            messages
         };
-        let lines = |calls: &[Call]| -> Vec<String> {
-            let lines = calls.iter().flat_map(|call| call.bytes.chunks(call.segment.into())).flat_map(|segment| {
-                let text = std::str::from_utf8(segment).unwrap();
-                text.lines().filter(|line| !line.is_empty()).map(str::to_owned)
-            });
+        let lines = |messages: &[Message]| -> Vec<String> {
+            let lines =
+                messages.iter().flat_map(|message| message.bytes.chunks(message.segment.into())).flat_map(|segment| {
+                    let text = std::str::from_utf8(segment).unwrap();
+                    text.lines().filter(|line| !line.is_empty()).map(str::to_owned)
+                });
             lines.collect()
         };
         let (alone, many) = (all(1), all(64));
         assert_eq!(lines(&alone), lines(&many));
-        let packets = |calls: &[Call]| calls.iter().map(|call| call.packets).sum::<u64>();
+        let packets = |messages: &[Message]| messages.iter().map(|message| message.packets).sum::<u64>();
         assert_eq!((packets(&many), many[0].packets), (packets(&alone), 46), "65,507 bytes hold 46 of 1,424");
     }
 
@@ -299,13 +301,13 @@ mod tests {
         for to in ["tcp://[::1]:1", "unix:///s"] {
             let target = to.parse().unwrap();
             let load = load(100, 1_432, &mix, &target);
-            let packets = load.calls().unwrap();
-            let cut = load.call(packets[1].first, 2).unwrap();
+            let packets = load.messages().unwrap();
+            let cut = load.message(packets[1].first, 2).unwrap();
             assert!(cut.lines == 2 && cut.bytes.len() < packets[1].bytes.len());
             let frame = if to.starts_with("tcp") { 0 } else { 4 };
             let end = if to.starts_with("tcp") { cut.bytes.len() - 1 } else { cut.bytes.len() };
             assert_eq!(cut.bytes[frame..end], packets[1].bytes[frame..end]);
-            assert_eq!(load.call(packets[1].first, u64::MAX).unwrap(), packets[1]);
+            assert_eq!(load.message(packets[1].first, u64::MAX).unwrap(), packets[1]);
         }
     }
 }

@@ -1,5 +1,5 @@
-//! One sender: calls from the ring to its socket, a burst every millisecond, as many as the clock says are due. What
-//! a late burst lacks, the next one makes up for; no error of a sleep adds up.
+//! One sender: messages from the ring to its socket, a burst every millisecond, as many as the clock says are due, and as
+//! many by one call as the kernel takes. What a late burst lacks, the next one makes up for; no error of a sleep adds up.
 
 use std::io;
 use std::iter::{Cycle, Skip};
@@ -7,15 +7,13 @@ use std::slice;
 use std::thread;
 use std::time::Duration;
 
-use super::load::{Call, Load};
+use super::load::{Load, Message};
 use crate::cli::send::Sender;
 use crate::clock::Clock;
+use crate::listen::burst::VOLLEY;
 
 /// From one burst to the next.
 const TICK: Duration = Duration::from_millis(1);
-
-/// Calls from one look at the clock to the next.
-const LOOK: usize = 64;
 
 /// By how much a paced load may be late and is still finished.
 const LATE: Duration = Duration::from_millis(100);
@@ -66,6 +64,8 @@ fn lines_in(time: Duration, rate: u64, senders: u64) -> u64 {
 /// What was sent.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Sent {
+    /// System calls that took something.
+    pub(super) calls: u64,
     pub(super) packets: u64,
     /// With what frames them in streams, without headers of the network.
     pub(super) bytes: u64,
@@ -80,6 +80,7 @@ impl Sent {
     /// Of two senders that began together.
     pub(super) fn and(self, other: Self) -> Self {
         Self {
+            calls: self.calls + other.calls,
             packets: self.packets + other.packets,
             bytes: self.bytes + other.bytes,
             lines: self.lines + other.lines,
@@ -88,19 +89,22 @@ impl Sent {
         }
     }
 
-    /// Makes a call and counts what went by it.
-    fn send(&mut self, call: &Call, sender: &mut Sender) -> io::Result<()> {
-        let (packets, bytes) = call.send(sender)?;
-        self.packets += packets;
-        self.bytes += bytes;
-        self.lines += call.lines;
-        self.counters += call.counters;
+    /// Sends all of some messages and counts what they hold.
+    fn send(&mut self, messages: &[&Message], sender: &mut Sender) -> io::Result<()> {
+        let outgoing: Vec<_> = messages.iter().map(|message| message.outgoing()).collect();
+        self.calls += sender.send_all(&outgoing)?;
+        for message in messages {
+            self.packets += message.packets;
+            self.bytes += message.outgoing().bytes.len() as u64;
+            self.lines += message.lines;
+            self.counters += message.counters;
+        }
         Ok(())
     }
 }
 
-/// The calls of a load, beginning somewhere and without an end.
-pub(super) type Ring<'a> = Skip<Cycle<slice::Iter<'a, Call>>>;
+/// The messages of a load, beginning somewhere and without an end.
+pub(super) type Ring<'a> = Skip<Cycle<slice::Iter<'a, Message>>>;
 
 /// Sends a share, beginning now.
 pub(super) fn send(sender: &mut Sender, load: &Load<'_>, mut ring: Ring<'_>, share: Share) -> io::Result<Sent> {
@@ -122,7 +126,7 @@ pub(super) fn send(sender: &mut Sender, load: &Load<'_>, mut ring: Ring<'_>, sha
     Ok(sent)
 }
 
-/// Makes calls until as many lines are sent as are due, but [`LOOK`] at most, and never more than `lines` in all.
+/// Sends as many messages as are due, but [`VOLLEY`] at most, and never more than `lines` in all.
 fn burst(
     sender: &mut Sender,
     load: &Load<'_>,
@@ -131,19 +135,19 @@ fn burst(
     due: u64,
     lines: u64,
 ) -> io::Result<()> {
-    for _ in 0..LOOK {
-        if sent.lines >= due {
+    let mut messages = Vec::with_capacity(VOLLEY);
+    let (mut ahead, mut cut) = (sent.lines, None);
+    while ahead < due && messages.len() < VOLLEY {
+        let Some(message) = ring.next() else { break };
+        if message.lines > lines - ahead {
+            cut = Some(load.message(message.first, lines - ahead)?);
             break;
         }
-        let Some(call) = ring.next() else { break };
-        let left = lines - sent.lines;
-        if call.lines > left {
-            sent.send(&load.call(call.first, left)?, sender)?;
-        } else {
-            sent.send(call, sender)?;
-        }
+        ahead += message.lines;
+        messages.push(message);
     }
-    Ok(())
+    messages.extend(&cut);
+    sent.send(&messages, sender)
 }
 
 #[cfg(test)]

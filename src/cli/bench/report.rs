@@ -6,13 +6,16 @@ use serde::Serialize;
 
 use super::api::Figures;
 use super::pace::Sent;
-use crate::cli::send::Target;
+use crate::cli::send::{Sender, Target};
 
 /// What was sent and, if it was asked, what the agent made of it.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
     to: String,
     seconds: f64,
+    /// The system call by which packets went, and how often it was made.
+    call: &'static str,
+    calls: u64,
     packets: u64,
     bytes: u64,
     lines: u64,
@@ -41,6 +44,8 @@ pub(super) struct Counted {
     counters_agree: bool,
     cpu_seconds: Option<f64>,
     cpu_seconds_per_million_lines: Option<f64>,
+    /// Memory of the agent once all was counted.
+    resident_bytes: Option<u64>,
 }
 
 /// Whether nothing that was sent is still on its way, as far as the transport can tell.
@@ -75,6 +80,7 @@ impl Counted {
             counters_agree: counters_agree(sent, grew),
             cpu_seconds: grew.cpu_seconds,
             cpu_seconds_per_million_lines: grew.cpu_seconds.and_then(per_million),
+            resident_bytes: grew.resident_bytes,
         }
     }
 
@@ -95,6 +101,9 @@ impl Counted {
         if let (Some(seconds), Some(per_million)) = (self.cpu_seconds, self.cpu_seconds_per_million_lines) {
             writeln!(out, "agent's CPU   {seconds:.2} s, {per_million:.3} s per million lines")?;
         }
+        if let Some(bytes) = self.resident_bytes {
+            writeln!(out, "its memory    {:.1} MiB", bytes as f64 / f64::from(1 << 20))?;
+        }
         Ok(())
     }
 }
@@ -106,6 +115,8 @@ impl Report {
         Self {
             to: target.to_string(),
             seconds,
+            call: Sender::call(target),
+            calls: sent.calls,
             packets: sent.packets,
             bytes: sent.bytes,
             lines: sent.lines,
@@ -118,6 +129,7 @@ impl Report {
     /// Writes a line for each figure.
     pub(super) fn text(&self, out: &mut impl Write) -> io::Result<()> {
         writeln!(out, "sent          {} lines in {} packets to {}", self.lines, self.packets, self.to)?;
+        writeln!(out, "by            {} calls of {}", self.calls, self.call)?;
         writeln!(out, "took          {:.2} s, {:.0} lines a second", self.seconds, self.lines_per_second)?;
         self.agent.as_ref().map_or(Ok(()), |counted| counted.text(self, out))
     }
@@ -135,7 +147,8 @@ mod tests {
 
     use super::*;
 
-    const SENT: Sent = Sent { packets: 10, bytes: 100, lines: 20, counters: 15, took: Duration::from_secs(2) };
+    const SENT: Sent =
+        Sent { calls: 3, packets: 10, bytes: 100, lines: 20, counters: 15, took: Duration::from_secs(2) };
     const GREW: Figures = Figures {
         datagrams: 8,
         kernel_drops: 2,
@@ -144,6 +157,7 @@ mod tests {
         rejected: 1,
         counters: 12,
         cpu_seconds: Some(0.5),
+        resident_bytes: Some(3 << 19),
     };
 
     #[test]
@@ -157,6 +171,7 @@ mod tests {
         Report::new(&udp, SENT, Some(Counted::new(&udp, SENT, &GREW))).text(&mut text).unwrap();
         let expected = "\
             sent          20 lines in 10 packets to udp://a:1\n\
+            by            3 calls of sendmmsg\n\
             took          2.00 s, 10 lines a second\n\
             read          16 lines\n\
             kernel drops  2 packets\n\
@@ -164,7 +179,8 @@ mod tests {
             rejected      1 lines\n\
             lost          5 lines (25.000 %)\n\
             counters      12 of 15, as accepted\n\
-            agent's CPU   0.50 s, 31250.000 s per million lines\n";
+            agent's CPU   0.50 s, 31250.000 s per million lines\n\
+            its memory    1.5 MiB\n";
         assert_eq!(String::from_utf8(text).unwrap(), expected);
     }
 
