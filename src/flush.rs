@@ -425,7 +425,7 @@ impl Folding {
     /// Gives the flush what changed, unless it is still busy with what it got before.
     fn flush(&mut self, until_ms: u64) {
         let Some(jobs) = self.jobs.clone() else {
-            self.writer.take_changed();
+            self.writer.pass_over_changed();
             self.deleters.drain(..).for_each(answer);
             self.deleted.clear();
             self.forgotten.clear();

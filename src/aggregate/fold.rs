@@ -156,9 +156,12 @@ impl Writer {
         self.changed.drain(..).filter_map(take).collect()
     }
 
-    /// Whether the next flush has anything to take.
-    pub fn has_changed(&self) -> bool {
-        !self.changed.is_empty()
+    /// Begins the next flush without taking what changed, where nothing keeps it.
+    pub fn pass_over_changed(&mut self) {
+        self.flush += 1;
+        for series in self.changed.drain(..) {
+            series.changed.store(false, Ordering::Relaxed);
+        }
     }
 
     /// The number of the flush that [`Writer::take_changed`] takes next.
