@@ -126,6 +126,7 @@ pub struct Shard {
     /// Who made a series, by its number.
     owners: Vec<Owner>,
     refused: [u64; Refusal::ALL.len()],
+    created: u64,
     /// Bytes of the entries in the index that lead to [`IGNORED`].
     ignored_bytes: usize,
 }
@@ -152,6 +153,7 @@ impl Shard {
             budget,
             owners: Vec::new(),
             refused: [0; Refusal::ALL.len()],
+            created: 0,
             ignored_bytes: 0,
         }
     }
@@ -183,7 +185,10 @@ impl Shard {
             Some(number) if !self.budget.charge(spelling_cost(&spelling)) => return number,
             Some(number) => number,
             None => match self.budget.admit(&id, sight) {
-                Ok(owner) => self.number(id, owner),
+                Ok(owner) => {
+                    self.created += u64::from(!self.budget.is_known(&id));
+                    self.number(id, owner)
+                }
                 Err(refusal) => {
                     self.refused[refusal as usize] += 1;
                     return self.overflow(kind);
@@ -208,6 +213,12 @@ impl Shard {
     fn insert(&mut self, vacancy: Vacancy, entry: Entry) {
         let hasher = &self.hasher;
         self.index.insert_unique(vacancy.0, entry, |entry| hash_spelling(hasher, &entry.spelling));
+    }
+
+    /// How many series it was the first to see, ever.
+    #[inline]
+    pub fn created(&self) -> u64 {
+        self.created
     }
 
     /// How many samples were sent to `_overflow` since this was asked last, by [`Refusal`].
