@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::mem::{MaybeUninit, zeroed};
+use std::mem::{MaybeUninit, offset_of, zeroed};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
@@ -15,7 +15,9 @@ use std::slice;
 use std::sync::Arc;
 use std::time::Duration;
 
-use libc::{c_int, iovec, mmsghdr, pollfd, sockaddr_in, sockaddr_in6, sockaddr_storage, socklen_t};
+use libc::{c_int, cmsghdr, iovec, mmsghdr, pollfd, sockaddr_in, sockaddr_in6, sockaddr_storage, socklen_t, ucred};
+
+use crate::ingest::Address;
 
 /// Datagrams of one system call, at most.
 pub(super) const BURST: usize = 256;
@@ -29,6 +31,8 @@ const STAGGER: usize = 23 * 64;
 pub(super) struct Burst {
     slots: Kept<u8>,
     names: Kept<sockaddr_storage>,
+    /// For unix sockets.
+    controls: Option<Kept<Control>>,
     headers: Kept<mmsghdr>,
     // The headers point into it.
     _iovecs: Kept<iovec>,
@@ -44,9 +48,21 @@ pub(super) struct Datagram<'a> {
     pub(super) bytes: &'a [u8],
     /// Whether the payload was longer than `bytes`.
     pub(super) truncated: bool,
-    /// Who sent it; peers of unix sockets have no address.
-    pub(super) source: Option<SocketAddr>,
+    /// Who sent it, if the kernel said so.
+    pub(super) source: Option<Address>,
 }
+
+/// Room for the control message that says which process sent a datagram, and for no other. It comes first, so no room
+/// is left for descriptors that somebody sends along, and the kernel gives us none.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Control {
+    header: cmsghdr,
+    process: ucred,
+}
+
+/// What the header of that message states as its length: without the padding behind it.
+const CONTROL_LENGTH: usize = offset_of!(Control, process) + size_of::<ucred>();
 
 impl Burst {
     /// Room for [`BURST`] datagrams of at most `size` bytes each.
@@ -67,17 +83,36 @@ impl Burst {
             header
         });
         let headers = Kept::new(headers.collect());
-        Self { slots, names, headers, _iovecs: iovecs, size, stride, filled: 0 }
+        Self { slots, names, controls: None, headers, _iovecs: iovecs, size, stride, filled: 0 }
+    }
+
+    /// The same for a unix socket with SO_PASSCRED: its datagrams have processes as their sources.
+    pub(super) fn of_processes(size: usize) -> Self {
+        let mut burst = Self::new(size);
+        // SAFETY: these are plain C structures for which all bits zero is a value.
+        let controls = Kept::new(vec![unsafe { zeroed::<Control>() }; BURST].into_boxed_slice());
+        for i in 0..BURST {
+            // SAFETY: `i` is below `BURST`, and nobody else has the headers.
+            let header = unsafe { &mut (*burst.headers.at(i)).msg_hdr };
+            header.msg_control = controls.at(i).cast();
+            header.msg_controllen = size_of::<Control>() as _;
+        }
+        burst.controls = Some(controls);
+        burst
     }
 
     /// Receives what a socket holds, at most [`BURST`] datagrams, without waiting. Answers how many there were.
     pub(super) fn receive(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        let control_max = if self.controls.is_some() { size_of::<Control>() } else { 0 };
         for i in 0..std::mem::take(&mut self.filled) {
-            // The kernel left the length of the last sender's address here.
+            // The kernel left the lengths of the last sender's address and control message here.
             // SAFETY: `i` is below `BURST`, and `&mut self` means that no datagram of the last call is borrowed.
-            unsafe { (*self.headers.at(i)).msg_hdr.msg_namelen = size_of::<sockaddr_storage>() as socklen_t };
+            let header = unsafe { &mut (*self.headers.at(i)).msg_hdr };
+            header.msg_namelen = size_of::<sockaddr_storage>() as socklen_t;
+            header.msg_controllen = control_max as _;
         }
-        // SAFETY: each header points to a name, an iovec and a slot of the sizes it states, all kept until `self` drops.
+        // SAFETY: each header points to a name, an iovec, a slot and perhaps a control message of the sizes it states,
+        // all kept until `self` drops.
         let received = unsafe {
             libc::recvmmsg(
                 socket.as_raw_fd(),
@@ -106,14 +141,17 @@ impl Burst {
 
     fn datagram(&self, i: usize) -> Datagram<'_> {
         // SAFETY: `i` is below `filled`, so the kernel has written this header, its name and so many bytes of its slot;
-        // it writes again only in `receive`, which needs `&mut self`.
+        // a control message that it never wrote is zero. It writes again only in `receive`, which needs `&mut self`.
         unsafe {
             let header = &*self.headers.at(i);
             let length = (header.msg_len as usize).min(self.size);
             Datagram {
                 bytes: slice::from_raw_parts(self.slots.at(i * self.stride), length),
                 truncated: header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0,
-                source: address(&*self.names.at(i), header.msg_hdr.msg_namelen),
+                source: match &self.controls {
+                    Some(controls) => process(&*controls.at(i), header.msg_hdr.msg_controllen as usize),
+                    None => address(&*self.names.at(i), header.msg_hdr.msg_namelen).map(Address::Inet),
+                },
             }
         }
     }
@@ -164,6 +202,13 @@ fn address(name: &sockaddr_storage, length: socklen_t) -> Option<SocketAddr> {
         }
         _ => None,
     }
+}
+
+/// A process as the kernel wrote it, with so many bytes in all.
+fn process(control: &Control, written: usize) -> Option<Address> {
+    let is_process = (control.header.cmsg_level, control.header.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_CREDENTIALS);
+    let process = Address::Process { uid: control.process.uid, pid: control.process.pid.unsigned_abs() };
+    (is_process && written >= CONTROL_LENGTH).then_some(process)
 }
 
 /// Wakes a thread that waits for descriptors.
@@ -265,8 +310,12 @@ pub(super) fn descriptors_max() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::net::UdpSocket;
     use std::os::fd::AsFd;
+    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::net::UnixDatagram;
+    use std::path::Path;
 
     use super::*;
 
@@ -293,7 +342,7 @@ mod tests {
             for (datagram, payload) in burst.datagrams().zip(&sent) {
                 assert_eq!(datagram.bytes, payload);
                 assert!(!datagram.truncated);
-                assert_eq!(datagram.source, Some(sender.local_addr().unwrap()));
+                assert_eq!(datagram.source, Some(sender.local_addr().unwrap().into()));
             }
         }
     }
@@ -306,7 +355,7 @@ mod tests {
         assert_eq!(burst.receive(receiver.as_fd()).unwrap(), BURST);
         assert_eq!(burst.datagrams().count(), BURST);
         assert_eq!(burst.receive(receiver.as_fd()).unwrap(), 7);
-        assert!(burst.datagrams().all(|datagram| datagram.source == sender.local_addr().ok()));
+        assert!(burst.datagrams().all(|datagram| datagram.source == sender.local_addr().ok().map(Address::Inet)));
         assert_eq!(burst.receive(receiver.as_fd()).unwrap(), 0);
         assert_eq!(burst.datagrams().count(), 0);
     }
@@ -321,6 +370,79 @@ mod tests {
         assert_eq!(burst.receive(receiver.as_fd()).unwrap(), 3);
         let seen: Vec<_> = burst.datagrams().map(|datagram| (datagram.bytes, datagram.truncated)).collect();
         assert_eq!(seen, [(&b"12345678"[..], false), (b"12345678", true), (b"", false)]);
+    }
+
+    /// A unix socket with SO_PASSCRED at a path, and one that sends there.
+    fn unix_pair(path: &Path) -> (UnixDatagram, UnixDatagram) {
+        let receiver = UnixDatagram::bind(path).unwrap();
+        socket2::SockRef::from(&receiver).set_passcred(true).unwrap();
+        let sender = UnixDatagram::unbound().unwrap();
+        sender.connect(path).unwrap();
+        (sender, receiver)
+    }
+
+    fn this_process() -> Option<Address> {
+        Some(Address::Process { uid: fs::metadata("/proc/self").unwrap().uid(), pid: std::process::id() })
+    }
+
+    #[test]
+    fn datagrams_of_unix_sockets_say_which_process_sent_them() {
+        let directory = tempfile::tempdir().unwrap();
+        let (sender, receiver) = unix_pair(&directory.path().join("socket"));
+        let mut burst = Burst::of_processes(8);
+        // Twice, since the second call meets what the first left behind.
+        for _ in 0..2 {
+            for payload in ["1", "22", "123456789"] {
+                assert_eq!(sender.send(payload.as_bytes()).unwrap(), payload.len());
+            }
+            assert_eq!(burst.receive(receiver.as_fd()).unwrap(), 3);
+            let seen: Vec<_> = burst.datagrams().map(|datagram| (datagram.bytes, datagram.source)).collect();
+            assert_eq!(seen, [&b"1"[..], b"22", b"12345678"].map(|bytes| (bytes, this_process())));
+        }
+        // A socket that was not told to ask says nothing.
+        socket2::SockRef::from(&receiver).set_passcred(false).unwrap();
+        assert_eq!(sender.send(b"1").unwrap(), 1);
+        assert_eq!(burst.receive(receiver.as_fd()).unwrap(), 1);
+        assert!(burst.datagrams().all(|datagram| datagram.source.is_none()));
+    }
+
+    #[test]
+    fn descriptors_that_are_sent_along_are_not_taken() {
+        let directory = tempfile::tempdir().unwrap();
+        let (sender, receiver) = unix_pair(&directory.path().join("socket"));
+        let path = directory.path().join("file");
+        let file = File::create(&path).unwrap();
+        for _ in 0..3 {
+            send_along(&sender, &file);
+        }
+        let mut burst = Burst::of_processes(8);
+        assert_eq!(burst.receive(receiver.as_fd()).unwrap(), 3);
+        assert!(burst.datagrams().all(|datagram| datagram.bytes == b"x" && datagram.source == this_process()));
+        let open = fs::read_dir("/proc/self/fd").unwrap().filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+        assert_eq!(open.filter(|link| *link == path).count(), 1, "ours");
+    }
+
+    /// Sends a byte and a descriptor.
+    fn send_along(socket: &UnixDatagram, file: &File) {
+        #[repr(C)]
+        struct Rights {
+            header: cmsghdr,
+            descriptor: c_int,
+        }
+        let (byte, length) = (b"x", offset_of!(Rights, descriptor) + size_of::<c_int>());
+        let mut payload = iovec { iov_base: byte.as_ptr().cast_mut().cast(), iov_len: 1 };
+        // SAFETY: plain C structures for which all bits zero is a value.
+        let (mut rights, mut header) = unsafe { (zeroed::<Rights>(), zeroed::<libc::msghdr>()) };
+        rights.header.cmsg_len = length as _;
+        rights.header.cmsg_level = libc::SOL_SOCKET;
+        rights.header.cmsg_type = libc::SCM_RIGHTS;
+        rights.descriptor = file.as_raw_fd();
+        header.msg_iov = &raw mut payload;
+        header.msg_iovlen = 1;
+        header.msg_control = (&raw mut rights).cast();
+        header.msg_controllen = size_of::<Rights>() as _;
+        // SAFETY: the header points to locals and a constant, of the sizes it states; the kernel only reads them.
+        assert_eq!(unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const header, 0) }, 1);
     }
 
     #[test]

@@ -93,7 +93,7 @@ impl Receiver {
             worker,
             listener,
             inlets,
-            burst: Burst::new(datagram),
+            burst: if listener == Listener::Unixgram { Burst::of_processes(datagram) } else { Burst::new(datagram) },
             wake,
             stop,
             clock: Clock::default(),
@@ -207,10 +207,12 @@ fn read_burst(inlet: &Inlet, listener: Listener, burst: &mut Burst, worker: &mut
     for datagram in burst.datagrams() {
         charged += charge(datagram.bytes.len());
         counts.bytes += datagram.bytes.len() as u64;
+        let source = Source { listener, address: datagram.source };
         if datagram.truncated {
             counts.truncated += 1;
+            worker.truncated(datagram.bytes.len(), source);
         } else {
-            worker.datagram(datagram.bytes, Source { listener, address: datagram.source });
+            worker.datagram(datagram.bytes, source);
         }
     }
     counts.datagrams += received as u64;

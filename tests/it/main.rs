@@ -25,4 +25,5 @@ mod mapping;
 mod prometheus;
 mod readme;
 mod redis;
+mod sources;
 mod unix;
