@@ -149,7 +149,7 @@ impl Burst {
                 bytes: slice::from_raw_parts(self.slots.at(i * self.stride), length),
                 truncated: header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0,
                 source: match &self.controls {
-                    Some(controls) => process(&*controls.at(i), header.msg_hdr.msg_controllen as usize),
+                    Some(controls) => process(&*controls.at(i), header.msg_hdr.msg_controllen as _),
                     None => address(&*self.names.at(i), header.msg_hdr.msg_namelen).map(Address::Inet),
                 },
             }
