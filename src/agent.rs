@@ -25,7 +25,7 @@ use crate::config::{Config, Kind};
 use crate::flush::{self, Parts, Running};
 use crate::http::scrape::Mapper;
 use crate::http::{self, Api, Health, Reload};
-use crate::ingest::{Rejects, Settings, Times, Worker, Workers};
+use crate::ingest::{Rejects, Settings, Sources, Times, Worker, Workers};
 use crate::listen::{self, Listeners};
 use crate::store::journal::{self, Damage, Journal, Opened};
 use crate::store::redis::{Deleted, RedisReader};
@@ -146,7 +146,9 @@ impl Agent {
         let rejects = Arc::new(Rejects::new(&config.limits.ingest));
         let flush::Config { interval, window, .. } = config.flush;
         let times = Times { interval_ms: interval.as_millis(), window_ms: window.as_millis() };
-        let (workers, deliveries) = Workers::new(settings(config), Arc::clone(&budget), Arc::clone(&rejects), times);
+        let sources = Sources::new(&config.limits.sources, config.limits.flush.idle);
+        let (workers, deliveries) =
+            Workers::telling_apart(sources, settings(config), Arc::clone(&budget), Arc::clone(&rejects), times);
         let bell = Arc::new(OnceLock::new());
         let parts = Parts {
             workers: Arc::clone(&workers),
@@ -160,7 +162,8 @@ impl Agent {
         let running = Running::start(parts, &config.flush, &config.limits.flush).map_err(Error::Flush)?;
         let ship = start_ship(config, journal.as_ref(), &running)?;
         let remote = remote(config, journal.as_ref(), ship.as_ref(), &bell)?;
-        let view = View::new(ledger, running.fold(), journal, rejects, workers.events()).sharing(remote);
+        let view =
+            View::new(ledger, running.fold(), journal, rejects, workers.events(), workers.sources()).sharing(remote);
         let health = Arc::new(Health::default());
         let mapper = Arc::new(Mapper::new(config.mapping.rules.clone()));
         let mut bound = sockets.bound();

@@ -82,6 +82,9 @@ pub struct Limits {
     /// Of rejected lines.
     #[serde(flatten)]
     pub ingest: ingest::Limits,
+    /// Of senders.
+    #[serde(flatten)]
+    pub sources: ingest::sources::Limits,
     /// Of sockets and streams.
     #[serde(flatten)]
     pub listen: listen::Limits,
@@ -267,6 +270,7 @@ keys! {
     "limits.set_member", Now, "Longer members are rejected.";
     "limits.store_expire", Restart, "Series without update are deleted from store and journal after this time.";
     "limits.journal", Restart, "Size of the journal; beyond it the series idle for longest are deleted.";
+    "limits.sources", Restart, "Sources told apart: senders on each kind of listener. Further ones are counted under other; one without a message for limits.idle makes way.";
     "limits.connections", Restart, "Open streams; more are closed at once.";
     "limits.connections_per_address", Restart, "Open streams of one address; more are closed at once.";
     "limits.stream_buffer", Restart, "Bytes of a stream that wait for the end of their line.";

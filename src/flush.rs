@@ -349,6 +349,7 @@ impl Folding {
             |id: &SeriesId| journal.filter(|_| !forgotten.contains_key(id)).and_then(|found| recall(found, id));
         self.writer.fold(delivery.worker, &mut delivery.sealed, sealed_at(delivery.at_ms), recall);
         self.workers.give_back(delivery.worker, Returned::Cells(delivery.sealed.cells));
+        self.workers.sources().add(delivery.sources);
         if self.seen.len() <= delivery.worker {
             self.seen.resize(delivery.worker + 1, Seen::default());
         }

@@ -9,9 +9,10 @@
 mod events;
 mod group;
 mod rejects;
+pub mod sources;
 mod tally;
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -22,6 +23,8 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 pub use events::{Events, KeptCheck, KeptEvent, Received};
 use group::{Group, Room};
 pub use rejects::{Limits, Rejected, Rejects};
+pub use sources::{Address, Sources};
+use sources::{Coming, Table};
 use tally::Tally;
 pub use tally::begin;
 
@@ -35,7 +38,7 @@ use crate::sample::{Identity, Kind, Reason, Sample, Value, WireType};
 use crate::telemetry;
 
 /// By which way bytes came in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Listener {
     /// UDP datagrams.
@@ -71,19 +74,27 @@ impl Listener {
 pub struct Source {
     /// The way it came.
     pub listener: Listener,
-    /// The sender's address, where the way has addresses.
-    pub address: Option<SocketAddr>,
+    /// Where the sender is, where the way tells.
+    pub address: Option<Address>,
 }
 
 impl Source {
+    /// The sender's address on a network.
+    pub fn ip(&self) -> Option<IpAddr> {
+        match self.address {
+            Some(Address::Inet(address)) => Some(address.ip().to_canonical()),
+            Some(Address::Process { .. }) | None => None,
+        }
+    }
+
     /// The address of another machine; none for a process of this one.
     fn remote(&self) -> Option<IpAddr> {
-        self.address.map(|address| address.ip().to_canonical()).filter(|address| !address.is_loopback())
+        self.ip().filter(|ip| !ip.is_loopback())
     }
 
     /// Tells senders of absolute counters apart: by host, since a client's port changes with each of its sockets.
     fn host(&self) -> u64 {
-        match self.address.map(|address| address.ip().to_canonical()) {
+        match self.ip() {
             Some(IpAddr::V4(ip)) => u64::from(u32::from(ip)),
             Some(IpAddr::V6(ip)) => {
                 let bits = u128::from(ip);
@@ -131,6 +142,8 @@ pub struct Delivery {
     pub complete_until_ms: u64,
     /// The cells and names.
     pub sealed: Sealed,
+    /// What came from each source.
+    pub sources: Vec<(sources::Key, sources::Figures)>,
     /// This is the worker's last.
     pub last: bool,
 }
@@ -159,6 +172,7 @@ pub struct Workers {
     budget: Arc<Budget>,
     rejects: Arc<Rejects>,
     events: Arc<Events>,
+    sources: Arc<Sources>,
     baselines: Arc<Baselines>,
     times: Times,
 }
@@ -171,13 +185,26 @@ impl Workers {
         rejects: Arc<Rejects>,
         times: Times,
     ) -> (Arc<Self>, Receiver<Delivery>) {
+        Self::telling_apart(Sources::default(), settings, budget, rejects, times)
+    }
+
+    /// The same, with bounds of one's own for the sources that are told apart.
+    pub fn telling_apart(
+        sources: Sources,
+        settings: Settings,
+        budget: Arc<Budget>,
+        rejects: Arc<Rejects>,
+        times: Times,
+    ) -> (Arc<Self>, Receiver<Delivery>) {
         // Bounded by its use: a worker has at most `CELLS_OUT` deliveries on their way.
         let (deliveries, receiver) = unbounded();
         let settings = ArcSwap::from_pointee(settings);
         let asked = AtomicU64::new(0);
         let seats = Mutex::new(Vec::new());
         let (events, baselines) = (Arc::new(Events::default()), Arc::new(Baselines::default()));
-        (Arc::new(Self { seats, asked, deliveries, settings, budget, rejects, events, baselines, times }), receiver)
+        let sources = Arc::new(sources);
+        let workers = Self { seats, asked, deliveries, settings, budget, rejects, events, sources, baselines, times };
+        (Arc::new(workers), receiver)
     }
 
     /// A new worker. `wake` is called by other threads when it must take a turn although nothing comes in.
@@ -226,6 +253,11 @@ impl Workers {
         Arc::clone(&self.events)
     }
 
+    /// Who sends, and what.
+    pub fn sources(&self) -> Arc<Sources> {
+        Arc::clone(&self.sources)
+    }
+
     /// How lines are read.
     pub fn settings(&self) -> Arc<Settings> {
         self.settings.load_full()
@@ -250,6 +282,7 @@ struct Core {
     source: Source,
     now_ms: u64,
     tally: Tally,
+    sources: Table,
     /// What became of the line that is being read: whether something was accepted, and the first reason against it.
     accepted: bool,
     reason: Option<Reason>,
@@ -315,6 +348,7 @@ impl Worker {
             source: Source { listener: Listener::Udp, address: None },
             now_ms,
             tally: Tally::default(),
+            sources: Table::new(workers.sources.max()),
             accepted: false,
             reason: None,
             answer: None,
@@ -338,7 +372,29 @@ impl Worker {
     /// Reads one datagram.
     #[inline]
     pub fn datagram(&mut self, bytes: &[u8], source: Source) {
-        self.core.source = source;
+        self.core.hear(source, Coming { messages: 1, bytes: bytes.len(), ..Coming::default() });
+        self.together(bytes);
+    }
+
+    /// Takes note of a datagram that was too long, of which so many bytes came.
+    pub fn truncated(&mut self, bytes: usize, source: Source) {
+        self.core.hear(source, Coming { messages: 1, bytes, is_truncated: true });
+    }
+
+    /// Takes note of so many bytes of a stream or an HTTP body, before what is in them is read.
+    pub fn received(&mut self, bytes: usize, source: Source) {
+        self.core.hear(source, Coming { bytes, ..Coming::default() });
+    }
+
+    /// Reads one packet of a stream, as a datagram.
+    #[inline]
+    pub fn packet(&mut self, packet: &[u8], source: Source) {
+        self.core.hear(source, MESSAGE);
+        self.together(packet);
+    }
+
+    #[inline]
+    fn together(&mut self, bytes: &[u8]) {
         let mut group = Group::new(&mut self.core, &mut self.room, bytes);
         self.parser.datagram(bytes, &mut group);
         group.finish();
@@ -347,13 +403,13 @@ impl Worker {
     /// Reads one line of a stream, without its line feed.
     #[inline]
     pub fn line(&mut self, line: &[u8], source: Source) {
-        self.core.source = source;
+        self.core.hear(source, MESSAGE);
         self.parser.line(line, 1, &mut self.core);
     }
 
     /// Counts a line that the transport could not accept.
     pub fn refuse(&mut self, reason: Reason, bytes: &[u8], source: Source) {
-        self.core.source = source;
+        self.core.hear(source, MESSAGE);
         self.core.reject(&Reject { reason, line: 1, column: 0, bytes });
         self.core.line_end();
     }
@@ -369,7 +425,7 @@ impl Worker {
     }
 
     fn answered(&mut self, source: Source, read: impl FnOnce(&mut Parser, &mut Core) -> Body) -> Answer {
-        self.core.source = source;
+        self.core.hear(source, MESSAGE);
         self.core.answer = Some(Answer::default());
         let form = read(&mut self.parser, &mut self.core);
         Answer { form, ..self.core.answer.take().unwrap_or_default() }
@@ -438,10 +494,11 @@ impl Worker {
 
     fn deliver(&mut self, at_ms: u64, complete_until_ms: u64, answers: u64, last: bool) {
         self.core.tally.refuse(self.core.shard.take_refused());
+        let sources = self.core.sources.take(&self.core.tally, self.core.shard.created());
         self.core.tally.publish();
         let sealed = self.core.shard.seal();
         self.port.out += 1;
-        let delivery = Delivery { worker: self.port.number, answers, at_ms, complete_until_ms, sealed, last };
+        let delivery = Delivery { worker: self.port.number, answers, at_ms, complete_until_ms, sealed, sources, last };
         // The fold ends after the last worker; if it ended before, there is nobody to count for.
         drop(self.port.workers.deliveries.send(delivery));
     }
@@ -470,7 +527,17 @@ fn stamp_ms(timestamp: u64) -> u64 {
     if timestamp < 100_000_000_000 { timestamp * 1_000 } else { timestamp }
 }
 
+/// Something whose bytes were counted as they were read.
+const MESSAGE: Coming = Coming { messages: 1, bytes: 0, is_truncated: false };
+
 impl Core {
+    /// What is read from now on comes from this source.
+    #[inline]
+    fn hear(&mut self, source: Source, coming: Coming) {
+        self.source = source;
+        self.sources.hear(&source, coming, &self.tally, self.shard.created(), self.now_ms);
+    }
+
     /// The number of an identity's series, admitted if this is its first sample here and no mapping rule drops it.
     #[inline]
     fn number_of(&mut self, kind: Kind, identity: &Identity<'_>) -> Result<u32, Reason> {
@@ -575,6 +642,7 @@ impl Sink for Core {
                 answer.errors.push(RecordError { index, reason: reject.reason, column: reject.column });
             }
         }
+        self.sources.reject(reject, self.source, self.now_ms);
         self.rejects.note(reject, self.source, self.now_ms);
     }
 
@@ -644,7 +712,7 @@ mod tests {
     fn one_address_cannot_take_all_series_but_this_machine_can() {
         let (_workers, _deliveries, mut worker) = worker_within(&shard::Limits { series: 10, ..Default::default() });
         let mut send = |address: Option<&str>, name: &str, count: usize| {
-            let address = address.map(|address| address.parse().unwrap());
+            let address = address.map(|address| Address::Inet(address.parse().unwrap()));
             let source = Source { listener: Listener::Udp, address };
             (0..count).for_each(|n| worker.datagram(format!("{name}{n}:1|c").as_bytes(), source));
             worker.core.shard.take_refused()
@@ -662,7 +730,8 @@ mod tests {
     fn an_absolute_counter_counts_from_the_last_reading_of_its_host_whichever_worker_had_that() {
         let (workers, deliveries, first) = worker();
         let mut both = [first, workers.register(|| {})];
-        let host = |port| Source { listener: Listener::Udp, address: Some(([192, 0, 2, 1], port).into()) };
+        let host =
+            |port| Source { listener: Listener::Udp, address: Some(Address::Inet(([192, 0, 2, 1], port).into())) };
         for (turn, reading) in [100, 104, 110, 3].into_iter().enumerate() {
             both[turn % 2].datagram(format!("c:{reading}|C").as_bytes(), host(turn as u16));
         }

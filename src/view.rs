@@ -13,7 +13,8 @@ use crate::aggregate::ledger::{Ledger, State, Total};
 use crate::aggregate::shard::SeriesId;
 use crate::aggregate::window::Window;
 use crate::flush::Fold;
-use crate::ingest::{Events, Rejected, Rejects};
+use crate::ingest::sources::Heard;
+use crate::ingest::{Events, Rejected, Rejects, Sources};
 use crate::sample::{Kind, SeriesKey};
 use crate::store::journal::{self, Journal};
 use crate::store::redis::{self, RedisReader, Stored};
@@ -158,6 +159,7 @@ pub struct View {
     remote: Option<Remote>,
     rejects: Arc<Rejects>,
     events: Arc<Events>,
+    sources: Arc<Sources>,
 }
 
 impl View {
@@ -168,8 +170,9 @@ impl View {
         journal: Option<Arc<Journal>>,
         rejects: Arc<Rejects>,
         events: Arc<Events>,
+        sources: Arc<Sources>,
     ) -> Self {
-        Self { ledger, fold, journal, remote: None, rejects, events }
+        Self { ledger, fold, journal, remote: None, rejects, events, sources }
     }
 
     /// The same, with the figures of all agents that share a store.
@@ -191,6 +194,12 @@ impl View {
     /// The last events and service checks.
     pub fn events(&self) -> &Events {
         &self.events
+    }
+
+    /// The sources of most lines, at most so many, and how many there are in all.
+    pub async fn sources(&self, limit: usize) -> (Vec<Heard>, usize) {
+        self.fresh().await;
+        self.sources.most(limit)
     }
 
     /// Returns when all that was accepted before the call can be read.

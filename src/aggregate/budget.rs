@@ -151,7 +151,7 @@ impl Budget {
     /// Takes a series that a shard sees first, or says why not. What was taken is given back by [`Budget::release`].
     pub(super) fn admit(&self, id: &SeriesId, sight: Sight) -> Result<Owner, Refusal> {
         let cost = self.cost(id);
-        if self.ledger.as_ref().is_some_and(|ledger| ledger.contains(id)) {
+        if self.is_known(id) {
             // Paid for twice until the fold hears that this shard holds it too.
             self.force(1, cost);
             return Ok(NOBODY);
@@ -177,6 +177,11 @@ impl Budget {
             }
             None => Ok(owner),
         }
+    }
+
+    /// Whether the ledger has a series.
+    pub(super) fn is_known(&self, id: &SeriesId) -> bool {
+        self.ledger.as_ref().is_some_and(|ledger| ledger.contains(id))
     }
 
     /// Takes a series that must be there, `_overflow`.

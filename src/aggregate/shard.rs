@@ -73,6 +73,7 @@ pub struct Shard {
     /// Who made a series, by its number.
     owners: Vec<Owner>,
     refused: [u64; Refusal::ALL.len()],
+    created: u64,
     /// Bytes of the spellings in the index that lead to [`IGNORED`].
     ignored_bytes: usize,
 }
@@ -102,6 +103,7 @@ impl Shard {
             budget,
             owners: Vec::new(),
             refused: [0; Refusal::ALL.len()],
+            created: 0,
             ignored_bytes: 0,
         }
     }
@@ -154,7 +156,10 @@ impl Shard {
             Some(number) if !self.budget.charge(spelling_cost(identity.len())) => return number,
             Some(number) => number,
             None => match self.budget.admit(&id, sight) {
-                Ok(owner) => self.number(id, owner),
+                Ok(owner) => {
+                    self.created += u64::from(!self.budget.is_known(&id));
+                    self.number(id, owner)
+                }
                 Err(refusal) => {
                     self.refused[refusal as usize] += 1;
                     return self.overflow(kind);
@@ -176,6 +181,12 @@ impl Shard {
         }
         self.ignored_bytes += SLOT_BYTES + identity.len();
         self.index.insert(vacancy.0, kind, identity, IGNORED, false);
+    }
+
+    /// How many series it was the first to see, ever.
+    #[inline]
+    pub fn created(&self) -> u64 {
+        self.created
     }
 
     /// How many samples were sent to `_overflow` since this was asked last, by [`Refusal`].

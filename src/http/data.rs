@@ -118,6 +118,18 @@ impl Data {
         (if found.is_empty() { as_sent } else { decoded }, found)
     }
 
+    /// Who sends, those of most lines first; how many there are in all is in a header.
+    async fn sources(&self, query: &Query) -> Result<Response<Body>, Problem> {
+        let limit = self.limit(query)?;
+        let Ok(_permit) = self.lists.try_acquire() else {
+            return Err(Problem::busy("as many lists as limits.lists allows are being made; try again"));
+        };
+        let (sources, total) = self.api.view.sources(limit).await;
+        let mut response = json(serde_json::to_vec(&sources))?;
+        response.headers_mut().insert(TOTAL_COUNT, HeaderValue::from(total));
+        Ok(response)
+    }
+
     /// The last events, those among them that were sent before the question.
     async fn events(&self) -> Result<Response<Body>, Problem> {
         self.api.view.fresh().await;
@@ -209,6 +221,7 @@ impl Site for Data {
             Endpoint::One if request.method() == Method::DELETE => self.delete(&asked.rest, &query).await,
             Endpoint::One => self.one(&asked.rest, &query).await,
             Endpoint::Rejects => json(serde_json::to_vec(&self.api.view.rejects())),
+            Endpoint::Sources => self.sources(&query).await,
             Endpoint::Events => self.events().await,
             Endpoint::Checks => self.checks().await,
             Endpoint::Conflicts => self.conflicts().await,

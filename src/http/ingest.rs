@@ -64,14 +64,15 @@ impl Ingest {
         let read = read(request.into_body(), &self.limits, Held::new(&self.held, self.limits.bodies.bytes()));
         let late = |_| Problem::new(StatusCode::REQUEST_TIMEOUT, too_late(self.limits.body_time));
         let (body, mut held) = timeout(self.limits.body_time.0, read).await.map_err(late)??;
+        let source = Source { listener: Listener::Http, address: Some(peer.into()) };
         self.bytes.increment(body.len() as u64);
+        self.received(body.len(), source);
         let body = coding.inflate(body, self.limits.inflated.bytes(), &mut held)?;
         // From here on nothing waits.
         let now = self.clock.monotonic();
         if let Some(first) = key.as_ref().and_then(|key| self.answers.borrow_mut().get(key, now)) {
             return Ok(ok(first.media_type, first.text));
         }
-        let source = Source { listener: Listener::Http, address: Some(peer) };
         let mut worker = self.worker.borrow_mut();
         worker.stamp();
         let answer = match media {
@@ -85,6 +86,12 @@ impl Ingest {
             self.answers.borrow_mut().put(key, media_type, text.clone(), now);
         }
         Ok(ok(media_type, text))
+    }
+
+    fn received(&self, bytes: usize, source: Source) {
+        let mut worker = self.worker.borrow_mut();
+        worker.stamp();
+        worker.received(bytes, source);
     }
 }
 
@@ -102,6 +109,7 @@ impl Site for Ingest {
             | Endpoint::List
             | Endpoint::One
             | Endpoint::Rejects
+            | Endpoint::Sources
             | Endpoint::Events
             | Endpoint::Checks
             | Endpoint::Conflicts

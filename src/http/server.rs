@@ -86,6 +86,8 @@ pub enum Endpoint {
     One,
     /// `GET /data/rejects`
     Rejects,
+    /// `GET /data/sources`
+    Sources,
     /// `GET /data/events`
     Events,
     /// `GET /data/checks`
@@ -122,6 +124,7 @@ pub const ROUTES: &[Route] = &[
     Route { template: "/data/metrics", endpoint: Endpoint::List, methods: &["GET"], on: &[On::Api] },
     Route { template: "/data/metrics/{key}", endpoint: Endpoint::One, methods: &["GET", "DELETE"], on: &[On::Api] },
     Route { template: "/data/rejects", endpoint: Endpoint::Rejects, methods: &["GET"], on: &[On::Api] },
+    Route { template: "/data/sources", endpoint: Endpoint::Sources, methods: &["GET"], on: &[On::Api] },
     Route { template: "/data/events", endpoint: Endpoint::Events, methods: &["GET"], on: &[On::Api] },
     Route { template: "/data/checks", endpoint: Endpoint::Checks, methods: &["GET"], on: &[On::Api] },
     Route { template: "/data/conflicts", endpoint: Endpoint::Conflicts, methods: &["GET"], on: &[On::Api] },

@@ -49,7 +49,7 @@ fn parts() -> (Rc<RefCell<Worker>>, View, Running) {
         }
     });
     let ledger = Arc::new(Ledger::new(500));
-    let events = workers.events();
+    let (events, sources) = (workers.events(), workers.sources());
     let parts = Parts {
         workers,
         deliveries,
@@ -61,7 +61,7 @@ fn parts() -> (Rc<RefCell<Worker>>, View, Running) {
     };
     let flush = flush::Config { interval: Time::millis(100), window: Time::millis(500), ..Default::default() };
     let running = Running::start(parts, &flush, &Default::default()).unwrap();
-    let view = View::new(ledger, running.fold(), None, rejects, events);
+    let view = View::new(ledger, running.fold(), None, rejects, events, sources);
     (worker, view, running)
 }
 

@@ -28,7 +28,7 @@ pub struct Received<T> {
     pub time: u64,
     /// By which listener it came.
     pub listener: &'static str,
-    /// From which address.
+    /// From which address or process.
     pub source: Option<String>,
     /// What came.
     #[serde(flatten)]

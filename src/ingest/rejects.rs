@@ -45,7 +45,7 @@ pub struct Rejected {
     pub hint: Option<String>,
     /// By which listener it came.
     pub listener: &'static str,
-    /// From which address.
+    /// From which address or process.
     pub source: Option<String>,
 }
 
@@ -53,7 +53,7 @@ pub struct Rejected {
 const KEPT: usize = 100;
 
 /// How many bytes of a line are kept.
-const LINE_KEPT: usize = 256;
+pub(super) const LINE_KEPT: usize = 256;
 
 /// The last rejected lines of an agent.
 #[derive(Debug)]
@@ -128,7 +128,8 @@ impl Kept {
     }
 }
 
-fn describe(reject: &Reject<'_>, source: Source, now_ms: u64) -> Rejected {
+/// A rejected line as a person reads it.
+pub(super) fn describe(reject: &Reject<'_>, source: Source, now_ms: u64) -> Rejected {
     let kept = &reject.bytes[..reject.bytes.len().min(LINE_KEPT)];
     Rejected {
         time: now_ms,

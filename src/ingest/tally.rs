@@ -57,6 +57,11 @@ impl Tally {
         &mut self.by_listener[listener as usize]
     }
 
+    /// The same, to look at.
+    pub(super) fn by(&self, listener: Listener) -> &ListenerTally {
+        &self.by_listener[listener as usize]
+    }
+
     /// Adds the counts to the exported metrics and starts again from zero.
     pub(super) fn publish(&mut self) {
         for listener in Listener::ALL {

@@ -20,7 +20,11 @@ use std::slice;
 use std::sync::Arc;
 use std::time::Duration;
 
-use libc::{c_int, cmsghdr, iovec, mmsghdr, pollfd, sockaddr_in, sockaddr_in6, sockaddr_storage, socklen_t};
+use libc::{
+    c_int, c_void, cmsghdr, iovec, mmsghdr, pollfd, sockaddr_in, sockaddr_in6, sockaddr_storage, socklen_t, ucred,
+};
+
+use crate::ingest::Address;
 
 /// Datagrams of one system call, at most.
 pub const BURST: usize = 256;
@@ -47,8 +51,7 @@ const TRAIN_MAX: usize = 65_535;
 pub struct Burst {
     slots: Kept<u8>,
     names: Kept<sockaddr_storage>,
-    // Only for trains: a unix socket would put descriptors there that somebody sent along.
-    controls: Option<Kept<Control<c_int>>>,
+    controls: Controls,
     headers: Kept<mmsghdr>,
     // The headers point into it.
     _iovecs: Kept<iovec>,
@@ -69,7 +72,7 @@ pub struct Train<'a> {
     datagram_max: usize,
     /// Whether there was more than the slot holds.
     cut: bool,
-    source: Option<SocketAddr>,
+    source: Option<Address>,
 }
 
 /// One datagram of a burst.
@@ -79,8 +82,8 @@ pub struct Datagram<'a> {
     pub bytes: &'a [u8],
     /// Whether the payload was longer than `bytes`.
     pub truncated: bool,
-    /// Who sent it; peers of unix sockets have no address.
-    pub source: Option<SocketAddr>,
+    /// Who sent it, if the kernel said so.
+    pub source: Option<Address>,
 }
 
 /// A control message with one value, as the kernel aligns it: its memory ends where the next one would begin.
@@ -96,15 +99,55 @@ impl<T> Control<T> {
     const LENGTH: usize = offset_of!(Self, value) + size_of::<T>();
 }
 
+/// Room for the one control message that is asked for with each datagram, and for no other: a unix socket would put
+/// descriptors there that somebody sent along.
+enum Controls {
+    None,
+    /// The size of a train's datagrams.
+    Trains(Kept<Control<c_int>>),
+    /// The process that sent a datagram. Its message comes first, so the kernel gives us no descriptors.
+    Processes(Kept<Control<ucred>>),
+}
+
+impl Controls {
+    /// Where the message of a header goes.
+    fn at(&self, i: usize) -> *mut c_void {
+        match self {
+            Self::None => ptr::null_mut(),
+            Self::Trains(controls) => controls.at(i).cast(),
+            Self::Processes(controls) => controls.at(i).cast(),
+        }
+    }
+
+    /// Bytes of that room.
+    fn size(&self) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Trains(_) => size_of::<Control<c_int>>(),
+            Self::Processes(_) => size_of::<Control<ucred>>(),
+        }
+    }
+}
+
 impl Burst {
     /// Room for [`BURST`] datagrams of at most `datagram_max` bytes each, or for fewer trains of them.
     pub fn new(datagram_max: usize, trains: bool) -> Self {
-        let (slot, count) = if trains { (TRAIN_MAX, TRAINS) } else { (datagram_max, BURST) };
+        if trains {
+            return Self::with(datagram_max, TRAIN_MAX, TRAINS, Controls::Trains(Kept::zeroed(TRAINS)));
+        }
+        Self::with(datagram_max, datagram_max, BURST, Controls::None)
+    }
+
+    /// Room for datagrams of a unix socket with SO_PASSCRED: they have processes as their sources.
+    pub fn of_processes(datagram_max: usize) -> Self {
+        Self::with(datagram_max, datagram_max, BURST, Controls::Processes(Kept::zeroed(BURST)))
+    }
+
+    fn with(datagram_max: usize, slot: usize, count: usize, controls: Controls) -> Self {
         let stride = slot.next_multiple_of(LINE) + STAGGER;
         let slots: Kept<u8> = Kept::new(vec![0; LINE + count * stride].into_boxed_slice());
         let first = slots.at(0).align_offset(LINE);
         let names: Kept<sockaddr_storage> = Kept::zeroed(count);
-        let controls: Option<Kept<Control<c_int>>> = trains.then(|| Kept::zeroed(count));
         let iovecs = (0..count).map(|i| iovec { iov_base: slots.at(first + i * stride).cast(), iov_len: slot });
         let iovecs = Kept::new(iovecs.collect());
         let headers: Kept<mmsghdr> = Kept::zeroed(count);
@@ -114,7 +157,7 @@ impl Burst {
             header.msg_name = names.at(i).cast();
             header.msg_iov = iovecs.at(i);
             header.msg_iovlen = 1;
-            header.msg_control = controls.as_ref().map_or(ptr::null_mut(), |controls| controls.at(i).cast());
+            header.msg_control = controls.at(i);
         }
         let mut burst =
             Self { slots, names, controls, headers, _iovecs: iovecs, datagram_max, slot, first, stride, filled: count };
@@ -130,8 +173,8 @@ impl Burst {
     /// Receives what a socket holds, as far as there is room, without waiting. Answers how many trains there were.
     pub fn receive(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
         self.empty();
-        // SAFETY: each header points to a name, an iovec, a slot and, with trains, a control message of the sizes it
-        // states, all kept until `self` drops.
+        // SAFETY: each header points to a name, an iovec, a slot and, if any is asked for, a control message of the sizes
+        // it states, all kept until `self` drops.
         let received = unsafe {
             libc::recvmmsg(
                 socket.as_raw_fd(),
@@ -160,7 +203,7 @@ impl Burst {
 
     /// Forgets what the last call received: the kernel left the lengths of names and control messages in the headers.
     fn empty(&mut self) {
-        let control_max = if self.controls.is_some() { size_of::<Control<c_int>>() } else { 0 };
+        let control_max = self.controls.size();
         for i in 0..std::mem::take(&mut self.filled) {
             // SAFETY: `i` is below the number of headers, and `&mut self` means that no train of the last call is borrowed.
             let header = unsafe { &mut (*self.headers.at(i)).msg_hdr };
@@ -179,22 +222,36 @@ impl Burst {
                     self.slots.at(self.first + i * self.stride),
                     (header.msg_len as usize).min(self.slot),
                 ),
-                segment: self.segment(i, header.msg_hdr.msg_controllen as u64).unwrap_or(usize::MAX),
+                segment: self.segment(i, header.msg_hdr.msg_controllen as usize).unwrap_or(usize::MAX),
                 datagram_max: self.datagram_max,
                 cut: header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0,
-                source: address(&*self.names.at(i), header.msg_hdr.msg_namelen),
+                source: self.source(i, header),
             }
         }
     }
 
     /// The size that the control message of a train states, of which the kernel wrote so many bytes.
-    fn segment(&self, i: usize, written: u64) -> Option<usize> {
-        let controls = self.controls.as_ref().filter(|_| written >= Control::<c_int>::LENGTH as u64)?;
+    fn segment(&self, i: usize, written: usize) -> Option<usize> {
+        let Controls::Trains(controls) = &self.controls else { return None };
+        if written < Control::<c_int>::LENGTH {
+            return None;
+        }
         // SAFETY: plain integers, which the kernel has written or which are zero; `receive`, where it writes again, needs
         // `&mut self`.
         let control = unsafe { &*controls.at(i) };
         let is_size = (control.header.cmsg_level, control.header.cmsg_type) == (libc::SOL_UDP, libc::UDP_GRO);
         usize::try_from(control.value).ok().filter(|size| is_size && *size > 0)
+    }
+
+    /// Who sent a train.
+    fn source(&self, i: usize, header: &mmsghdr) -> Option<Address> {
+        let Controls::Processes(controls) = &self.controls else {
+            // SAFETY: the kernel has written the name, or it is zero; it writes again only in `receive`, which needs
+            // `&mut self`.
+            return address(unsafe { &*self.names.at(i) }, header.msg_hdr.msg_namelen).map(Address::Inet);
+        };
+        // SAFETY: as above, of the control message.
+        process(unsafe { &*controls.at(i) }, header.msg_hdr.msg_controllen as usize)
     }
 }
 
@@ -271,7 +328,13 @@ unsafe impl Plain for mmsghdr {}
 // SAFETY: a buffer of no bytes.
 unsafe impl Plain for iovec {}
 // SAFETY: integers.
-unsafe impl<T: Copy + From<u8>> Plain for Control<T> {}
+unsafe impl Plain for c_int {}
+// SAFETY: an integer.
+unsafe impl Plain for u16 {}
+// SAFETY: integers.
+unsafe impl Plain for ucred {}
+// SAFETY: integers and what is one itself.
+unsafe impl<T: Plain> Plain for Control<T> {}
 
 fn zero<T: Plain>() -> T {
     // SAFETY: `Plain` says so.
@@ -300,6 +363,13 @@ fn address(name: &sockaddr_storage, length: socklen_t) -> Option<SocketAddr> {
         }
         _ => None,
     }
+}
+
+/// A process as the kernel wrote it, with so many bytes in all.
+fn process(control: &Control<ucred>, written: usize) -> Option<Address> {
+    let is_process = (control.header.cmsg_level, control.header.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_CREDENTIALS);
+    let process = Address::Process { uid: control.value.uid, pid: control.value.pid.unsigned_abs() };
+    (is_process && written >= Control::<ucred>::LENGTH).then_some(process)
 }
 
 /// Messages of one call of [`send`], at most.
@@ -444,8 +514,12 @@ pub(super) fn descriptors_max() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::net::UdpSocket;
     use std::os::fd::AsFd;
+    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::net::UnixDatagram;
+    use std::path::Path;
 
     use proptest::prelude::*;
     use proptest::{collection, sample};
@@ -479,7 +553,7 @@ mod tests {
             for (datagram, payload) in datagrams(&burst).zip(&sent) {
                 assert_eq!(datagram.bytes, payload);
                 assert!(!datagram.truncated);
-                assert_eq!(datagram.source, Some(sender.local_addr().unwrap()));
+                assert_eq!(datagram.source, Some(sender.local_addr().unwrap().into()));
             }
         }
     }
@@ -494,7 +568,7 @@ mod tests {
             assert_eq!(burst.receive(receiver.as_fd()).unwrap(), room);
             assert_eq!(datagrams(&burst).count(), room);
             assert_eq!(burst.receive(receiver.as_fd()).unwrap(), 7);
-            assert!(datagrams(&burst).all(|datagram| datagram.source == sender.local_addr().ok()));
+            assert!(datagrams(&burst).all(|datagram| datagram.source == sender.local_addr().ok().map(Address::Inet)));
             assert_eq!(burst.receive(receiver.as_fd()).unwrap(), 0);
             assert_eq!(datagrams(&burst).count(), 0);
         }
@@ -529,7 +603,7 @@ mod tests {
     }
 
     /// Payload, whether it was truncated, and source.
-    type Owned = (Vec<u8>, bool, SocketAddr);
+    type Owned = (Vec<u8>, bool, Address);
 
     /// What a socket with trains and one without make of the same messages, and how many trains there were.
     fn both(host: &str, datagram_max: usize, script: &[Said]) -> ([Vec<Owned>; 2], usize) {
@@ -628,6 +702,79 @@ mod tests {
         let error = send(sender.as_fd(), &messages[3..]).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EMSGSIZE));
         assert_eq!(burst.receive(receiver.as_fd()).unwrap(), 3);
+    }
+
+    /// A unix socket with SO_PASSCRED at a path, and one that sends there.
+    fn unix_pair(path: &Path) -> (UnixDatagram, UnixDatagram) {
+        let receiver = UnixDatagram::bind(path).unwrap();
+        socket2::SockRef::from(&receiver).set_passcred(true).unwrap();
+        let sender = UnixDatagram::unbound().unwrap();
+        sender.connect(path).unwrap();
+        (sender, receiver)
+    }
+
+    fn this_process() -> Option<Address> {
+        Some(Address::Process { uid: fs::metadata("/proc/self").unwrap().uid(), pid: std::process::id() })
+    }
+
+    #[test]
+    fn datagrams_of_unix_sockets_say_which_process_sent_them() {
+        let directory = tempfile::tempdir().unwrap();
+        let (sender, receiver) = unix_pair(&directory.path().join("socket"));
+        let mut burst = Burst::of_processes(8);
+        // Twice, since the second call meets what the first left behind.
+        for _ in 0..2 {
+            for payload in ["1", "22", "123456789"] {
+                assert_eq!(sender.send(payload.as_bytes()).unwrap(), payload.len());
+            }
+            assert_eq!(burst.receive(receiver.as_fd()).unwrap(), 3);
+            let seen: Vec<_> = datagrams(&burst).map(|datagram| (datagram.bytes, datagram.source)).collect();
+            assert_eq!(seen, [&b"1"[..], b"22", b"12345678"].map(|bytes| (bytes, this_process())));
+        }
+        // A socket that was not told to ask says nothing.
+        socket2::SockRef::from(&receiver).set_passcred(false).unwrap();
+        assert_eq!(sender.send(b"1").unwrap(), 1);
+        assert_eq!(burst.receive(receiver.as_fd()).unwrap(), 1);
+        assert!(datagrams(&burst).all(|datagram| datagram.source.is_none()));
+    }
+
+    #[test]
+    fn descriptors_that_are_sent_along_are_not_taken() {
+        let directory = tempfile::tempdir().unwrap();
+        let (sender, receiver) = unix_pair(&directory.path().join("socket"));
+        let path = directory.path().join("file");
+        let file = File::create(&path).unwrap();
+        for _ in 0..3 {
+            send_along(&sender, &file);
+        }
+        let mut burst = Burst::of_processes(8);
+        assert_eq!(burst.receive(receiver.as_fd()).unwrap(), 3);
+        assert!(datagrams(&burst).all(|datagram| datagram.bytes == b"x" && datagram.source == this_process()));
+        let open = fs::read_dir("/proc/self/fd").unwrap().filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+        assert_eq!(open.filter(|link| *link == path).count(), 1, "ours");
+    }
+
+    /// Sends a byte and a descriptor.
+    fn send_along(socket: &UnixDatagram, file: &File) {
+        #[repr(C)]
+        struct Rights {
+            header: cmsghdr,
+            descriptor: c_int,
+        }
+        let (byte, length) = (b"x", offset_of!(Rights, descriptor) + size_of::<c_int>());
+        let mut payload = iovec { iov_base: byte.as_ptr().cast_mut().cast(), iov_len: 1 };
+        // SAFETY: plain C structures for which all bits zero is a value.
+        let (mut rights, mut header) = unsafe { (zeroed::<Rights>(), zeroed::<libc::msghdr>()) };
+        rights.header.cmsg_len = length as _;
+        rights.header.cmsg_level = libc::SOL_SOCKET;
+        rights.header.cmsg_type = libc::SCM_RIGHTS;
+        rights.descriptor = file.as_raw_fd();
+        header.msg_iov = &raw mut payload;
+        header.msg_iovlen = 1;
+        header.msg_control = (&raw mut rights).cast();
+        header.msg_controllen = size_of::<Rights>() as _;
+        // SAFETY: the header points to locals and a constant, of the sizes it states; the kernel only reads them.
+        assert_eq!(unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const header, 0) }, 1);
     }
 
     #[test]

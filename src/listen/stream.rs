@@ -33,7 +33,7 @@ use super::frames::{self, Frames};
 use super::lines::{self, Lines};
 use super::{DATAGRAM_MAX, Limits, OWES_SEAL, PAUSE, SEAL_BURSTS, Stop, burst};
 use crate::clock::Clock;
-use crate::ingest::{self, Listener, Source, Worker, Workers};
+use crate::ingest::{self, Address, Listener, Source, Worker, Workers};
 use crate::sample::Reason;
 use crate::telemetry;
 
@@ -304,9 +304,9 @@ impl Intake {
         if self.connections.get() >= self.limits.connections {
             return Err(Refusal::Connections);
         }
-        if let Some(address) = source.address {
+        if let Some(ip) = source.ip() {
             let mut by_address = self.by_address.borrow_mut();
-            let count = by_address.entry(address.ip()).or_default();
+            let count = by_address.entry(ip).or_default();
             if *count >= self.limits.connections_per_address {
                 return Err(Refusal::PerAddress);
             }
@@ -329,6 +329,13 @@ impl Intake {
         sleep(PAUSE).await;
     }
 
+    /// Tells the worker what comes, before it is given lines or packets of that.
+    fn received(&self, bytes: usize, source: Source) {
+        let mut worker = self.worker.borrow_mut();
+        worker.stamp();
+        worker.received(bytes, source);
+    }
+
     /// Gives a line to the worker; a request line ends the stream.
     fn line(&self, piece: lines::Piece<'_>, source: Source) -> ControlFlow<()> {
         let mut worker = self.worker.borrow_mut();
@@ -347,7 +354,7 @@ impl Intake {
     fn packet(&self, piece: frames::Piece<'_>, source: Source) -> ControlFlow<()> {
         let mut worker = self.worker.borrow_mut();
         match piece {
-            frames::Piece::Packet(packet) => worker.datagram(packet, source),
+            frames::Piece::Packet(packet) => worker.packet(packet, source),
             frames::Piece::TooLong(length) => worker.refuse(Reason::LineTooLong, length, source),
             frames::Piece::NoLength(length) => {
                 worker.refuse(Reason::BadLength, length, source);
@@ -368,7 +375,7 @@ impl Drop for Seat {
     fn drop(&mut self) {
         self.intake.connections.set(self.intake.connections.get() - 1);
         self.intake.meters(self.source.listener).open.decrement(1.0);
-        let Some(ip) = self.source.address.map(|address| address.ip()) else { return };
+        let Some(ip) = self.source.ip() else { return };
         let mut by_address = self.intake.by_address.borrow_mut();
         if let Some(count) = by_address.get_mut(&ip) {
             *count -= 1;
@@ -465,15 +472,16 @@ enum End {
 
 impl Connection {
     fn begin(stream: Transport, peer: Option<SocketAddr>, intake: &Rc<Intake>) -> Result<Self, Refusal> {
-        let address = peer.map(|peer| SocketAddr::new(peer.ip().to_canonical(), peer.port()));
-        let (listener, framing) = match stream {
+        let (listener, address, framing) = match &stream {
             Transport::Tcp(_) => {
+                let address = peer.map(|peer| SocketAddr::new(peer.ip().to_canonical(), peer.port()).into());
                 let line = intake.workers.settings().limits.line;
-                (Listener::Tcp, Framing::Lines(Lines::new(line.min(intake.limits.stream_buffer.bytes()))))
+                let lines = Lines::new(line.min(intake.limits.stream_buffer.bytes()));
+                (Listener::Tcp, address, Framing::Lines(lines))
             }
-            Transport::Unix(_) => {
+            Transport::Unix(stream) => {
                 let packet = intake.limits.datagram.0.min(DATAGRAM_MAX) as usize;
-                (Listener::Unix, Framing::Packets(Frames::new(packet)))
+                (Listener::Unix, process(stream), Framing::Packets(Frames::new(packet)))
             }
         };
         let descriptor = u64::from(stream.socket().as_raw_fd().unsigned_abs());
@@ -544,7 +552,7 @@ impl Connection {
         };
         let Self { seat, framing, .. } = self;
         seat.intake.meters(seat.source.listener).bytes.increment(bytes.len() as u64);
-        seat.intake.worker.borrow_mut().stamp();
+        seat.intake.received(bytes.len(), seat.source);
         let ControlFlow::Continue(ended) = framing.feed(bytes, &seat.intake, seat.source) else {
             return ControlFlow::Break(End::Foreign);
         };
@@ -567,6 +575,12 @@ impl Connection {
             (End::Closed | End::Broken | End::Foreign, _) => {}
         }
     }
+}
+
+/// The process that connected a stream.
+fn process(stream: &UnixStream) -> Option<Address> {
+    let peer = stream.peer_cred().ok()?;
+    Some(Address::Process { uid: peer.uid(), pid: peer.pid().map_or(0, i32::unsigned_abs) })
 }
 
 /// Whether a read filled the buffer.
@@ -595,7 +609,7 @@ mod tests {
     }
 
     fn source(ip: [u8; 4]) -> Source {
-        Source { listener: Listener::Tcp, address: Some((ip, 1).into()) }
+        Source { listener: Listener::Tcp, address: Some(Address::Inet((ip, 1).into())) }
     }
 
     #[test]

@@ -92,19 +92,13 @@ impl Receiver {
         // The kernel doubles what is asked for, and charges its own structures against that.
         let room = 2 * inlets.iter().map(|inlet| inlet.receive_buffer).min().unwrap_or(0);
         let trains = inlets.iter().any(|inlet| inlet.gro);
+        let burst = match listener {
+            Listener::Unixgram => Burst::of_processes(datagram),
+            Listener::Udp | Listener::Tcp | Listener::Unix | Listener::Http => Burst::new(datagram, trains),
+        };
         let counts = Counts::new(listener, &inlets);
         let pace = Pace { linger, room, ..Pace::default() };
-        Self {
-            worker,
-            listener,
-            inlets,
-            burst: Burst::new(datagram, trains),
-            wake,
-            stop,
-            clock: Clock::default(),
-            pace,
-            counts,
-        }
+        Self { worker, listener, inlets, burst, wake, stop, clock: Clock::default(), pace, counts }
     }
 
     /// Reads until it is told to stop.
@@ -215,10 +209,12 @@ fn read_burst(inlet: &Inlet, listener: Listener, burst: &mut Burst, worker: &mut
         for datagram in train.datagrams() {
             counts.datagrams += 1;
             counts.bytes += datagram.bytes.len() as u64;
+            let source = Source { listener, address: datagram.source };
             if datagram.truncated {
                 counts.truncated += 1;
+                worker.truncated(datagram.bytes.len(), source);
             } else {
-                worker.datagram(datagram.bytes, Source { listener, address: datagram.source });
+                worker.datagram(datagram.bytes, source);
             }
         }
     }

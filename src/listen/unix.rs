@@ -69,6 +69,10 @@ fn bind(key: &'static str, path: &Path, kind: Type, mode: Mode) -> Result<Bound,
     }
     let address = SockAddr::unix(path).map_err(|_| Error::Path { key, value: path.display().to_string() })?;
     let socket = Socket::new(Domain::UNIX, kind, None).map_err(failed)?;
+    if kind == Type::DGRAM {
+        // Before anybody can send: each datagram then says which process sent it.
+        socket.set_passcred(true).map_err(failed)?;
+    }
     make_way(path, &address, kind).map_err(failed)?;
     socket.bind(&address).map_err(failed)?;
     let file = fs::symlink_metadata(path).map_err(failed)?;

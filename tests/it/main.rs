@@ -27,4 +27,5 @@ mod mapping;
 mod prometheus;
 mod readme;
 mod redis;
+mod sources;
 mod unix;
