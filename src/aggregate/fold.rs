@@ -241,7 +241,7 @@ impl Writer {
         let mut held = series.held();
         // What is not listed, as before its first sample and after a reset, has nothing charged to it.
         let charged = if series.listed.load(Ordering::Relaxed) { held.memory() } else { 0 };
-        let before = Precision::of(&held);
+        let before = Precision::of(&mut held);
         let delta = self.remote.then(|| what_counts(cell, &held.total().aggregate).into_owned());
         if !held.fold(cell, series.kind(), at, start_ms, within) {
             return false;
@@ -251,7 +251,7 @@ impl Writer {
             (Some(_) | None, _) => held.shrink(series.kind(), within.window_ms),
         }
         self.charge_growth(&mut held, charged);
-        let after = Precision::of(&held);
+        let after = Precision::of(&mut held);
         self.halved += u64::from(after.halvings.saturating_sub(before.halvings));
         self.estimated += u64::from(after.is_estimate && !before.is_estimate);
         true
@@ -263,10 +263,10 @@ impl Writer {
         if self.budget.charge_change(held.memory() - charged) {
             return;
         }
-        if let Held::Full(state) = held
-            && let Aggregate::Observed(observed) = &state.total.aggregate
+        if let Some(total) = held.shared_total()
+            && let Aggregate::Observed(observed) = &total.aggregate
             && observed.histogram.scale() > SCALE_SPARED
-            && let Aggregate::Observed(observed) = &mut Arc::make_mut(&mut state.total).aggregate
+            && let Aggregate::Observed(observed) = &mut Arc::make_mut(total).aggregate
         {
             observed.histogram.halve();
         }
@@ -374,9 +374,9 @@ struct Precision {
 }
 
 impl Precision {
-    fn of(held: &Held) -> Self {
-        let Held::Full(state) = held else { return Self::default() };
-        match &state.total.aggregate {
+    fn of(held: &mut Held) -> Self {
+        let Some(total) = held.shared_total() else { return Self::default() };
+        match &total.aggregate {
             Aggregate::Observed(observed) => Self { halvings: observed.histogram.halvings(), is_estimate: false },
             Aggregate::Set(set) => Self { halvings: 0, is_estimate: set.registers().is_some() },
             Aggregate::Counter(_) | Aggregate::Gauge(_) | Aggregate::Meter(_) => Self::default(),

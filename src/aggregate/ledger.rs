@@ -74,7 +74,9 @@ impl Series {
 
     /// The state as of the last fold.
     pub fn state(&self) -> State {
-        self.held().state(self.window_ms.into())
+        // What has to be made of it is made when others can have it again.
+        let held = self.held().clone();
+        held.state(self.window_ms.into())
     }
 
     /// The figures, which are to be let go of at once.

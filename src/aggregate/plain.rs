@@ -1,14 +1,16 @@
-//! The smallest form of counters and gauges in the ledger: total and two windows in 64 bytes.
+//! The smallest forms of series in the ledger: of counters and gauges, total and two windows in 64 bytes; of timers, a
+//! total and eight bytes for each reading of two windows.
 //!
 //! Nearly all counters are sums of whole numbers that are never taken off from, and nearly all gauges are set and not
-//! changed; each figure is then one float. What does not fit is refused, with nothing changed, and kept as a whole
-//! [`State`]. A law below says that both forms are the same.
+//! changed; each figure is then one float. Most windows of most timers have few readings. What does not fit is refused,
+//! with nothing changed, and kept as a whole [`State`]. A law below says that both forms are the same.
 
 use std::sync::Arc;
 
-use super::state::{State, Total};
+use super::series::EXACT_MAX;
+use super::state::{At, State, Total, Within};
 use super::window::Window;
-use super::{Aggregate, Counter, Gauge, Sum};
+use super::{Aggregate, Counter, Gauge, Observed, Sum};
 
 /// A counter whose sums are floats without a rest, and which has no decrements.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,6 +37,24 @@ pub(super) struct PlainGauge {
     /// What the window before ended with, and how long after its start that was set.
     before_after_ms: u32,
     before: f64,
+}
+
+/// A timer, histogram or distribution whose windows have few readings that stand for one observation each.
+#[derive(Debug, Clone)]
+pub(super) struct PlainTimer {
+    pub(super) total: Arc<Total>,
+    /// The window that was written to last, and the one before it.
+    window: Few,
+    before: Few,
+}
+
+/// The readings of a window: its number, which is its start divided by its length; how long after its start the last one
+/// came; and all of them, in the order in which they came. One without readings is none.
+#[derive(Debug, Clone, Default)]
+struct Few {
+    number: u32,
+    after_ms: u32,
+    readings: Box<[f64]>,
 }
 
 /// The window that was written to last and the one before it: their numbers, which are their starts divided by their
@@ -219,6 +239,97 @@ impl PlainGauge {
     }
 }
 
+impl PlainTimer {
+    /// The same as a state, if that can be kept so.
+    pub(super) fn of(state: &State, window_ms: u64) -> Option<Self> {
+        let window = Few::of(state.window.as_ref(), window_ms)?;
+        let before = Few::of(state.before.as_ref(), window_ms)?;
+        let fits = state.unshipped.is_empty() && (before.readings.is_empty() || !window.readings.is_empty());
+        fits.then(|| Self { total: Arc::clone(&state.total), window, before })
+    }
+
+    /// The whole state.
+    pub(super) fn state(&self, window_ms: u64) -> State {
+        State {
+            total: Arc::clone(&self.total),
+            window: self.window.show(window_ms),
+            before: self.before.show(window_ms),
+            unshipped: Vec::new(),
+        }
+    }
+
+    /// Adds a cell that was sealed at a moment to the window that begins at `start_ms`; none, with nothing changed, where
+    /// this form can't keep that, and `false` when a sum would not stay finite.
+    pub(super) fn add(&mut self, cell: &Aggregate, at: At, start_ms: u64, within: Within<'_>) -> Option<bool> {
+        let Aggregate::Observed(observed) = cell else { return None };
+        let came = Few::of_readings(observed, start_ms, within.window_ms)?;
+        let is_first = self.window.readings.is_empty();
+        let goes_on = !is_first && came.number == self.window.number;
+        if !is_first && came.number < self.window.number
+            || goes_on
+                && (came.after_ms < self.window.after_ms
+                    || self.window.readings.len() + came.readings.len() > EXACT_MAX)
+        {
+            return None;
+        }
+        if !Arc::make_mut(&mut self.total).add_at(cell, at, within.limits) {
+            return Some(false);
+        }
+        if goes_on {
+            self.window.readings = [&*self.window.readings, &*came.readings].concat().into_boxed_slice();
+            self.window.after_ms = came.after_ms;
+        } else {
+            self.before = std::mem::replace(&mut self.window, came);
+        }
+        Some(true)
+    }
+
+    /// How many bytes its windows hold on the heap.
+    pub(super) fn memory(&self) -> usize {
+        [&self.window, &self.before].into_iter().map(Few::memory).sum()
+    }
+}
+
+impl Few {
+    /// The readings of a window, if they can be kept so.
+    fn of(window: Option<&Arc<Window>>, window_ms: u64) -> Option<Self> {
+        match window.map(|window| (&window.aggregate, window.start_ms)) {
+            None => Some(Self::default()),
+            Some((Aggregate::Observed(observed), start_ms)) => Self::of_readings(observed, start_ms, window_ms),
+            Some(_) => None,
+        }
+    }
+
+    fn of_readings(observed: &Observed, start_ms: u64, window_ms: u64) -> Option<Self> {
+        let exact = &observed.exact;
+        let (last, last_ms) = observed.last;
+        let fits = observed.is_exact()
+            && exact.len() as u64 == observed.n
+            && exact.len() <= EXACT_MAX
+            && exact.iter().all(|(_, weight)| *weight == 1.0)
+            && exact.last().is_some_and(|(value, _)| value.to_bits() == last.to_bits())
+            && start_ms % window_ms == 0;
+        let number = u32::try_from(start_ms / window_ms).ok().filter(|_| fits)?;
+        let after_ms = after_ms(last_ms, start_ms)?;
+        Some(Self { number, after_ms, readings: exact.iter().map(|(value, _)| *value).collect() })
+    }
+
+    fn show(&self, window_ms: u64) -> Option<Arc<Window>> {
+        let start_ms = u64::from(self.number) * window_ms;
+        let mut observed = Box::<Observed>::default();
+        observed.exact.reserve_exact(self.readings.len());
+        for value in &self.readings {
+            observed.observe(*value, 1.0, start_ms + u64::from(self.after_ms));
+        }
+        let is_any = !self.readings.is_empty();
+        is_any.then(|| Arc::new(Window { start_ms, aggregate: Aggregate::Observed(observed) }))
+    }
+
+    fn memory(&self) -> usize {
+        size_of_val(&*self.readings) + if self.readings.is_empty() { 0 } else { 8 }
+    }
+}
+
 fn after_ms(set_ms: u64, start_ms: u64) -> Option<u32> {
     u32::try_from(set_ms.checked_sub(start_ms)?).ok()
 }
@@ -276,8 +387,22 @@ mod tests {
         }
     }
 
+    /// Some readings of a timer, of which every order of additions gives the same sums.
+    fn readings(number: f64, at_ms: u64) -> Aggregate {
+        let number = number.min(1e6);
+        let mut observed = Box::<Observed>::default();
+        for reading in 0..1 + number.abs() as u64 % 40 {
+            let weight = if number == 0.1 { 2.0 } else { 1.0 };
+            assert!(observed.observe(number.trunc() + reading as f64, weight, at_ms));
+        }
+        Aggregate::Observed(observed)
+    }
+
     /// A whole cell of the same.
     fn cell(kind: Kind, number: f64, at_ms: u64) -> Aggregate {
+        if kind == Kind::Timer {
+            return readings(number, at_ms);
+        }
         let mut cell = content(kind, number.abs(), at_ms).to_aggregate();
         match &mut cell {
             Aggregate::Counter(counter) if number < 0.0 => {
@@ -298,10 +423,9 @@ mod tests {
     proptest! {
         #[test]
         fn both_forms_are_the_same(
-            is_counter in any::<bool>(),
+            kind in prop::sample::select(vec![Kind::Counter, Kind::Gauge, Kind::Timer]),
             steps in prop::collection::vec(step(), 1..40),
         ) {
-            let kind = if is_counter { Kind::Counter } else { Kind::Gauge };
             let limits = Limits::default();
             let within = Within { window_ms: WINDOW_MS, limits: &limits };
             let new = || State::new(Total::new(kind, BEGIN_MS));
@@ -316,6 +440,7 @@ mod tests {
                 let cell = cell(kind, *number, sealed_ms);
                 prop_assert!(whole.fold(&cell, kind, at, start_ms, within));
                 let is_plain = *number >= 0.0
+                    && kind != Kind::Timer
                     && held.fold_plain(&content(kind, *number, sealed_ms), sealed_ms, start_ms, WINDOW_MS);
                 if !is_plain {
                     prop_assert!(held.fold(&cell, kind, at, start_ms, within));
@@ -329,7 +454,9 @@ mod tests {
                 prop_assert_eq!(&*held.total(), &*expected.total);
             }
             let is_simple = steps.iter().all(|(number, late_ms, _)| *late_ms == 0 && *number > 0.5 && *number < 1e9);
-            prop_assert!(!is_simple || plain as usize == steps.len());
+            prop_assert!(!is_simple || plain as usize == steps.len() || kind == Kind::Timer);
+            let few = steps.len() == 1 || steps.iter().all(|(_, _, later_ms)| *later_ms > WINDOW_MS);
+            prop_assert!(!is_simple || !few || matches!(held, Held::Timer(_)) == (kind == Kind::Timer));
         }
     }
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::meter::Rates;
-use super::plain::{PlainCounter, PlainGauge};
+use super::plain::{PlainCounter, PlainGauge, PlainTimer};
 use super::series::EXACT_MAX;
 use super::shard::Content;
 use super::window::{Window, start_of};
@@ -61,7 +61,7 @@ impl Total {
     }
 
     /// The same by both clocks. A meter begins with its first mark, not when that was sealed.
-    fn add_at(&mut self, delta: &Aggregate, at: At, limits: &series::Limits) -> bool {
+    pub(super) fn add_at(&mut self, delta: &Aggregate, at: At, limits: &series::Limits) -> bool {
         let is_first = self.aggregate.is_empty();
         let finite = self.aggregate.merge_within(delta, 0, limits);
         if finite {
@@ -146,8 +146,13 @@ impl State {
     pub(super) fn memory(&self) -> usize {
         let windows = [&self.window, &self.before].into_iter().flatten();
         let windows = windows.map(|window| ALLOCATION + size_of::<Window>() + window.aggregate.memory());
-        ALLOCATION + size_of::<Total>() + self.total.aggregate.memory() + windows.sum::<usize>()
+        total_memory(&self.total) + windows.sum::<usize>()
     }
+}
+
+/// How many bytes a total takes that stands by itself.
+fn total_memory(total: &Total) -> usize {
+    ALLOCATION + size_of::<Total>() + total.aggregate.memory()
 }
 
 /// What an allocation costs beside its contents: the counts of an `Arc`, and the allocator's own.
@@ -206,10 +211,11 @@ fn add_to_window(
 }
 
 /// What the ledger holds of a series.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) enum Held {
     Counter(PlainCounter),
     Gauge(PlainGauge),
+    Timer(PlainTimer),
     Full(State),
 }
 
@@ -230,15 +236,21 @@ impl Held {
             (Self::Gauge(gauge), Content::Set { value, at_ms: set_ms, samples }) => {
                 gauge.set((*value, *set_ms), *samples, at_ms, start_ms, window_ms)
             }
-            (Self::Counter(_) | Self::Gauge(_) | Self::Full(_), _) => false,
+            (Self::Counter(_) | Self::Gauge(_) | Self::Timer(_) | Self::Full(_), _) => false,
         }
     }
 
     /// Adds a cell that was sealed at a moment, to the window that begins at `start_ms`. `false` when a sum would not stay
     /// finite; then nothing changed.
     pub(super) fn fold(&mut self, cell: &Aggregate, kind: Kind, at: At, start_ms: u64, within: Within<'_>) -> bool {
-        if let Self::Full(state) = self {
-            return state.fold(cell, kind, at, start_ms, within);
+        match self {
+            Self::Full(state) => return state.fold(cell, kind, at, start_ms, within),
+            Self::Timer(timer) => {
+                if let Some(finite) = timer.add(cell, at, start_ms, within) {
+                    return finite;
+                }
+            }
+            Self::Counter(_) | Self::Gauge(_) => {}
         }
         let mut state = self.state(within.window_ms);
         let finite = state.fold(cell, kind, at, start_ms, within);
@@ -262,6 +274,7 @@ impl Held {
         match self {
             Self::Counter(counter) => counter.state(window_ms),
             Self::Gauge(gauge) => gauge.state(window_ms),
+            Self::Timer(timer) => timer.state(window_ms),
             Self::Full(state) => state.clone(),
         }
     }
@@ -271,6 +284,7 @@ impl Held {
         match self {
             Self::Counter(counter) => Reading::Plain(counter.total()),
             Self::Gauge(gauge) => Reading::Plain(gauge.total()),
+            Self::Timer(timer) => Reading::Shared(Arc::clone(&timer.total)),
             Self::Full(state) => Reading::Shared(Arc::clone(&state.total)),
         }
     }
@@ -279,7 +293,17 @@ impl Held {
     pub(super) fn memory(&self) -> i64 {
         match self {
             Self::Counter(_) | Self::Gauge(_) => 0,
+            Self::Timer(timer) => (total_memory(&timer.total) + timer.memory()) as i64,
             Self::Full(state) => state.memory() as i64,
+        }
+    }
+
+    /// The total where it stands by itself.
+    pub(super) fn shared_total(&mut self) -> Option<&mut Arc<Total>> {
+        match self {
+            Self::Counter(_) | Self::Gauge(_) => None,
+            Self::Timer(timer) => Some(&mut timer.total),
+            Self::Full(state) => Some(&mut state.total),
         }
     }
 
@@ -287,7 +311,8 @@ impl Held {
         match kind {
             Kind::Counter => PlainCounter::of(state, window_ms).map(Self::Counter),
             Kind::Gauge => PlainGauge::of(state, window_ms).map(Self::Gauge),
-            Kind::Timer | Kind::Histogram | Kind::Distribution | Kind::Set | Kind::Meter => None,
+            Kind::Timer | Kind::Histogram | Kind::Distribution => PlainTimer::of(state, window_ms).map(Self::Timer),
+            Kind::Set | Kind::Meter => None,
         }
     }
 }
