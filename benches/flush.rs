@@ -18,11 +18,10 @@
 //! The limit of shipping are the same calls: what tallyd sends to a first `redis-server` is kept by a proxy, and its very
 //! bytes are sent to another one, all calls of a flush at once, by a client that does nothing but count the answers.
 //! (`redis-benchmark` can't make these calls: each has to bear the sequence after that of the one before.) The goal is
-//! seven tenths of that client's rate. Both servers end up with as many keys, or the bench fails.
+//! seven tenths of that client's rate. Both servers end up with as many keys and samples, or the bench fails.
 
 #![allow(
     clippy::expect_used,
-    clippy::panic,
     clippy::print_stdout,
     clippy::print_stderr,
     unreachable_pub,
@@ -43,9 +42,9 @@ use load::process::Redis;
 use load::report::{self, Goal, Line};
 use load::{Arguments, Load, Packets, median_of};
 use tallyd::clock;
+use tallyd::sample::SeriesKey;
 use tallyd::store::journal::{self, Journal};
-use tallyd::store::redis;
-use tallyd::store::ship;
+use tallyd::store::{partition, redis, ship};
 use tallyd::units::Time;
 use tempfile::TempDir;
 
@@ -67,7 +66,7 @@ fn main() {
                 into_journal(&name, load, arguments.rounds(7, 3));
             }
             if arguments.want(&format!("redis, {name}")) {
-                into_redis(&name, load, arguments.rounds(7, 3));
+                into_redis(&name, load, arguments.rounds(5, 2));
             }
         }
     }
@@ -203,7 +202,7 @@ fn into_redis(name: &str, load: Load, rounds: usize) {
     shipping.round();
     client.push(&calls[0]);
     let times: Vec<(Flush, f64)> = calls[1..].iter().map(|calls| (shipping.round(), client.push(calls))).collect();
-    assert_eq!(keys(servers[1].address), keys(servers[2].address), "the calls did something else");
+    assert_eq!(holds(servers[1].address), holds(servers[2].address), "the client's calls did something else");
     let rate = |seconds: f64| load.series as f64 / seconds / 1e3;
     Line::new(&format!("flush, redis, {name}"), rate(median_of(&times, |(ship, _)| ship.wall)), "k series/s")
         .beside(rate(median_of(&times, |(_, client)| *client)), median_of(&times, |(ship, client)| client / ship.wall))
@@ -253,9 +252,11 @@ impl Proxy {
         Self { address, sent }
     }
 
-    /// What was sent since the last call.
+    /// The whole calls that were sent since they were taken last.
     fn take(&self) -> Vec<u8> {
-        std::mem::take(&mut self.sent.lock().unwrap_or_else(PoisonError::into_inner))
+        let mut sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        let (_, bytes) = whole(&sent);
+        sent.drain(..bytes).collect()
     }
 }
 
@@ -274,40 +275,67 @@ impl Client {
 
     /// Sends calls all at once: seconds until every one is answered.
     fn push(&mut self, calls: &[u8]) -> f64 {
-        let mut rest = calls;
-        let count = (0..).take_while(|_| !rest.is_empty()).inspect(|_| pass_over(&mut rest)).count();
+        let (count, _) = whole(calls);
         let mut stream = self.answers.get_ref().try_clone().expect("a socket");
         let begun = Instant::now();
         thread::scope(|scope| {
             scope.spawn(move || stream.write_all(calls).expect("a server that reads"));
-            (0..count).for_each(|_| pass_over(&mut self.answers));
+            (0..count).for_each(|_| pass_over(&mut self.answers).expect("an answer to each call"));
         });
         begun.elapsed().as_secs_f64()
     }
-}
 
-/// How many keys a store has.
-fn keys(store: SocketAddr) -> String {
-    let mut client = Client::connect(store);
-    client.answers.get_mut().write_all(b"*1\r\n$6\r\nDBSIZE\r\n").expect("a server that reads");
-    let mut answer = String::new();
-    client.answers.read_line(&mut answer).expect("an answer");
-    answer
-}
-
-/// Reads one value of the Redis protocol and forgets it. An error ends the bench.
-fn pass_over(input: &mut impl BufRead) {
-    let mut line = String::new();
-    input.read_line(&mut line).expect("a value");
-    let count = || line[1..].trim_end().parse::<i64>().expect("a length");
-    match line.as_bytes().first() {
-        Some(b'*') => (0..count()).for_each(|_| pass_over(input)),
-        Some(b'$') if count() >= 0 => {
-            let length = count() as u64 + 2;
-            let copied = io::copy(&mut input.take(length), &mut io::sink()).expect("a value");
-            assert_eq!(copied, length, "a value that is cut");
+    /// The last line of the answer to one call.
+    fn ask(&mut self, words: &[&str]) -> String {
+        let count = words.len();
+        let words: String = words.iter().map(|word| format!("${}\r\n{word}\r\n", word.len())).collect();
+        let call = format!("*{}\r\n{words}", count);
+        self.answers.get_mut().write_all(call.as_bytes()).expect("a server that reads");
+        let mut answer = String::new();
+        self.answers.read_line(&mut answer).expect("an answer");
+        if answer.starts_with('$') {
+            answer.clear();
+            self.answers.read_line(&mut answer).expect("an answer");
         }
-        Some(b'$' | b'+' | b':' | b'_') => {}
-        _ => panic!("the store says {line:?}"),
+        answer
+    }
+}
+
+/// How many keys a store has, and how many samples one of its series.
+fn holds(store: SocketAddr) -> [String; 2] {
+    let key = SeriesKey::from_canonical("service.endpoint.metric0000000");
+    let series = format!("tallyd:{{{:03}}}:s:c:{key}", partition(&key));
+    let mut client = Client::connect(store);
+    [client.ask(&["DBSIZE"]), client.ask(&["HGET", &series, "samples"])]
+}
+
+/// How many whole calls there are, and how many bytes they have.
+fn whole(calls: &[u8]) -> (usize, usize) {
+    let (mut rest, mut found) = (calls, (0, 0));
+    while pass_over(&mut rest).is_ok() {
+        found = (found.0 + 1, calls.len() - rest.len());
+    }
+    found
+}
+
+/// Reads one value of the Redis protocol and forgets it. What a server says against a call is a value as well: an older
+/// one knows not all that a connection begins with.
+fn pass_over(input: &mut impl BufRead) -> io::Result<()> {
+    let mut line = String::new();
+    input.read_line(&mut line)?;
+    if !line.ends_with('\n') {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    let (what, count) = line.split_at(1);
+    let count = || count.trim_end().parse::<i64>().map_err(io::Error::other);
+    match what {
+        "*" => (0..count()?).try_for_each(|_| pass_over(input)),
+        "$" if count()? >= 0 => {
+            let length = count()? as u64 + 2;
+            let copied = io::copy(&mut input.take(length), &mut io::sink())?;
+            if copied == length { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+        }
+        "$" | "+" | "-" | ":" | "_" => Ok(()),
+        _ => Err(io::Error::other(line)),
     }
 }

@@ -47,6 +47,13 @@ await() {
   done
 }
 
+# start NAME: ends the server that runs, and starts this one, which has counted nothing.
+start() {
+  stop
+  all=0
+  "start_$1"
+}
+
 start_tallyd() {
   local log=$directory/tallyd.log
   taskset -c "$server" "$tallyd" --set listen.udp=127.0.0.1:0 --set listen.tcp=127.0.0.1:0 --set http.ingest=127.0.0.1:0 \
@@ -100,13 +107,15 @@ drops() { udp | cut -d' ' -f2; }
 cpu_seconds() { sed 's/.*) //' "/proc/$pid/stat" | awk '{ print ($12 + $13) / 100 }'; }
 calc() { awk "BEGIN { printf \"%.6g\", $* }"; }
 
-# send RATE SECONDS SERIES BYTES: sends, waits until all is read, and sets `sent` and `reached`, the lines a second.
+# send RATE SECONDS SERIES BYTES: sends, waits until all is read, and sets `sent`, `reached`, the lines a second, and `all`
+# that were sent to this server.
 send() {
   local report
   report=$(taskset -c "$generator" "$tallyd" bench --to "udp://127.0.0.1:$port" --rate "$1" --time "$2s" --series "$3" \
     --packet "$4" --senders 1 --mix "$mix")
   sent=$(awk '$1 == "sent" { print $2 }' <<<"$report")
   reached=$(awk '$1 == "took" { print $4 }' <<<"$report")
+  all=$((all + sent))
   await is_read
 }
 
@@ -118,27 +127,22 @@ lossless() {
   [ "$(drops)" = "$before" ] && [ "$(calc "$reached >= 0.98 * $1")" = 1 ]
 }
 
-# highest NAME RATE: from a rate that any server takes, the highest at which all lines of 10 s are counted.
+# highest NAME RATE: from a rate that a server should take, the highest at which all lines of 10 s are counted; 0 if none.
 highest() {
-  local rate=$2 before
+  local rate=$2
+  while [ "$rate" -gt 1000 ] && ! lossless "$rate" 2; do rate=$((rate / 2)); done
   while [ "$rate" -lt 4000000 ] && lossless $((rate * 3 / 2)) 2; do rate=$((rate * 3 / 2)); done
   rate=$((rate * 5 / 4))
-  for _ in 1 2 3 4 5 6; do
-    settled "$1"
-    before=$(counted_"$1")
-    if lossless "$rate" 10 && all_counted "$1" "$before"; then
-      echo "$reached"
+  for _ in 1 2 3 4 5; do
+    if lossless "$rate" 10; then
+      settled "$1"
+      # A dropped packet is a dropped line.
+      [ $(($(counted_"$1") + $(drops))) -eq "$all" ] && highest=$reached || highest=0
       return
     fi
     rate=$((rate * 9 / 10))
   done
-  echo 0
-}
-
-# all_counted NAME BEFORE: whether the server counts all lines of the last load once it has flushed.
-all_counted() {
-  settled "$1"
-  [ $(($(counted_"$1") - $2)) -eq "$sent" ]
+  highest=0
 }
 
 # settled NAME: waits until what came is counted: a second for tallyd, the next flush for its peer.
@@ -163,13 +167,12 @@ cpu() {
 }
 
 measure() {
-  "start_$1"
+  start "$1"
   cpu_full=$(cpu "$1" 50000 1432)
   cpu_one=$(cpu "$1" 10000 1)
-  highest "$1" "$2" >"$directory/highest"
-  rate=$(cat "$directory/highest")
-  stop
-  "start_$1"
+  start "$1"
+  highest "$1" "$2"
+  start "$1"
   send 20000 10 100000 1432
   settled "$1"
   memory=$(awk '/^VmRSS/ { print $2 / 1024 }' "/proc/$pid/status")
@@ -183,10 +186,10 @@ printf '# %s, %s cores: generator on %s, servers on %s | receive buffer: statsd 
   "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1)" "$(nproc)" "$generator" "$server" \
   "$(cat /proc/sys/net/core/rmem_default)"
 measure statsd 10000
-peer=("$rate" "$cpu_full" "$cpu_one" "$memory")
+peer=("$highest" "$cpu_full" "$cpu_one" "$memory")
 measure tallyd 100000
 printf '%-52s | %12s | %12s | %6s\n' name tallyd statsd ratio
-row 'lossless, one line a packet, 1000 series, lines/s' "$rate" "${peer[0]}" "$rate / (${peer[0]} + 1e-9)"
+row 'lossless, one line a packet, 1000 series, lines/s' "$highest" "${peer[0]}" "$highest / (${peer[0]} + 1e-9)"
 row 'CPU, full packets, 50000 lines/s, s/M lines' "$cpu_full" "${peer[1]}" "${peer[1]} / $cpu_full"
 row 'CPU, one line a packet, 10000 lines/s, s/M lines' "$cpu_one" "${peer[2]}" "${peer[2]} / $cpu_one"
 row 'memory, 100000 series, MiB' "$memory" "${peer[3]}" "${peer[3]} / $memory"

@@ -82,7 +82,7 @@ pub(crate) fn head() {
 }
 
 fn row([name, figure, limit, ratio, goal, met]: &[&str; 6]) {
-    println!("{name:<84} | {figure:>16} | {limit:>16} | {ratio:>6} | {goal:>16} | {met}");
+    println!("{name:<102} | {figure:>16} | {limit:>16} | {ratio:>6} | {goal:>16} | {met}");
 }
 
 /// Three digits or more.
