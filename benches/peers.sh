@@ -105,7 +105,7 @@ udp() { awk -v port="$(printf ':%04X' "$port")" '$2 ~ port "$" { split($5, queue
 is_read() { [[ $(udp) == 00000000\ * ]]; }
 drops() { udp | cut -d' ' -f2; }
 cpu_seconds() { sed 's/.*) //' "/proc/$pid/stat" | awk '{ print ($12 + $13) / 100 }'; }
-calc() { awk "BEGIN { printf \"%.6g\", $* }"; }
+calc() { awk "BEGIN { printf \"%.6g\", ($*) }"; }
 
 # send RATE SECONDS SERIES BYTES: sends, waits until all is read, and sets `sent`, `reached`, the lines a second, and `all`
 # that were sent to this server.
