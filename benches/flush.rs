@@ -1,7 +1,7 @@
 //! What a flush costs: into the journal, and on into a Redis, beside the same calls pushed by a plain client.
 //!
 //! ```sh
-//! cargo bench --bench flush                            # 100,000 changed series: a minute
+//! cargo bench --bench flush                             # 100,000 changed series: three minutes
 //! cargo bench --bench flush -- --series 1000000 journal # more, into the journal alone
 //! ```
 //!

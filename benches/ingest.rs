@@ -1,7 +1,7 @@
 //! What a line costs from its socket to its cell, beside limits over the same packets in the same run.
 //!
 //! ```sh
-//! cargo bench --bench ingest                      # all rows, three minutes at most
+//! cargo bench --bench ingest                       # all rows, three minutes
 //! cargo bench --bench ingest -- --quick mixed 1000 # a look at some of them
 //! ```
 //!
@@ -56,7 +56,8 @@ fn main() {
             let wanted: Vec<Load> = loads.filter(|load| arguments.want(&load.name())).collect();
             if !wanted.is_empty() {
                 let mut bench = Bench::new(series, mixed);
-                wanted.into_iter().for_each(|load| bench.row(load, arguments.rounds(9, 3)));
+                let thorough = if series < 1_000_000 { 7 } else { 5 };
+                wanted.into_iter().for_each(|load| bench.row(load, arguments.rounds(thorough, 3)));
             }
         }
     }
