@@ -1,5 +1,5 @@
-//! What all of an agent costs at a paced load, and what one worker takes at most: the real executable with one worker and
-//! otherwise its defaults, loaded by `tallyd bench` over loopback.
+//! What all of an agent costs at a paced load, and what one worker takes at most: the real executable with one worker
+//! and otherwise its defaults, loaded by `tallyd bench` over loopback.
 //!
 //! ```sh
 //! cargo bench --bench agent                      # all rows, five minutes
@@ -7,17 +7,17 @@
 //! ```
 //!
 //! Both are kept on a core of their own by `taskset`, the generator on the first and all threads of the agent on the
-//! second; on a machine with one core they share it, and only the processor times mean something. Lines are 60 % counters,
-//! 25 % timers, 10 % gauges and 5 % sets, by series; each series comes equally often. The agent has seen every series before
-//! a figure is taken, and nobody scrapes it meanwhile: its counts are read once, at the end.
+//! second; on a machine with one core they share it, and only the processor times mean something. Lines are 60 %
+//! counters, 25 % timers, 10 % gauges and 5 % sets, by series; each series comes equally often. The agent has seen
+//! every series before a figure is taken, and nobody scrapes it meanwhile: its counts are read once, at the end.
 //!
 //! - *paced*: user and system time of the agent from the first line of ten seconds until a second and a half after the
 //!   last, when it is folded and flushed, for a million lines. A lost line shows in a row of its own.
 //! - *saturated*: lines a second that are read while more come, for some seconds. Where the kernel has dropped nothing
 //!   and the agent still had time to rest, the generator was too slow, and the row says so.
-//! - *lossless*: the highest rate of one-line packets of which none is lost in ten seconds. Short runs find the rate that
-//!   is tried; it is lowered by a twentieth until one run of full length loses nothing. 0: none of eight did, as where
-//!   other programs take the cores, or the generator does not keep the pace.
+//! - *lossless*: the highest rate of one-line packets of which none is lost in ten seconds. Short runs find the rate
+//!   that is tried; it is lowered by a twentieth until one run of full length loses nothing. 0: none of eight did, as
+//!   where other programs take the cores, or the generator does not keep the pace.
 
 #![allow(
     clippy::expect_used,
@@ -47,7 +47,8 @@ struct Form {
     bytes: usize,
     /// Lines a second of a paced load.
     paced: u64,
-    /// By numbers of series: CPU seconds for a million lines at most, and saturated lines a second at least, in millions.
+    /// By numbers of series: CPU seconds for a million lines at most, and saturated lines a second at least, in
+    /// millions.
     goals: [(usize, f64, f64); 2],
 }
 

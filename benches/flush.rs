@@ -5,20 +5,21 @@
 //! cargo bench --bench flush -- --series 1000000 journal # more, into the journal alone
 //! ```
 //!
-//! The parts are the library's, in this process: a worker, the fold, the journal in a temporary directory, the shipping.
-//! Every second each series has changed once, by one line that the worker was given from memory, and a flush is due. Every
-//! series is known since a first flush, whose cost stands in lines of its own.
+//! The parts are the library's, in this process: a worker, the fold, the journal in a temporary directory, the
+//! shipping. Every second each series has changed once, by one line that the worker was given from memory, and a flush
+//! is due. Every series is known since a first flush, whose cost stands in lines of its own.
 //!
-//! - *CPU* is what all threads but the bench's own ran from the seal until the flush was committed: the fold, the encoding
-//!   and the transaction. The seal itself is the bench's (see `seal`), and so is the reading of the lines (see `ingest`).
+//! - *CPU* is what all threads but the bench's own ran from the seal until the flush was committed: the fold, the
+//!   encoding and the transaction. The seal itself is the bench's (see `seal`), and so is the reading of the lines (see
+//!   `ingest`).
 //! - *Wall* is the time between the same two moments, so the disk's time for making it durable is in it.
 //! - *Shipping* is the time from the commit until the store has acknowledged every batch: reading them from the outbox,
 //!   encoding the calls, and the store's own work, most of it.
 //!
-//! The limit of shipping are the same calls: what tallyd sends to a first `redis-server` is kept by a proxy, and its very
-//! bytes are sent to another one, all calls of a flush at once, by a client that does nothing but count the answers.
-//! (`redis-benchmark` can't make these calls: each has to bear the sequence after that of the one before.) The goal is
-//! seven tenths of that client's rate. Both servers end up with as many keys and samples, or the bench fails.
+//! The limit of shipping are the same calls: what tallyd sends to a first `redis-server` is kept by a proxy, and its
+//! very bytes are sent to another one, all calls of a flush at once, by a client that does nothing but count the
+//! answers. (`redis-benchmark` can't make these calls: each has to bear the sequence after that of the one before.) The
+//! goal is seven tenths of that client's rate. Both servers end up with as many keys and samples, or the bench fails.
 
 #![allow(
     clippy::expect_used,

@@ -8,17 +8,18 @@
 //! Three limits, each of which does the least that any agent must:
 //!
 //! - *receive*: a thread that calls `recvmmsg` as tallyd does and throws away what it gets ([`load::wire::Drain`]).
-//! - *nap and receive*: the same where one-line packets come at 30,000 a second, so that what it costs is mostly to wake up.
+//! - *nap and receive*: the same where one-line packets come at 30,000 a second, so that what it costs is mostly to
+//!   wake up.
 //! - *parse and add up*: [`load::splitter`] and [`load::table`], over packets that lie in memory.
 //!
-//! Beside them stand a worker that is given the same packets from memory (`parse + aggregate`) and the listener's thread
-//! that reads them from its socket (`receive + parse + aggregate`): it parses, aggregates, naps and seals, as in an agent;
-//! the fold, the sender and who waits for them are other threads, and not in the figures.
+//! Beside them stand a worker that is given the same packets from memory (`parse + aggregate`) and the listener's
+//! thread that reads them from its socket (`receive + parse + aggregate`): it parses, aggregates, naps and seals, as in
+//! an agent; the fold, the sender and who waits for them are other threads, and not in the figures.
 //!
-//! Names are made before the clock starts, and each table has seen every series before. A round goes over the next 200,000
-//! lines (one-line packets over a socket: 6,000) with one after the other, and a seal at its end; a ratio is the median of
-//! the rounds' ratios. Times are those of the processor. Where there are two cores, senders run on the first and receivers
-//! on the second. A datagram that is lost ends the bench.
+//! Names are made before the clock starts, and each table has seen every series before. A round goes over the next
+//! 200,000 lines (one-line packets over a socket: 6,000) with one after the other, and a seal at its end; a ratio is
+//! the median of the rounds' ratios. Times are those of the processor. Where there are two cores, senders run on the
+//! first and receivers on the second. A datagram that is lost ends the bench.
 
 #![allow(
     clippy::expect_used,

@@ -1,5 +1,5 @@
-//! What a line costs to read: the parser between a hand-written splitter, which is the limit, and the plain grammar, over
-//! the same packets in one run. The goal is at most 1.3 times the splitter in every row.
+//! What a line costs to read: the parser between a hand-written splitter, which is the limit, and the plain grammar,
+//! over the same packets in one run. The goal is at most 1.3 times the splitter in every row.
 //!
 //! ```sh
 //! cargo bench --bench parse                        # half a minute
@@ -11,15 +11,15 @@
 //! - *parser*: [`Parser::datagram`], the fast path with all that lines may be.
 //! - *grammar*: [`Parser::datagram_plainly`], nom alone.
 //!
-//! All three hand the same samples to the same sink, which adds them up; the sums are compared. A round takes each reader
-//! once over the packets, which fit in the cache of a core, in so short a time that most rounds are not interrupted; a
-//! ratio is the median of the rounds' ratios.
+//! All three hand the same samples to the same sink, which adds them up; the sums are compared. A round takes each
+//! reader once over the packets, which fit in the cache of a core, in so short a time that most rounds are not
+//! interrupted; a ratio is the median of the rounds' ratios.
 //!
-//! Instructions a line by `valgrind --tool=callgrind`, which don't depend on the machine, splitter and parser: full packets
-//! of counters 238 and 267, with 4 tags 360 and 450; mixed 241 and 272, with tags 363 and 454; packets of one line some 30
-//! more for the splitter and 60 for the parser. What the parser does beyond the splitter is to look for bytes that are not
-//! ASCII, for a byte order mark and a document at the start of a packet, for `|` before the `:`, for blanks and carriage
-//! returns at the end, and for limits.
+//! Instructions a line by `valgrind --tool=callgrind`, which don't depend on the machine, splitter and parser: full
+//! packets of counters 238 and 267, with 4 tags 360 and 450; mixed 241 and 272, with tags 363 and 454; packets of one
+//! line some 30 more for the splitter and 60 for the parser. What the parser does beyond the splitter is to look for
+//! bytes that are not ASCII, for a byte order mark and a document at the start of a packet, for `|` before the `:`, for
+//! blanks and carriage returns at the end, and for limits.
 
 #![allow(
     clippy::expect_used,

@@ -73,8 +73,10 @@ counted_tallyd() {
 }
 
 start_statsd() {
-  port=$(node -e 'const s = require("dgram").createSocket("udp4"); s.bind(0, () => { console.log(s.address().port); s.close() })')
-  api=$(node -e 'const s = require("net").createServer().listen(0, () => { console.log(s.address().port); s.close() })')
+  port=$(node -e 'const socket = require("dgram").createSocket("udp4");
+    socket.bind(0, () => { console.log(socket.address().port); socket.close() })')
+  api=$(node -e 'const server = require("net").createServer();
+    server.listen(0, () => { console.log(server.address().port); server.close() })')
   cat >"$directory/adds.js" <<'JS'
 // Adds up what was counted, and writes it down after each flush.
 let lines = 0;
@@ -101,7 +103,9 @@ counted_statsd() { cat "$directory/counted"; }
 listens() { [ -n "$(udp)" ]; }
 
 # Bytes that wait in the server's socket, as the kernel charges them in hexadecimal, and packets that were dropped.
-udp() { awk -v port="$(printf ':%04X' "$port")" '$2 ~ port "$" { split($5, queue, ":"); print queue[2], $NF }' /proc/net/udp; }
+udp() {
+  awk -v port="$(printf ':%04X' "$port")" '$2 ~ port "$" { split($5, queue, ":"); print queue[2], $NF }' /proc/net/udp
+}
 is_read() { [[ $(udp) == 00000000\ * ]]; }
 drops() { udp | cut -d' ' -f2; }
 cpu_seconds() { sed 's/.*) //' "/proc/$pid/stat" | awk '{ print ($12 + $13) / 100 }'; }

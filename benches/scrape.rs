@@ -1,6 +1,7 @@
 //! What a scrape costs: the processor time to name and order the series and to write them all, as a scraper that reads
-//! without a pause sees it. The limit is a copy of as many bytes, below which nothing can be; the goal is 50 ms for 100,000
-//! counters. Beside it stands the longest pause between two pieces, by the wall clock. Medians of seven scrapes.
+//! without a pause sees it. The limit is a copy of as many bytes, below which nothing can be; the goal is 50 ms for
+//! 100,000 counters. Beside it stands the longest pause between two pieces, by the wall clock. Medians of seven
+//! scrapes.
 //!
 //! ```sh
 //! cargo bench --bench scrape                          # a minute and a half

@@ -8,8 +8,8 @@
 //! A round gives a worker one line of each series from memory and asks for a seal. *Pause* is all that the worker does
 //! instead of reading: it takes back what the fold returned, publishes its counts and hands its cells over; by the wall
 //! clock, on which other programs take part, and by that of the processor. *Fold* is the processor time of the fold's
-//! thread from there until every cell is in the ledger, for each series. Every series is known to both since a first round,
-//! and they have a core each where there are two. Medians of the rounds.
+//! thread from there until every cell is in the ledger, for each series. Every series is known to both since a first
+//! round, and they have a core each where there are two. Medians of the rounds.
 
 #![allow(
     clippy::expect_used,

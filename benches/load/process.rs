@@ -182,7 +182,8 @@ fn end(child: &mut Child) {
     let _ = child.wait();
 }
 
-/// User and system time of a process from its `stat`, in which the kernel counts hundredths of a second for all programs.
+/// User and system time of a process from its `stat`, in which the kernel counts hundredths of a second for all
+/// programs.
 fn cpu_seconds(process: u32) -> f64 {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).expect("a running process");
     let (_, fields) = stat.rsplit_once(") ").expect("a name in parentheses");

@@ -1,6 +1,6 @@
 //! The limit that aggregating is measured beside: one look-up in a private hash table for each sample, and the smallest
-//! figure that each kind can keep: a sum, a last value, four figures of a timer without its distribution, the hashes of a
-//! set's members. It checks nothing, bounds nothing, counts no lines and is never emptied.
+//! figure that each kind can keep: a sum, a last value, four figures of a timer without its distribution, the hashes of
+//! a set's members. It checks nothing, bounds nothing, counts no lines and is never emptied.
 
 use std::hash::{BuildHasher, Hash, Hasher};
 

@@ -27,8 +27,8 @@ const STRIDE: usize = SLOT + 1_472;
 const BUFFER: usize = 8 << 20;
 const LINGER: Duration = Duration::from_millis(1);
 
-/// Packets from one look at the receiver's buffer to the next, and what may lie there then: less than the smallest buffer
-/// in use holds, 208 KiB doubled.
+/// Packets from one look at the receiver's buffer to the next, and what may lie there then: less than the smallest
+/// buffer in use holds, 208 KiB doubled.
 const LOOK: usize = 64;
 const QUEUED_MAX: u64 = 160 << 10;
 
