@@ -143,10 +143,6 @@ impl Engine {
         self.ledger.len()
     }
 
-    pub(crate) fn fold_handle(&self) -> flush::Fold {
-        self.running().fold()
-    }
-
     fn worker(&mut self) -> &mut Worker {
         self.worker.as_mut().expect("a worker until the end")
     }

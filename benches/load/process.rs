@@ -74,7 +74,11 @@ impl Agent {
 
     /// Seconds that it has run on all cores, for itself and in the kernel; they advance by 0.01.
     pub(crate) fn cpu_seconds(&self) -> f64 {
-        cpu_seconds(self.child.id())
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("a running agent");
+        let (_, fields) = stat.rsplit_once(") ").expect("a name in parentheses");
+        let ticks = fields.split(' ').skip(11).take(2).map(|ticks| ticks.parse::<f64>().expect("a number"));
+        // The kernel counts hundredths of a second for all programs.
+        ticks.sum::<f64>() / 100.0
     }
 
     /// Its memory in bytes: `VmRSS` now, `VmHWM` at most.
@@ -110,7 +114,6 @@ impl Scrape {
 #[derive(Debug, serde::Deserialize)]
 pub(crate) struct Sent {
     pub(crate) seconds: f64,
-    pub(crate) packets: u64,
     pub(crate) lines: u64,
     pub(crate) lines_per_second: f64,
 }
@@ -163,11 +166,6 @@ impl Redis {
         until("redis-server to listen", || TcpStream::connect(redis.address).ok());
         Some(redis)
     }
-
-    /// Seconds that it has run.
-    pub(crate) fn cpu_seconds(&self) -> f64 {
-        cpu_seconds(self.child.id())
-    }
 }
 
 impl Drop for Redis {
@@ -180,13 +178,4 @@ fn end(child: &mut Child) {
     // Either fails only for a process that has ended already.
     let _ = child.kill();
     let _ = child.wait();
-}
-
-/// User and system time of a process from its `stat`, in which the kernel counts hundredths of a second for all
-/// programs.
-fn cpu_seconds(process: u32) -> f64 {
-    let stat = fs::read_to_string(format!("/proc/{process}/stat")).expect("a running process");
-    let (_, fields) = stat.rsplit_once(") ").expect("a name in parentheses");
-    let ticks = fields.split(' ').skip(11).take(2).map(|ticks| ticks.parse::<f64>().expect("a number"));
-    ticks.sum::<f64>() / 100.0
 }
