@@ -59,7 +59,7 @@ start_tallyd() {
   taskset -c "$server" "$tallyd" --set listen.udp=127.0.0.1:0 --set listen.tcp=127.0.0.1:0 --set http.ingest=127.0.0.1:0 \
     --set http.api=127.0.0.1:0 --set listen.workers=1 --set store.kind=memory --set limits.new_series=1000000 2>"$log" &
   pid=$!
-  await grep -q '^ready' "$log"
+  await grep -qs '^ready' "$log"
   port=$(sed -n 's/^ready.* udp=127.0.0.1:\([0-9]*\).*/\1/p' "$log")
   api=$(sed -n 's/^ready.* api=127.0.0.1:\([0-9]*\).*/\1/p' "$log")
 }
