@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
-# Installs what a fresh Debian machine with Rust lacks: `setup.sh` to build tallyd, `setup.sh tests` to test it as well.
+# Installs what a fresh Debian machine with Rust lacks: `setup.sh` to build tallyd, `setup.sh tests` to test it as well,
+# `setup.sh peers` to measure it beside another server (benches/peers.sh).
 # Says nothing when nothing is missing. Needs root only then.
 set -euo pipefail
 
 # program that shows whether it is there : package that brings it
 build=(cc:build-essential)
 tests=(redis-server:redis-server prometheus:prometheus promtool:prometheus nc:netcat-openbsd curl:curl python3:python3 jq:jq)
+peers=(node:nodejs npm:npm taskset:util-linux)
 
 wanted=("${build[@]}")
-if [ "${1:-}" = tests ]; then wanted+=("${tests[@]}"); fi
+case "${1:-}" in
+tests) wanted+=("${tests[@]}") ;;
+peers) wanted+=("${peers[@]}") ;;
+esac
 
 missing=()
 for pair in "${wanted[@]}"; do
