@@ -105,10 +105,10 @@ pub struct Budget {
 /// empty again after each seal.
 const fn identity_bytes(kind: Kind) -> i64 {
     match kind {
-        Kind::Counter => 840,
-        Kind::Gauge | Kind::Meter => 880,
-        Kind::Timer | Kind::Histogram | Kind::Distribution => 1_200,
-        Kind::Set => 1_000,
+        Kind::Counter | Kind::Gauge => 405,
+        Kind::Timer | Kind::Histogram | Kind::Distribution => 540,
+        Kind::Meter => 560,
+        Kind::Set => 640,
     }
 }
 
