@@ -240,21 +240,29 @@ impl Writer {
         let within = Within { window_ms: self.ledger.window_ms(), limits: &limits };
         let mut held = series.held();
         // What is not listed, as before its first sample and after a reset, has nothing charged to it.
-        let charged = if series.listed.load(Ordering::Relaxed) { held.memory() } else { 0 };
+        let is_listed = series.listed.load(Ordering::Relaxed);
+        let charged = if is_listed { held.memory() } else { 0 };
         let before = Precision::of(&mut held);
-        let delta = self.remote.then(|| what_counts(cell, &held.total().aggregate).into_owned());
-        if !held.fold(cell, series.kind(), at, start_ms, within) {
-            return false;
+        let finite = if self.remote {
+            let state = held.whole(within.window_ms);
+            let delta = what_counts(cell, &state.total.aggregate).into_owned();
+            let finite = state.fold(cell, series.kind(), at, start_ms, within);
+            if finite {
+                add_unshipped(&mut state.unshipped, delta, self.flush, &limits);
+            }
+            finite
+        } else {
+            let finite = held.fold(cell, series.kind(), at, start_ms, within);
+            held.shrink(series.kind(), within.window_ms);
+            finite
+        };
+        if finite || is_listed {
+            self.charge_growth(&mut held, charged);
         }
-        match (delta, &mut *held) {
-            (Some(delta), Held::Full(state)) => add_unshipped(&mut state.unshipped, delta, self.flush, &limits),
-            (Some(_) | None, _) => held.shrink(series.kind(), within.window_ms),
-        }
-        self.charge_growth(&mut held, charged);
         let after = Precision::of(&mut held);
         self.halved += u64::from(after.halvings.saturating_sub(before.halvings));
         self.estimated += u64::from(after.is_estimate && !before.is_estimate);
-        true
+        finite
     }
 
     /// Charges what a state keeps beyond the bytes charged so far. Where there is no room, its histogram gives precision
@@ -592,6 +600,32 @@ mod tests {
         assert_eq!(observed.last, (3.0, BEGIN_MS + 10));
         let rates = pair.state(Kind::Meter, "m").total.rates.clone().unwrap();
         assert_eq!(rates.at(BEGIN_MS + 5_001), [2.0; 3]);
+    }
+
+    #[test]
+    fn with_a_remote_store_every_kind_ships_its_deltas() {
+        let budget = Arc::new(Budget::new(&Limits::default()));
+        let writer = Writer::new(Arc::new(Ledger::new(WINDOW_MS)), Arc::clone(&budget), true, 1);
+        let mut pair = Pair { shard: Shard::new(Arc::clone(&budget)), writer, budget };
+        for flush in 1..=3_u64 {
+            for kind in Kind::ALL {
+                let number = Value::Numbers(&[flush as f64]);
+                let member = flush.to_le_bytes();
+                let value = if kind == Kind::Set { Value::Member(&member) } else { number };
+                pair.send(kind, kind.letter(), &value, BEGIN_MS + flush);
+            }
+            pair.fold(both(flush));
+            let changed = pair.writer.take_changed();
+            assert_eq!(changed.len(), Kind::ALL.len());
+            for Changed { series, shipped } in &changed {
+                let Shipped { total, delta } = shipped.as_ref().unwrap();
+                assert_eq!((delta.samples(), total.aggregate.samples()), (1, flush), "{:?}", series.id());
+                assert_eq!(series.state().unshipped.len(), 1);
+            }
+            let all: Vec<_> = changed.into_iter().map(|changed| changed.series).collect();
+            pair.writer.committed(flush, &all);
+            assert!(all.iter().all(|series| series.state().unshipped.is_empty()));
+        }
     }
 
     #[test]

@@ -124,7 +124,7 @@ impl State {
 
     /// Adds a cell that was sealed at a moment, to the window that begins at `start_ms`. `false` when a sum would not stay
     /// finite; then nothing changed.
-    fn fold(&mut self, cell: &Aggregate, kind: Kind, at: At, start_ms: u64, within: Within<'_>) -> bool {
+    pub(super) fn fold(&mut self, cell: &Aggregate, kind: Kind, at: At, start_ms: u64, within: Within<'_>) -> bool {
         let Within { window_ms, limits } = within;
         if !Arc::make_mut(&mut self.total).add_at(cell, at, limits) {
             return false;
@@ -252,12 +252,18 @@ impl Held {
             }
             Self::Counter(_) | Self::Gauge(_) => {}
         }
-        let mut state = self.state(within.window_ms);
-        let finite = state.fold(cell, kind, at, start_ms, within);
-        if finite {
-            *self = Self::Full(state);
+        self.whole(within.window_ms).fold(cell, kind, at, start_ms, within)
+    }
+
+    /// The state, in the form that can keep everything.
+    pub(super) fn whole(&mut self, window_ms: u64) -> &mut State {
+        if !matches!(self, Self::Full(_)) {
+            *self = Self::Full(self.state(window_ms));
         }
-        finite
+        match self {
+            Self::Full(state) => state,
+            Self::Counter(_) | Self::Gauge(_) | Self::Timer(_) => unreachable!("it has just been made whole"),
+        }
     }
 
     /// Takes the smallest form again, after a fold that needed the other one.
