@@ -41,6 +41,8 @@ pub struct Writer {
     /// The number of the flush that will carry what is folded now; kept only with a remote store.
     flush: u64,
     remote: bool,
+    /// The journal does not have all that was taken for it, so no series may go that would be looked for there.
+    pub is_journal_behind: bool,
     /// Series of a kind that were not folded since then were idle when expiry was asked for last.
     idle_before_ms: [u64; Kind::ALL.len()],
     /// Series in the ledger, by kind.
@@ -67,6 +69,7 @@ impl Writer {
             changed: Vec::new(),
             flush,
             remote,
+            is_journal_behind: false,
             idle_before_ms: [0; Kind::ALL.len()],
             held: [0; Kind::ALL.len()],
             created: [0; Kind::ALL.len()],
@@ -309,8 +312,8 @@ impl Writer {
         if series.holders.fetch_sub(1, Ordering::Relaxed) > 1 {
             // The shard gave the whole charge back, and another still holds the series.
             self.budget.force(1, 0);
-        } else if series.listed.load(Ordering::Relaxed) && !self.is_idle(&series) {
-            // Samples were on their way when the shard was asked. The ledger holds the series until it is idle again.
+        } else if series.listed.load(Ordering::Relaxed) && (self.is_journal_behind || !self.is_idle(&series)) {
+            // Samples were on their way when the shard was asked, and may be still, to the journal. The ledger holds the series until it is idle again.
             self.budget.force(1, self.budget.cost(series.id()));
         } else {
             self.forget(&series);
