@@ -478,13 +478,10 @@ impl Folding {
     }
 
     fn expire_if_due(&mut self) {
-        if Instant::now() < self.next_expiry {
+        if Instant::now() < self.next_expiry || self.is_journal_behind() {
             return;
         }
         self.next_expiry = Instant::now() + expire_every(&self.limits);
-        if self.is_journal_behind() {
-            return;
-        }
         let now_ms = clock::steady_ms();
         let Limits { idle, idle_gauges } = self.limits;
         let before_ms = |kind| now_ms.saturating_sub(if kind == Kind::Gauge { idle_gauges } else { idle }.as_millis());

@@ -30,12 +30,22 @@ use crate::protocol;
 use crate::sample::SeriesKey;
 use crate::sync::{step, with_steps};
 
-const WORKERS: usize = 2;
-const READERS: usize = 2;
-/// How many datagrams each reader sends.
-const SENT: usize = 3;
-/// How often the clock moves on, and how far. All of it is less than [`LATE_MS`], so nobody is too late.
-const TICKS: u64 = 40;
+/// How much there is in an execution.
+#[derive(Clone, Copy)]
+struct Size {
+    workers: usize,
+    readers: usize,
+    /// How many datagrams each reader sends.
+    sent: usize,
+    /// How often the clock moves on. All of it is less than [`LATE_MS`], so nobody is too late.
+    ticks: u64,
+}
+
+/// All that can meet.
+const LARGE: Size = Size { workers: 2, readers: 2, sent: 3, ticks: 40 };
+/// One of each: of few threads, two are more often where they should not meet.
+const SMALL: Size = Size { workers: 1, readers: 1, sent: 6, ticks: 12 };
+
 const TICK_MS: u64 = 7;
 const INTERVAL_MS: u64 = 20;
 const WINDOW_MS: u64 = 100;
@@ -81,18 +91,19 @@ impl Socket {
 
 /// What all threads of an execution share.
 struct Model {
+    size: Size,
     workers: Arc<Workers>,
     ledger: Arc<Ledger>,
     sockets: Vec<Arc<Socket>>,
     /// When each worker read each of its datagrams.
-    read: [Mutex<Vec<u64>>; WORKERS],
+    read: Vec<Mutex<Vec<u64>>>,
     /// The journal.
     kept: Arc<Mutex<HashMap<SeriesId, Total>>>,
     ends: AtomicU64,
 }
 
 impl Model {
-    fn new() -> (Arc<Self>, Folding, Fold) {
+    fn new(size: Size) -> (Arc<Self>, Folding, Fold) {
         clock::MODEL_MS.set(Some(BEGIN_MS));
         let ledger = Arc::new(Ledger::new(WINDOW_MS));
         let budget = Arc::new(Budget::beside(Arc::clone(&ledger), &shard::Limits::default(), false));
@@ -124,8 +135,9 @@ impl Model {
             step();
             journal.lock().unwrap().get(id).cloned()
         });
-        let sockets = (0..WORKERS).map(|_| Arc::default()).collect();
-        let model = Self { workers, ledger, sockets, read: Default::default(), kept, ends: AtomicU64::new(0) };
+        let sockets = (0..size.workers).map(|_| Arc::default()).collect();
+        let read = (0..size.workers).map(|_| Mutex::default()).collect();
+        let model = Self { size, workers, ledger, sockets, read, kept, ends: AtomicU64::new(0) };
         (Arc::new(model), folding, Fold { orders, status })
     }
 
@@ -188,8 +200,8 @@ impl Reading {
 fn send_and_read(number: usize, model: &Model, readers: &Fold) {
     let own = format!("of.{number}");
     let mut seen = 0;
-    for sent in 1..=SENT {
-        let worker = (number + sent) % WORKERS;
+    for sent in 1..=model.size.sent {
+        let worker = (number + sent) % model.size.workers;
         model.sockets[worker].send(format!("all:1|c\nby.{worker}:1|c\n{own}:1|c"));
         shuttle::future::block_on(readers.fresh());
         assert_eq!(
@@ -208,7 +220,7 @@ fn fold(mut folding: Folding, model: &Model) {
         // Real time is not waited for.
         folding.readers.opened = None;
         folding.next_expiry = Instant::now();
-        take_one(&mut folding);
+        take_one(&mut folding, model);
         folding.do_what_is_due();
         is_complete(&folding, model);
         thread::yield_now();
@@ -220,7 +232,7 @@ fn fold(mut folding: Folding, model: &Model) {
 }
 
 /// Of what waits in two channels one is taken, either of them.
-fn take_one(folding: &mut Folding) {
+fn take_one(folding: &mut Folding, model: &Model) {
     let is_order = thread_rng().r#gen::<bool>();
     if is_order && let Ok(order) = folding.orders.try_recv() {
         folding.obey(order);
@@ -228,13 +240,13 @@ fn take_one(folding: &mut Folding) {
         folding.fold(delivery);
     }
     let waiting = folding.deliveries.len();
-    assert!(waiting <= WORKERS * (CELLS_OUT + 1), "{waiting} cells wait");
+    assert!(waiting <= model.size.workers * (CELLS_OUT + 1), "{waiting} cells wait");
 }
 
 /// What workers read before the moment until which the fold is complete is in the ledger.
 fn is_complete(folding: &Folding, model: &Model) {
     let complete_ms = folding.complete_until(clock::wall_ms());
-    for worker in 0..WORKERS {
+    for worker in 0..model.size.workers {
         let read = model.read[worker].lock().unwrap().iter().filter(|read_ms| **read_ms < complete_ms).count();
         let held = model.count(&format!("by.{worker}"));
         assert!(held >= read, "worker {worker} read {read} before {complete_ms}, and {held} are there");
@@ -259,9 +271,9 @@ fn flush(jobs: &Receiver<Job>, model: &Model, readers: &Fold) {
 }
 
 /// One execution: senders that read, workers, the fold, the flush, and time, which ends when all is read.
-fn execution() {
-    let (model, mut folding, readers) = Model::new();
-    let workers: Vec<_> = (0..WORKERS)
+fn execution(size: Size) {
+    let (model, mut folding, readers) = Model::new(size);
+    let workers: Vec<_> = (0..size.workers)
         .map(|number| {
             let socket = Arc::clone(&model.sockets[number]);
             let woken = Arc::clone(&socket);
@@ -277,7 +289,7 @@ fn execution() {
     let fold = thread::spawn(move || fold(folding, &of_fold));
     let (of_flush, committed) = shared();
     let flush = thread::spawn(move || flush(&taken, &of_flush, &committed));
-    let senders: Vec<_> = (0..READERS)
+    let senders: Vec<_> = (0..size.readers)
         .map(|number| {
             let (model, readers) = shared();
             thread::spawn(move || send_and_read(number, &model, &readers))
@@ -285,7 +297,7 @@ fn execution() {
         .collect();
     let sockets = model.sockets.clone();
     let time = thread::spawn(move || {
-        for _ in 0..TICKS {
+        for _ in 0..size.ticks {
             step();
             clock::MODEL_MS.set(clock::MODEL_MS.get().map(|now_ms| now_ms + TICK_MS));
             // As a wait that ends because a seal is due.
@@ -303,26 +315,29 @@ fn execution() {
         let id = SeriesId { kind: Kind::Counter, key: SeriesKey::parse(name) };
         model.kept.lock().unwrap().get(&id).map(|total| total.aggregate.samples() as usize)
     };
-    assert_eq!(kept("all"), Some(READERS * SENT + 1), "lost, or counted twice");
+    assert_eq!(kept("all"), Some(size.readers * size.sent + 1), "lost, or counted twice");
     assert_eq!(kept("late"), Some(1), "what came before the end is lost");
 }
 
-fn check(scheduler: impl Scheduler + 'static) {
+fn check(size: Size, scheduler: impl Scheduler + 'static) {
     let mut config = shuttle::Config::new();
     config.stack_size = 1 << 19;
+    config.max_steps = shuttle::MaxSteps::FailAfter(200_000);
     with_steps(another, || {
-        shuttle::Runner::new(scheduler, config).run(execution);
+        shuttle::Runner::new(scheduler, config).run(move || execution(size));
     });
     clock::MODEL_MS.set(None);
 }
 
 #[test]
 fn nothing_is_lost_counted_twice_or_told_too_early_in_any_order_of_steps() {
-    check(RandomScheduler::new(400));
+    check(LARGE, RandomScheduler::new(300));
+    check(SMALL, RandomScheduler::new(1_000));
 }
 
 /// The same in orders that let one thread run far ahead of the others, or starve.
 #[test]
 fn nothing_is_lost_counted_twice_or_told_too_early_when_threads_starve() {
-    check(PctScheduler::new(4, 400));
+    check(LARGE, PctScheduler::new(4, 100));
+    check(SMALL, PctScheduler::new(4, 500));
 }
