@@ -571,6 +571,23 @@ mod tests {
     }
 
     #[test]
+    fn a_sample_on_its_way_to_the_journal_while_its_series_expires_is_not_forgotten() {
+        let mut pair = pair();
+        let number = pair.count("a", 0);
+        pair.writer.take_changed();
+        assert_eq!(pair.writer.expire(|_| u64::MAX), [[number]]);
+        // Sealed before the shard hears of that; taken for the journal before the shard gives the number back.
+        pair.count("a", 1);
+        pair.shard.retire(&[number]);
+        assert_eq!(pair.writer.take_changed().len(), 1);
+        pair.writer.is_journal_behind = true;
+        pair.fold(both(2));
+        // The series returns, and the journal would tell of the first sample alone.
+        pair.count("a", 3);
+        assert_eq!(pair.state(Kind::Counter, "a").total.aggregate.samples(), 3);
+    }
+
+    #[test]
     fn what_a_wrong_clock_wrote_into_the_journal_holds_nothing_up() {
         let ahead_ms = BEGIN_MS + 86_400_000;
         let ahead = At { wall_ms: ahead_ms, steady_ms: ahead_ms };

@@ -321,6 +321,27 @@ fn execution(size: Size) {
     assert_eq!(kept("late"), Some(1), "what came before the end is lost");
 }
 
+#[test]
+fn a_worker_that_has_delivered_nothing_holds_windows_open() {
+    let (model, mut folding, _readers) = Model::new(LARGE);
+    let mut workers: Vec<_> = (0..LARGE.workers).map(|_| model.workers.register(|| {})).collect();
+    let complete = |folding: &mut Folding| {
+        while let Ok(delivery) = folding.deliveries.try_recv() {
+            folding.fold(delivery);
+        }
+        folding.complete_until(clock::wall_ms())
+    };
+    clock::MODEL_MS.set(Some(BEGIN_MS + INTERVAL_MS));
+    assert_eq!(complete(&mut folding), BEGIN_MS);
+    // Whichever is first.
+    for worker in workers.iter_mut().rev() {
+        assert_eq!(complete(&mut folding), BEGIN_MS);
+        worker.turn(Question::default());
+    }
+    assert_eq!(complete(&mut folding), BEGIN_MS + INTERVAL_MS);
+    clock::MODEL_MS.set(None);
+}
+
 fn check(size: Size, scheduler: impl Scheduler + 'static) {
     let mut config = shuttle::Config::new();
     config.stack_size = 1 << 19;
