@@ -1,9 +1,10 @@
 //! Everything at once: senders by every way, readers of JSON and of the scrape beside them, and series that idle so soon
 //! that they leave memory and return all the time. In the end each sample is accounted for.
 //!
-//! ThreadSanitizer takes an executable with a `std` of its own, put in the place of `target/debug/tallyd`; it ends with 66
-//! when it saw a race and writes which to standard error: `RUSTFLAGS=-Zsanitizer=thread cargo +nightly build -Zbuild-std
-//! --target x86_64-unknown-linux-gnu --target-dir target/tsan`. The gate leaves it out, since all is built anew for it.
+//! ThreadSanitizer takes an executable with a `std` of its own, to be put in the place of `target/debug/tallyd`:
+//! `RUSTFLAGS=-Zsanitizer=thread cargo +nightly build -Zbuild-std --target x86_64-unknown-linux-gnu --target-dir target/tsan`.
+//! With `TSAN_OPTIONS=log_path=races` each race it sees is in a file `races.*`. The gate leaves it out, since everything is
+//! built anew for it.
 
 use std::collections::HashMap;
 use std::io::Write;
