@@ -1,18 +1,18 @@
 //! A model of the hand-over: the workers and the fold as they are, in thousands of orders of their steps.
 //!
-//! [shuttle](https://docs.rs/shuttle) runs all threads of an execution one step at a time and chooses by a seed who takes
-//! the next one; before each step there is a call of [`step`], see `sync`. What is real here: `ingest.rs` whole (who asks,
-//! who owes, seal, deliver, give back, retire, close), and of `flush.rs` all that the fold's thread does in a turn. What
-//! stands for something that waits for the machine, and mirrors it line by line:
+//! [shuttle](https://docs.rs/shuttle) runs all threads of an execution one step at a time and chooses by a seed who
+//! takes the next one; before each step there is a call of [`step`], see `sync`. What is real here: `ingest.rs` whole
+//! (who asks, who owes, seal, deliver, give back, retire, close), and of `flush.rs` all that the fold's thread does in
+//! a turn. What stands for something that waits for the machine, and mirrors it line by line:
 //!
-//! - [`Reading::run`] for `Receiver::run` and `finish` of `listen/udp.rs`, with a queue for the socket. It blocks without a
-//!   time limit, so that a wake-up which is lost is found: nobody then goes on, and shuttle says so.
+//! - [`Reading::run`] for `Receiver::run` and `finish` of `listen/udp.rs`, with a queue for the socket. It blocks
+//!   without a time limit, so that a wake-up which is lost is found: nobody then goes on, and shuttle says so.
 //! - [`fold`] for the loop of `Folding::run`, and [`flush`] for that of `Flushing::run`, with a map for the journal.
 //! - the clock, which a thread of the model moves on.
 //!
-//! Steps are taken in one order at a time, as by sequentially consistent memory. What orders memory beside the channels is
-//! one atomic, `Workers::asked`: an asker adds to it with `Release` after what it sent, and a worker that reads the sum with
-//! `Acquire` reads its sockets after that.
+//! Steps are taken in one order at a time, as by sequentially consistent memory. What orders memory beside the channels
+//! is one atomic, `Workers::asked`: an asker adds to it with `Release` after what it sent, and a worker that reads the
+//! sum with `Acquire` reads its sockets after that.
 
 use std::collections::VecDeque;
 use std::sync::Mutex;

@@ -1,10 +1,10 @@
-//! Everything at once: senders by every way, readers of JSON and of the scrape beside them, and series that idle so soon
-//! that they leave memory and return all the time. In the end each sample is accounted for.
+//! Everything at once: senders by every way, readers of JSON and of the scrape beside them, and series that idle so
+//! soon that they leave memory and return all the time. In the end each sample is accounted for.
 //!
 //! ThreadSanitizer takes an executable with a `std` of its own, to be put in the place of `target/debug/tallyd`:
-//! `RUSTFLAGS=-Zsanitizer=thread cargo +nightly build -Zbuild-std --target x86_64-unknown-linux-gnu --target-dir target/tsan`.
-//! With `TSAN_OPTIONS=log_path=races` each race it sees is in a file `races.*`. The gate leaves it out, since everything is
-//! built anew for it.
+//! `RUSTFLAGS=-Zsanitizer=thread cargo +nightly build -Zbuild-std --target x86_64-unknown-linux-gnu --target-dir
+//! target/tsan`. With `TSAN_OPTIONS=log_path=races` each race it sees is in a file `races.*`. The gate leaves it out,
+//! since everything is built anew for it.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -210,8 +210,8 @@ fn packets_of(sent: &[usize], listener: &str) -> u64 {
     by.map(|(_, sent)| *sent as u64).sum()
 }
 
-/// Each packet was read, or dropped by the kernel, and each of its lines accepted or rejected. The answer is how many UDP
-/// packets were read.
+/// Each packet was read, or dropped by the kernel, and each of its lines accepted or rejected. The answer is how many
+/// UDP packets were read.
 fn lines_are_accounted_for(agent: &Agent, sent: &[usize]) -> u64 {
     let own = |name: &str, listener: &str| agent.own(name, &format!("listener=\"{listener}\"")) as u64;
     let drops = || agent.own("tallyd_kernel_drops_total", "") as u64;
