@@ -6,7 +6,7 @@
 //! a turn. What stands for something that waits for the machine, and mirrors it line by line:
 //!
 //! - [`Reading::run`] for `Receiver::run` and `finish` of `listen/udp.rs`, with a queue for the socket. It blocks
-//!   without a time limit, so that a wake-up which is lost is found: nobody then goes on, and shuttle says so.
+//!   without a time limit, so that a wake-up which is lost is found: the execution then ends at its most steps.
 //! - [`fold`] for the loop of `Folding::run`, and [`flush`] for that of `Flushing::run`, with a map for the journal.
 //! - the clock, which a thread of the model moves on.
 //!
