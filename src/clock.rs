@@ -60,14 +60,28 @@ impl Stamps {
     }
 }
 
+#[cfg(test)]
+thread_local! {
+    /// What this thread's clocks say in a model, whose threads share a time of their own.
+    pub(crate) static MODEL_MS: std::cell::Cell<Option<u64>> = const { std::cell::Cell::new(None) };
+}
+
 /// The wall clock in milliseconds since the epoch.
 pub fn wall_ms() -> u64 {
+    #[cfg(test)]
+    if let Some(model_ms) = MODEL_MS.get() {
+        return model_ms;
+    }
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
 /// Milliseconds since the epoch as they are if the wall clock was right when this was first asked and took no step since:
 /// for durations that outlive the process, such as those of rates. It never goes back.
 pub fn steady_ms() -> u64 {
+    #[cfg(test)]
+    if let Some(model_ms) = MODEL_MS.get() {
+        return model_ms;
+    }
     static BEGUN: OnceLock<(Instant, u64)> = OnceLock::new();
     let (since, wall_ms) = BEGUN.get_or_init(|| (Instant::now(), wall_ms()));
     wall_ms + since.elapsed().as_millis() as u64

@@ -6,16 +6,19 @@
 //!
 //! Metrics: `tallyd_series*`, `tallyd_fold_seconds`, `tallyd_flush*`, `tallyd_lost_total`.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use crossbeam_channel::RecvTimeoutError;
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
@@ -26,6 +29,7 @@ use crate::clock;
 use crate::ingest::{Delivery, Returned, Workers};
 use crate::sample::Kind;
 use crate::store::journal::{self, Journal};
+use crate::sync::{AtomicU64, Receiver, Sender, bounded, unbounded};
 use crate::telemetry;
 use crate::units::Time;
 
@@ -178,9 +182,10 @@ impl Running {
         begin_counters();
         let (orders, inbox) = unbounded();
         let status = Arc::new(Status::default());
+        let journal = parts.journal.clone();
         let mut folding = Folding::new(parts, inbox, Arc::clone(&status), config, limits)?;
         let mut threads = Vec::new();
-        if let Some(journal) = folding.journal.clone() {
+        if let Some(journal) = journal {
             let (jobs, taken) = bounded(1);
             let on_commit = std::mem::replace(&mut folding.on_commit, Box::new(|_| {}));
             let flushing =
@@ -227,6 +232,9 @@ struct Seen {
     last: bool,
 }
 
+/// Looks up the total of a series that the ledger does not hold.
+type Recall = Box<dyn Fn(&SeriesId) -> Option<Total> + Send>;
+
 /// The fold's thread.
 struct Folding {
     workers: Arc<Workers>,
@@ -235,7 +243,7 @@ struct Folding {
     ledger: Arc<Ledger>,
     writer: Writer,
     budget: Arc<Budget>,
-    journal: Option<Arc<Journal>>,
+    recall: Recall,
     on_commit: OnCommit,
     jobs: Option<Sender<Job>>,
     status: Arc<Status>,
@@ -243,6 +251,8 @@ struct Folding {
     handed_over: u64,
     /// Series that were deleted, and may still be in the journal: until this flush is in it.
     forgotten: HashMap<SeriesId, u64>,
+    /// When the fold began, which was before any worker.
+    begun_ms: u64,
     seen: Vec<Seen>,
     readers: Readers,
     deleted: Vec<SeriesId>,
@@ -287,7 +297,12 @@ impl Folding {
         if let Some(journal) = &parts.journal {
             restore(&mut writer, journal, limits).map_err(Error::Journal)?;
         }
-        writer.close_until(clock::wall_ms());
+        let begun_ms = clock::wall_ms();
+        writer.close_until(begun_ms);
+        let recall: Recall = match parts.journal {
+            Some(journal) => Box::new(move |id| recall(&journal, id)),
+            None => Box::new(|_| None),
+        };
         let interval_ms = config.interval.as_millis();
         Ok(Self {
             workers: parts.workers,
@@ -296,18 +311,19 @@ impl Folding {
             ledger,
             writer,
             budget,
-            journal: parts.journal,
+            recall,
             on_commit: parts.on_commit,
             jobs: None,
             status,
             handed_over: 0,
             forgotten: HashMap::new(),
+            begun_ms,
             seen: Vec::new(),
             readers: Readers { waiting: Vec::new(), open: None, opened: None },
             deleted: Vec::new(),
             deleters: Vec::new(),
             interval_ms,
-            next_flush_ms: next_multiple(clock::wall_ms(), interval_ms),
+            next_flush_ms: next_multiple(begun_ms, interval_ms),
             limits: limits.clone(),
             next_expiry: Instant::now() + expire_every(limits),
             stop: None,
@@ -322,11 +338,15 @@ impl Folding {
                 recv(self.orders) -> order => if let Ok(order) = order { self.obey(order) },
                 default(timeout) => {}
             }
-            self.answer_readers();
-            self.flush_if_due();
-            self.expire_if_due();
+            self.do_what_is_due();
         }
         self.finish();
+    }
+
+    fn do_what_is_due(&mut self) {
+        self.answer_readers();
+        self.flush_if_due();
+        self.expire_if_due();
     }
 
     fn is_done(&self) -> bool {
@@ -343,15 +363,16 @@ impl Folding {
 
     fn fold(&mut self, mut delivery: Delivery) {
         let begun = Instant::now();
-        let journal = self.journal.as_deref();
-        let forgotten = &self.forgotten;
-        let recall =
-            |id: &SeriesId| journal.filter(|_| !forgotten.contains_key(id)).and_then(|found| recall(found, id));
+        let is_journal_behind = self.is_journal_behind();
+        let (recall, forgotten) = (&self.recall, &self.forgotten);
+        let recall = |id: &SeriesId| if forgotten.contains_key(id) { None } else { recall(id) };
+        self.writer.is_journal_behind = is_journal_behind;
         self.writer.fold(delivery.worker, &mut delivery.sealed, sealed_at(delivery.at_ms), recall);
         self.workers.give_back(delivery.worker, Returned::Cells(delivery.sealed.cells));
         self.workers.sources().add(delivery.sources);
         if self.seen.len() <= delivery.worker {
-            self.seen.resize(delivery.worker + 1, Seen::default());
+            let unseen = Seen { complete_until_ms: self.begun_ms, ..Seen::default() };
+            self.seen.resize(delivery.worker + 1, unseen);
         }
         let Delivery { answers, complete_until_ms, last, .. } = delivery;
         self.seen[delivery.worker] = Seen { answers, complete_until_ms, last };
@@ -418,8 +439,10 @@ impl Folding {
     /// Until when all shards have delivered. One that is later than `LATE_MS` is not waited for, but nobody is late whose
     /// delivery waits here.
     fn complete_until(&self, now_ms: u64) -> u64 {
-        let delivered = self.seen.iter().filter(|seen| !seen.last).map(|seen| seen.complete_until_ms).min();
-        let delivered = delivered.unwrap_or(now_ms);
+        let delivered = self.seen.iter().filter(|seen| !seen.last).map(|seen| seen.complete_until_ms);
+        // A worker that has delivered nothing yet may have received something ever since it began.
+        let begun = (self.seen.len() < self.workers.len()).then_some(self.begun_ms);
+        let delivered = delivered.chain(begun).min().unwrap_or(now_ms);
         if self.deliveries.is_empty() { delivered.max(now_ms.saturating_sub(LATE_MS)) } else { delivered }
     }
 
@@ -456,14 +479,10 @@ impl Folding {
     }
 
     fn expire_if_due(&mut self) {
-        if Instant::now() < self.next_expiry {
+        if Instant::now() < self.next_expiry || self.is_journal_behind() {
             return;
         }
         self.next_expiry = Instant::now() + expire_every(&self.limits);
-        if self.jobs.is_some() && self.status.flush.load(Ordering::Acquire) < self.handed_over {
-            // The journal is behind, or cannot be written: a series freed now could come back from it as it was before.
-            return;
-        }
         let now_ms = clock::steady_ms();
         let Limits { idle, idle_gauges } = self.limits;
         let before_ms = |kind| now_ms.saturating_sub(if kind == Kind::Gauge { idle_gauges } else { idle }.as_millis());
@@ -473,6 +492,11 @@ impl Folding {
             }
         }
         self.publish();
+    }
+
+    /// Whether the journal is behind, or cannot be written: a series freed now could come back from it as it was before.
+    fn is_journal_behind(&self) -> bool {
+        self.jobs.is_some() && self.status.flush.load(Ordering::Acquire) < self.handed_over
     }
 
     fn publish(&mut self) {

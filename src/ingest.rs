@@ -13,12 +13,11 @@ pub mod sources;
 mod tally;
 
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use crossbeam_channel::{Receiver, Sender, unbounded};
 
 pub use events::{Events, KeptCheck, KeptEvent, Received};
 use group::{Group, Room};
@@ -35,6 +34,7 @@ use crate::clock::Clock;
 use crate::mapping::Mapping;
 use crate::protocol::{self, Body, Event, Parser, Reject, ServiceCheck, Sink};
 use crate::sample::{Identity, Kind, Reason, Sample, Value, WireType};
+use crate::sync::{AtomicU64, Receiver, Sender, unbounded};
 use crate::telemetry;
 
 /// By which way bytes came in.
@@ -265,7 +265,7 @@ impl Workers {
 }
 
 /// How many seals of a worker may be on their way.
-const CELLS_OUT: usize = 3;
+pub(crate) const CELLS_OUT: usize = 3;
 
 /// One owner of sockets with its shard.
 pub struct Worker {

@@ -9,8 +9,8 @@
 //!
 //! It goes one way. `protocol` knows bytes and nothing else, `aggregate` knows numbers, `mapping` knows names and what
 //! Prometheus is to see in their place; all three are pure, and everything that can fail stands around them. Nothing on
-//! the right is ever waited for by anything on the left. The words that all share are in `sample`, `units`, `clock` and
-//! `telemetry`; `config`, `agent` and `cli` put the parts together.
+//! the right is ever waited for by anything on the left. The words that all share are in `sample`, `units`, `clock`, `sync`
+//! and `telemetry`; `config`, `agent` and `cli` put the parts together.
 
 // Blank lines keep the order, which is that of the way and not of the alphabet.
 
@@ -37,6 +37,8 @@ pub mod http;
 pub mod units;
 
 pub mod clock;
+
+pub mod sync;
 
 pub mod telemetry;
 

@@ -17,7 +17,7 @@ use super::{Aggregate, Counter, Gauge, Marks, Observed, Sum, series};
 use crate::sample::{Kind, Reason, Value};
 
 /// What came into one series.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Copy, Default)]
 enum Cell {
     /// Nothing.
     #[default]

@@ -41,6 +41,8 @@ pub struct Writer {
     /// The number of the flush that will carry what is folded now; kept only with a remote store.
     flush: u64,
     remote: bool,
+    /// The journal does not have all that was taken for it, so no series may go that would be looked for there.
+    pub is_journal_behind: bool,
     /// Series of a kind that were not folded since then were idle when expiry was asked for last.
     idle_before_ms: [u64; Kind::ALL.len()],
     /// Series in the ledger, by kind.
@@ -67,6 +69,7 @@ impl Writer {
             changed: Vec::new(),
             flush,
             remote,
+            is_journal_behind: false,
             idle_before_ms: [0; Kind::ALL.len()],
             held: [0; Kind::ALL.len()],
             created: [0; Kind::ALL.len()],
@@ -320,8 +323,8 @@ impl Writer {
         if series.holders.fetch_sub(1, Ordering::Relaxed) > 1 {
             // The shard gave the whole charge back, and another still holds the series.
             self.budget.force(1, 0);
-        } else if series.listed.load(Ordering::Relaxed) && !self.is_idle(&series) {
-            // Samples were on their way when the shard was asked. The ledger holds the series until it is idle again.
+        } else if series.listed.load(Ordering::Relaxed) && (self.is_journal_behind || !self.is_idle(&series)) {
+            // Samples were on their way when the shard was asked, and may be still, to the journal. The ledger holds the series until it is idle again.
             self.budget.force(1, self.budget.cost(series.id()));
         } else {
             self.forget(&series);
@@ -576,6 +579,23 @@ mod tests {
         assert_eq!(pair.budget.bytes(), 0);
         pair.count("a", 2);
         assert_eq!(pair.budget.bytes(), charged);
+    }
+
+    #[test]
+    fn a_sample_on_its_way_to_the_journal_while_its_series_expires_is_not_forgotten() {
+        let mut pair = pair();
+        let number = pair.count("a", 0);
+        pair.writer.take_changed();
+        assert_eq!(pair.writer.expire(|_| u64::MAX), [[number]]);
+        // Sealed before the shard hears of that; taken for the journal before the shard gives the number back.
+        pair.count("a", 1);
+        pair.shard.retire(&[number]);
+        assert_eq!(pair.writer.take_changed().len(), 1);
+        pair.writer.is_journal_behind = true;
+        pair.fold(both(2));
+        // The series returns, and the journal would tell of the first sample alone.
+        pair.count("a", 3);
+        assert_eq!(pair.state(Kind::Counter, "a").total.aggregate.samples(), 3);
     }
 
     #[test]

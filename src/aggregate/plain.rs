@@ -99,7 +99,7 @@ impl Windows {
             let Some(window) = window else { return Some((0, 0)) };
             let number = u32::try_from(window.start_ms / window_ms).ok()?;
             let samples = u32::try_from(window.aggregate.samples()).ok()?;
-            (samples > 0 && window.start_ms % window_ms == 0).then_some((number, samples))
+            (samples > 0 && window.start_ms.is_multiple_of(window_ms)).then_some((number, samples))
         };
         let (number, samples) = one(state.window.as_ref())?;
         let (before, before_samples) = one(state.before.as_ref())?;
@@ -308,7 +308,7 @@ impl Few {
             && exact.len() <= EXACT_MAX
             && exact.iter().all(|(_, weight)| *weight == 1.0)
             && exact.last().is_some_and(|(value, _)| value.to_bits() == last.to_bits())
-            && start_ms % window_ms == 0;
+            && start_ms.is_multiple_of(window_ms);
         let number = u32::try_from(start_ms / window_ms).ok().filter(|_| fits)?;
         let after_ms = after_ms(last_ms, start_ms)?;
         Some(Self { number, after_ms, readings: exact.iter().map(|(value, _)| *value).collect() })
@@ -381,10 +381,10 @@ mod tests {
     }
 
     fn content(kind: Kind, number: f64, at_ms: u64) -> Content<'static> {
-        match kind {
-            Kind::Counter => Content::Increments { sum: number, samples: 2 },
-            _ => Content::Set { value: number, at_ms, samples: 3 },
+        if kind == Kind::Counter {
+            return Content::Increments { sum: number, samples: 2 };
         }
+        Content::Set { value: number, at_ms, samples: 3 }
     }
 
     /// Some readings of a timer, of which every order of additions gives the same sums.

@@ -476,13 +476,13 @@ mod tests {
     use std::collections::HashMap;
     use std::sync::Arc;
 
-    use crossbeam_channel::Receiver;
     use proptest::prelude::*;
 
     use super::*;
     use crate::aggregate::shard::{self, Budget};
     use crate::ingest::{self, Delivery, Returned, Settings, Times, Worker, Workers};
     use crate::protocol;
+    use crate::sync::Receiver;
 
     /// Workers whose seals are added up as the fold does it, and what their tallies counted.
     struct Agent {

@@ -222,7 +222,7 @@ impl Burst {
                     self.slots.at(self.first + i * self.stride),
                     (header.msg_len as usize).min(self.slot),
                 ),
-                segment: self.segment(i, header.msg_hdr.msg_controllen as usize).unwrap_or(usize::MAX),
+                segment: self.segment(i, header.msg_hdr.msg_controllen as _).unwrap_or(usize::MAX),
                 datagram_max: self.datagram_max,
                 cut: header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0,
                 source: self.source(i, header),
@@ -251,7 +251,7 @@ impl Burst {
             return address(unsafe { &*self.names.at(i) }, header.msg_hdr.msg_namelen).map(Address::Inet);
         };
         // SAFETY: as above, of the control message.
-        process(unsafe { &*controls.at(i) }, header.msg_hdr.msg_controllen as usize)
+        process(unsafe { &*controls.at(i) }, header.msg_hdr.msg_controllen as _)
     }
 }
 

@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::Receiver;
 use socket2::{Domain, Socket, Type};
 
 use super::burst::Outgoing;
@@ -21,6 +20,7 @@ use crate::clock;
 use crate::ingest::{Delivery, Rejects, Returned, Settings, Times};
 use crate::protocol;
 use crate::sample::Reason;
+use crate::sync::Receiver;
 
 /// Seals come only when they are asked for.
 const RARELY: Times = Times { interval_ms: 3_600_000, window_ms: 3_600_000 };

@@ -193,6 +193,13 @@ impl Agent {
         of_name.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
     }
 
+    /// A row of its `/proc/self/status` in bytes: `VmRSS`, what it holds now, or `VmHWM`, the most it held.
+    pub fn memory(&self, row: &str) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let row = status.lines().find_map(|line| line.strip_prefix(row)).unwrap();
+        row.trim_matches([':', '\t', ' ', 'k', 'B']).parse::<u64>().unwrap() << 10
+    }
+
     /// Sends a signal by its name.
     pub fn signal(&self, name: &str) {
         let status = Command::new("kill").args([format!("-{name}"), self.child.id().to_string()]).status().unwrap();

@@ -35,6 +35,8 @@ const LEFT: &[(&str, &str)] = &[
 /// The length of the agents' windows.
 const WINDOW_MS: u64 = 5_000;
 
+const QUANTILES: &str = "0,0.05,0.25,0.5,0.75,0.9,0.95,0.99,0.999,1";
+
 fn cases() -> Vec<Value> {
     let text = include_str!("../corpus/aggregation.jsonl");
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
@@ -173,7 +175,8 @@ fn window_now() -> (u64, u64) {
 fn listed(agent: &Agent, window_ms: u64) -> Vec<Value> {
     until("the window to close", || {
         (window_now().0 > window_ms).then_some(())?;
-        let metrics = agent.get("/data/metrics?limit=1000").json().as_array().unwrap().clone();
+        let metrics =
+            agent.get(&format!("/data/metrics?limit=1000&quantiles={QUANTILES}")).json().as_array().unwrap().clone();
         let starts: Vec<_> = metrics.iter().filter_map(|metric| metric["window"]["start"].as_u64()).collect();
         assert!(starts.iter().all(|start| *start <= window_ms), "too late for the window {window_ms}: {starts:?}");
         (!starts.is_empty() && starts.iter().all(|start| *start == window_ms)).then_some(metrics)
@@ -204,6 +207,64 @@ fn windows_have_the_figures_of_the_corpus() {
         }
         let metrics = [listed(&agent, window_ms), listed(&absolute, window_ms)].concat();
         of_step.iter().for_each(|(case, step)| compare_window(case, step, &metrics));
+    }
+}
+
+/// How many timings each series of a test has. In windows the first 64 are kept as they are.
+const TIMINGS: [usize; 5] = [1, 16, 64, 65, 1_000];
+
+/// How far from it the middle of a bucket may be: buckets of the finest scale grow by 2^(1/64).
+const ERROR_MAX: f64 = 0.005_415_3;
+
+fn timings(count: usize) -> Vec<f64> {
+    (0..count).map(|n| ((n * 7_919) % 1_009) as f64 + 0.125).collect()
+}
+
+/// Sends the timings in two seals of one window, whose start is the answer; none when it ended before all were counted.
+fn send_timings(agent: &Agent, name: &str) -> Option<u64> {
+    let (window_ms, _) = window_now();
+    let counted = || agent.own("tallyd_samples_total", "listener=\"tcp\"") as usize;
+    let mut sent = counted();
+    for half in 0..2 {
+        let mut stream = agent.connect();
+        for count in TIMINGS {
+            let timings = timings(count);
+            let (first, second) = timings.split_at(count / 2);
+            let half = [first, second][half];
+            let lines: String = half.iter().map(|timing| format!("{name}.{count}:{timing}|ms\n")).collect();
+            stream.write_all(lines.as_bytes()).unwrap();
+            sent += half.len();
+        }
+        // Who looks asks for a seal.
+        until("all to be counted", || (counted() == sent).then_some(()));
+    }
+    (window_now().0 == window_ms).then_some(window_ms)
+}
+
+#[test]
+fn the_first_64_samples_of_a_window_are_exact_and_more_are_close() {
+    let agent = Agent::start(&[&format!("flush.window={WINDOW_MS}ms")]);
+    let mut attempt = 0;
+    let window_ms = until("all to be in one window", || {
+        attempt += 1;
+        send_timings(&agent, &format!("of{attempt}"))
+    });
+    let metrics = listed(&agent, window_ms);
+    let metrics: Vec<_> = metrics.iter().filter(|metric| text(metric, "level") == format!("of{attempt}")).collect();
+    assert_eq!(metrics.len(), TIMINGS.len());
+    for metric in metrics {
+        let count = text(metric, "name").parse().unwrap();
+        assert_eq!(metric["window"]["count"], count);
+        let mut sorted = timings(count);
+        sorted.sort_unstable_by(f64::total_cmp);
+        let quantiles = metric["window"]["quantiles"].as_object().unwrap();
+        assert!(quantiles.len() > 5, "{metric}");
+        for (q, have) in quantiles {
+            let rank = (q.parse::<f64>().unwrap() * count as f64).ceil() as usize;
+            let (want, have) = (sorted[rank.max(1) - 1], have.as_f64().unwrap());
+            let error = (have / want - 1.0).abs();
+            assert!(error <= if count <= 64 { 0.0 } else { ERROR_MAX }, "{q} of {count}: {have} for {want}");
+        }
     }
 }
 
