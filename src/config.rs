@@ -209,7 +209,7 @@ keys! {
     "listen.workers", Restart, "Threads that read UDP. 0: one per core.";
     "listen.receive_buffer", Restart, "Asked of the kernel for each UDP socket.";
     "listen.udp_gro", Restart, "true: datagrams of one sender may be read as one where it sends such trains (UDP_SEGMENT). A train that is dropped counts as one drop.";
-    "listen.linger", Restart, "Rest of a worker that has emptied its socket while traffic flows: fewer wake-ups, as much latency.";
+    "listen.linger", Restart, "Longest rest of a worker that has emptied its socket while traffic flows, as far as the receive buffer allows: fewer wake-ups.";
 
     "http", Restart, "Where requests come in.";
     "http.ingest", Restart, "POST /ingest/metrics.";

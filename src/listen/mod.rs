@@ -58,7 +58,7 @@ pub struct Config {
     /// Whether the kernel may hand over consecutive datagrams of one sender at once. It then counts those that it drops
     /// together as one.
     pub udp_gro: bool,
-    /// How long a UDP worker that has emptied its sockets rests while traffic flows; 0 for not at all.
+    /// How long a UDP worker that has emptied its sockets rests at most while traffic flows; 0 for not at all. Readers end it.
     pub linger: Time,
 }
 
@@ -77,7 +77,7 @@ impl Default for Config {
             receive_buffer: Size(8 << 20),
             // Drops are to be counted exactly, and few clients send what can be joined (`benches/receive.rs`).
             udp_gro: false,
-            linger: Time::millis(1),
+            linger: Time::millis(5),
         }
     }
 }
