@@ -1,7 +1,7 @@
 //! What threads hand things to each other by: channels, and the counters that go with them.
 //!
 //! They are those of crossbeam and `std`, and nothing more. In the library's own tests each of their steps is a place
-//! where a model may let another thread go first ([`with_steps`]): `flush/tests.rs` so leads the real hand-over through
+//! where a model may let another thread go first (`with_steps`): `flush/tests.rs` so leads the real hand-over through
 //! many orders of steps. Without a model these steps are as they always are.
 
 #[cfg(not(test))]

@@ -1,7 +1,7 @@
 //! Who sends, and what becomes of it, for `GET /data/sources`.
 //!
 //! A source is a sender on one kind of listener: an IP address, whatever its port, or the process behind a unix socket.
-//! A line costs nothing here. A worker's [`Table`] is told with each datagram who sent it; what the tally counted
+//! A line costs nothing here. A worker's table is told with each datagram who sent it; what the tally counted
 //! meanwhile is put down to a source when another one sends, or at a seal. The seal hands the figures over to the fold,
 //! which adds them to those of all workers, [`Sources`], where readers find them.
 //!
