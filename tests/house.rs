@@ -189,3 +189,13 @@ fn unsafe_code_stands_only_where_it_is_fenced() {
         assert!(!fenced || may, "{} allows unsafe code", file.display());
     }
 }
+
+#[test]
+fn every_file_of_tests_is_run() {
+    let main = fs::read_to_string(root().join("tests/it/main.rs")).unwrap();
+    for file in rust_files(&root().join("tests/it")) {
+        let name = file.file_stem().unwrap().to_str().unwrap();
+        let is_part = name == "main" || main.lines().any(|line| line == format!("mod {name};"));
+        assert!(is_part, "{} is not named in main.rs", file.display());
+    }
+}

@@ -28,4 +28,6 @@ mod mapping;
 mod prometheus;
 mod readme;
 mod redis;
+mod sources;
+mod stress;
 mod unix;
