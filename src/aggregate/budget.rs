@@ -116,7 +116,7 @@ const fn identity_bytes(kind: Kind) -> i64 {
 const UNSHIPPED_BYTES: i64 = 700;
 
 /// What a further spelling costs beside its bytes.
-const SPELLING_BYTES: i64 = 32;
+const SPELLING_BYTES: i64 = 40;
 
 /// New series leave this part of the memory for the growth of those there are: a flood of names takes no precision from them.
 const GROWTH_PART: i64 = 8;

@@ -649,6 +649,23 @@ mod tests {
     }
 
     #[test]
+    fn windows_of_months_are_as_any_others() {
+        let window_ms = 60 * 86_400_000;
+        let budget = Arc::new(Budget::new(&Limits::default()));
+        let writer = Writer::new(Arc::new(Ledger::new(window_ms)), Arc::clone(&budget), false, 1);
+        let mut pair = Pair { shard: Shard::new(Arc::clone(&budget)), writer, budget };
+        let start_ms = BEGIN_MS - BEGIN_MS % window_ms;
+        for (kind, at_ms) in [(Kind::Counter, BEGIN_MS), (Kind::Gauge, BEGIN_MS), (Kind::Timer, BEGIN_MS)] {
+            for _ in 0..2 {
+                pair.send(kind, kind.letter(), &Value::Numbers(&[3.0]), at_ms);
+                pair.fold(At { wall_ms: at_ms, steady_ms: at_ms });
+            }
+            let window = pair.state(kind, kind.letter()).window.unwrap();
+            assert_eq!((window.start_ms, window.aggregate.samples()), (start_ms, 2), "{kind:?}");
+        }
+    }
+
+    #[test]
     fn precision_that_is_given_up_is_counted() {
         let mut pair = pair();
         for number in 0..2_100_i32 {

@@ -25,7 +25,7 @@ use crate::sample::{Kind, SeriesKey};
 pub struct Series {
     id: Arc<SeriesId>,
     held: Mutex<Held>,
-    /// The length of a window.
+    /// The length of a window, where `held` needs it: 0 for one that does not fit.
     window_ms: u32,
     /// The rest is the writer's own: how many shards know the series; whether it stands in a map, as it does from its
     /// first sample on and not after a reset; whether the next flush takes it; when it was folded last.
@@ -44,7 +44,7 @@ impl Series {
         Self {
             id,
             held: Mutex::new(held),
-            window_ms: window_ms as u32,
+            window_ms: u32::try_from(window_ms).unwrap_or(0),
             holders: AtomicU16::new(0),
             listed: AtomicBool::new(false),
             changed: AtomicBool::new(false),

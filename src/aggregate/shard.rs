@@ -84,8 +84,8 @@ pub const IGNORED: u32 = u32::MAX;
 /// How many bytes of such identities a shard remembers. Past it, it forgets them all and asks again.
 const IGNORED_BYTES_MAX: usize = 4 << 20;
 
-/// What each of them takes in the index beside its record.
-const SLOT_BYTES: usize = 16;
+/// What each of them takes beside its bytes: the head of its record, and slots of a table that is half empty.
+const SLOT_BYTES: usize = 40;
 
 impl Shard {
     /// An empty shard that draws on a budget.

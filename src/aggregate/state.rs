@@ -314,6 +314,8 @@ impl Held {
     }
 
     fn plain(kind: Kind, state: &State, window_ms: u64) -> Option<Self> {
+        // A series keeps the length in 32 bits, enough for windows of 49 days; it is asked for it only in these forms.
+        u32::try_from(window_ms).ok()?;
         match kind {
             Kind::Counter => PlainCounter::of(state, window_ms).map(Self::Counter),
             Kind::Gauge => PlainGauge::of(state, window_ms).map(Self::Gauge),
