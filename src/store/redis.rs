@@ -1,7 +1,7 @@
 //! Redis as the place that many agents share: the layout, the scripts and the connection to it.
 //!
 //! Every write is a script that compares a sequence and applies a batch in one atomic unit, so a batch counts once,
-//! however often it is sent. Every key of a script stands in one partition, whose number in braces is the hash tag that
+//! however often it is sent. Where the server forbids scripts, `transaction` does the same. Every key of a script stands in one partition, whose number in braces is the hash tag that
 //! keeps them on one node of a cluster. Needs Redis 5 or later, or Valkey. Here nothing retries and nothing waits longer
 //! than `limits.redis_connect` and `limits.redis_reply`; `ship` does the one, its caller the other.
 //!
@@ -39,17 +39,19 @@ mod read;
 pub(crate) mod server;
 #[cfg(test)]
 mod tests;
+mod transaction;
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, Client, Cmd, ErrorKind, Script, ServerErrorKind, Value};
+use redis::{Arg, AsyncConnectionConfig, Client, Cmd, ErrorKind, Script, ServerErrorKind, Value};
 use serde::{Deserialize, Serialize};
 
 pub(super) use durability::Durability;
 pub use read::{Cursor, Page, RedisReader, Stored};
+use transaction::{Transactions, What};
 
 use super::{Batch, Partition, partition};
 use crate::sample::{Kind, SeriesKey};
@@ -128,13 +130,15 @@ pub enum Error {
     Loading,
     /// The server answered with another error.
     Refused,
+    /// Others changed what a transaction reads, again and again.
+    Contended,
     /// An answer, or a key in the store, that is not of our making.
     Foreign,
 }
 
 impl Error {
     /// All that may come while an agent runs; the other two are told at its start.
-    pub(super) const RUNNING: [Self; 9] = [
+    pub(super) const RUNNING: [Self; 10] = [
         Self::Connect,
         Self::Denied,
         Self::Dropped,
@@ -143,6 +147,7 @@ impl Error {
         Self::ReadOnly,
         Self::Loading,
         Self::Refused,
+        Self::Contended,
         Self::Foreign,
     ];
 
@@ -159,6 +164,7 @@ impl Error {
             Self::ReadOnly => "read_only",
             Self::Loading => "loading",
             Self::Refused => "refused",
+            Self::Contended => "contended",
             Self::Foreign => "foreign",
         }
     }
@@ -170,7 +176,7 @@ impl Error {
         match self {
             Self::Url | Self::Prefix | Self::Connect | Self::Denied | Self::Dropped | Self::Timeout => true,
             Self::ReadOnly | Self::Loading => true,
-            Self::OutOfMemory | Self::Refused | Self::Foreign => false,
+            Self::OutOfMemory | Self::Refused | Self::Contended | Self::Foreign => false,
         }
     }
 }
@@ -188,6 +194,7 @@ impl fmt::Display for Error {
             Self::ReadOnly => "Redis takes no writes: it is a replica, or cannot save its data",
             Self::Loading => "Redis is loading its data",
             Self::Refused => "Redis answered with an error",
+            Self::Contended => "Redis is changed by others faster than a transaction can follow",
             Self::Foreign => "Redis holds something at our keys that tallyd did not write",
         })
     }
@@ -362,26 +369,33 @@ fn series_of(member: &str) -> Option<(Kind, SeriesKey)> {
     Some((Kind::from_letter(letter)?, SeriesKey::from_canonical(key)))
 }
 
+/// A script, and what it does.
+#[derive(Debug)]
+struct Named {
+    what: What,
+    script: Script,
+}
+
 /// The scripts, ready to be called by their digest.
 #[derive(Debug)]
 struct Scripts {
-    claim: Script,
-    apply: Script,
-    poll: Script,
-    delete: Script,
-    read: Script,
+    claim: Named,
+    apply: Named,
+    poll: Named,
+    delete: Named,
+    read: Named,
 }
 
 impl Default for Scripts {
     fn default() -> Self {
         const COMMON: &str = include_str!("redis/common.lua");
-        let with_common = |script: &str| Script::new(&format!("{COMMON}\n{script}"));
+        let with_common = |what, script: &str| Named { what, script: Script::new(&format!("{COMMON}\n{script}")) };
         Self {
-            claim: with_common(include_str!("redis/claim.lua")),
-            apply: with_common(include_str!("redis/apply.lua")),
-            poll: with_common(include_str!("redis/poll.lua")),
-            delete: with_common(include_str!("redis/delete.lua")),
-            read: Script::new(include_str!("redis/read.lua")),
+            claim: with_common(What::Claim, include_str!("redis/claim.lua")),
+            apply: with_common(What::Apply, include_str!("redis/apply.lua")),
+            poll: with_common(What::Poll, include_str!("redis/poll.lua")),
+            delete: with_common(What::Delete, include_str!("redis/delete.lua")),
+            read: Named { what: What::Read, script: Script::new(include_str!("redis/read.lua")) },
         }
     }
 }
@@ -391,6 +405,8 @@ impl Default for Scripts {
 pub(super) struct Connection {
     wire: MultiplexedConnection,
     scripts: Arc<Scripts>,
+    /// Instead of the scripts, where the server forbids them.
+    transactions: Option<Arc<Transactions>>,
     names: Names,
 }
 
@@ -401,24 +417,35 @@ impl fmt::Debug for Connection {
 }
 
 impl Connection {
-    /// Connects and loads the scripts.
+    /// Connects and loads the scripts, or finds out that the server forbids them.
     pub(super) async fn open(config: &Config, limits: &Limits) -> Result<Self, Error> {
-        let client = Client::open(config.url.as_str()).map_err(|_| Error::Url)?;
-        let settings = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(limits.redis_connect.0))
-            .set_response_timeout(Some(limits.redis_reply.0))
-            .set_pipeline_buffer_size(64)
-            .set_write_backpressure_boundary(256 << 10);
-        let connected = client.get_multiplexed_async_connection_with_config(&settings).await;
-        let mut wire = connected.map_err(|error| {
-            let error = Error::from(&error);
-            if matches!(error, Error::Dropped | Error::Timeout) { Error::Connect } else { error }
-        })?;
-        let scripts = Scripts::default();
-        for script in [&scripts.claim, &scripts.apply, &scripts.poll, &scripts.delete, &scripts.read] {
-            script.load_async(&mut wire).await?;
+        let wire = wire(config, limits).await?;
+        let names = Names::new(&config.prefix);
+        let mut connection = Self { wire, scripts: Arc::default(), transactions: None, names };
+        if connection.are_scripts_forbidden().await? {
+            tracing::info!("the store forbids scripts; batches are applied by WATCH and MULTI");
+            connection.transactions = Some(Arc::new(Transactions::new(config, limits)));
         }
-        Ok(Self { wire, scripts: Arc::new(scripts), names: Names::new(&config.prefix) })
+        Ok(connection)
+    }
+
+    /// Loads the scripts and tries one. Another server, or another user, may well allow them.
+    async fn are_scripts_forbidden(&self) -> Result<bool, Error> {
+        let scripts = Arc::clone(&self.scripts);
+        let load = async {
+            let mut wire = self.wire.clone();
+            for named in [&scripts.claim, &scripts.apply, &scripts.poll, &scripts.delete, &scripts.read] {
+                named.script.load_async(&mut wire).await?;
+            }
+            let mut call = Call::new(&scripts.read, [self.names.of(0, "seq")]);
+            call.text("");
+            wire.send_packed_command(&call.command).await.and_then(Value::extract_error)
+        };
+        match load.await {
+            Ok(_) => Ok(false),
+            Err(error) if is_forbidden(&error) => Ok(true),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Makes the asker the owner of its sequence of a partition, where the present owner is nobody or among `known`.
@@ -484,41 +511,73 @@ impl Connection {
 
     /// Calls a script, loading it again where the server has forgotten it (`SCRIPT FLUSH`).
     async fn call(&self, call: Call<'_>) -> Result<Value, Error> {
+        if let Some(transactions) = &self.transactions {
+            let words = call.words().ok_or(Error::Foreign)?;
+            let (keys, arguments) = words.split_at(call.keys);
+            return transactions.run(call.named.what, keys, arguments).await;
+        }
         let mut wire = self.wire.clone();
         let mut answer = wire.send_packed_command(&call.command).await.and_then(Value::extract_error);
         if answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::Server(ServerErrorKind::NoScript)) {
-            call.script.load_async(&mut wire).await?;
+            call.named.script.load_async(&mut wire).await?;
             answer = wire.send_packed_command(&call.command).await.and_then(Value::extract_error);
         }
         Ok(answer?)
     }
 }
 
+/// Connects.
+async fn wire(config: &Config, limits: &Limits) -> Result<MultiplexedConnection, Error> {
+    let client = Client::open(config.url.as_str()).map_err(|_| Error::Url)?;
+    let settings = AsyncConnectionConfig::new()
+        .set_connection_timeout(Some(limits.redis_connect.0))
+        .set_response_timeout(Some(limits.redis_reply.0))
+        .set_pipeline_buffer_size(64)
+        .set_write_backpressure_boundary(256 << 10);
+    client.get_multiplexed_async_connection_with_config(&settings).await.map_err(|error| {
+        let error = Error::from(&error);
+        if matches!(error, Error::Dropped | Error::Timeout) { Error::Connect } else { error }
+    })
+}
+
+/// Whether the server has a command but not for this user, or does not have it.
+fn is_forbidden(error: &redis::RedisError) -> bool {
+    error.code() == Some("NOPERM") || error.detail().is_some_and(|detail| detail.starts_with("unknown command"))
+}
+
 /// The call of a script, under way to the wire.
 struct Call<'a> {
-    script: &'a Script,
+    named: &'a Named,
     command: Cmd,
+    keys: usize,
 }
 
 impl<'a> Call<'a> {
-    fn new<K: AsRef<str>>(script: &'a Script, keys: impl IntoIterator<Item = K, IntoIter: ExactSizeIterator>) -> Self {
-        Self::sized(script, keys, 0, 256)
+    fn new<K: AsRef<str>>(named: &'a Named, keys: impl IntoIterator<Item = K, IntoIter: ExactSizeIterator>) -> Self {
+        Self::sized(named, keys, 0, 256)
     }
 
     /// With room for so many arguments and bytes.
     fn sized<K: AsRef<str>>(
-        script: &'a Script,
+        named: &'a Named,
         keys: impl IntoIterator<Item = K, IntoIter: ExactSizeIterator>,
         arguments: usize,
         bytes: usize,
     ) -> Self {
         let keys = keys.into_iter();
-        let mut command = Cmd::with_capacity(3 + keys.len() + arguments, bytes);
-        command.arg("EVALSHA").arg(script.get_hash()).arg(keys.len());
+        let count = keys.len();
+        let mut command = Cmd::with_capacity(3 + count + arguments, bytes);
+        command.arg("EVALSHA").arg(named.script.get_hash()).arg(count);
         keys.for_each(|key| {
             command.arg(key.as_ref());
         });
-        Self { script, command }
+        Self { named, command, keys: count }
+    }
+
+    /// Its keys and then its arguments.
+    fn words(&self) -> Option<Vec<&str>> {
+        let text = |word| if let Arg::Simple(bytes) = word { std::str::from_utf8(bytes).ok() } else { None };
+        self.command.args_iter().skip(3).map(text).collect()
     }
 
     fn text(&mut self, text: &str) -> &mut Self {

@@ -46,6 +46,29 @@ fn two_agents_share_one_total() {
 }
 
 #[test]
+fn agents_share_one_total_where_scripts_are_forbidden() {
+    let redis = Redis::start();
+    redis.cli(&["ACL", "SETUSER", "default", "-@scripting"]);
+    let (mut a, b) = (agent(&redis), agent(&redis));
+    for (agent, count) in [(&a, 5), (&b, 7)] {
+        agent.datagram(format!("shared:{count}|c\nt:{count}|ms\nu:{count}|s\nu:x|s\ng:{count}|g\nm:{count}|m"));
+        agent.wait_for("g", "value", count);
+    }
+    for reader in [&a, &b] {
+        reader.wait_for("shared", "value", 12);
+        reader.wait_for("t", "sum", 12);
+        reader.wait_for("u", "value", 3);
+        reader.wait_for("m", "count", 12);
+    }
+    until("the store to hold it", || (stored(&redis, "shared") == 12.0).then_some(()));
+    a = a.restart_after("KILL");
+    a.datagram("shared:1|c");
+    b.wait_for("shared", "value", 13);
+    assert_eq!(b.delete("/data/metrics/shared").status, 200);
+    until("the other agent to reset", || a.get("/data/metrics/shared?scope=local").status.eq(&404).then_some(()));
+}
+
+#[test]
 fn a_sample_is_in_the_next_global_read() {
     let redis = Redis::start();
     let agent = agent(&redis);
