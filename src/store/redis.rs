@@ -1,9 +1,10 @@
 //! Redis as the place that many agents share: the layout, the scripts and the connection to it.
 //!
 //! Every write is a script that compares a sequence and applies a batch in one atomic unit, so a batch counts once,
-//! however often it is sent. Where the server forbids scripts, `transaction` does the same. Every key of a script stands in one partition, whose number in braces is the hash tag that
-//! keeps them on one node of a cluster. Needs Redis 5 or later, or Valkey. Here nothing retries and nothing waits longer
-//! than `limits.redis_connect` and `limits.redis_reply`; `ship` does the one, its caller the other.
+//! however often it is sent. Where the server forbids scripts, `transaction` does the same. Every key of a script stands
+//! in one partition, whose number in braces is the hash tag that keeps them on one node of a cluster. Needs Redis 5 or
+//! later, or Valkey. Here nothing retries and nothing waits longer than `limits.redis_connect` and `limits.redis_reply`;
+//! `ship` does the one, its caller the other.
 //!
 //! # Layout
 //!
