@@ -19,6 +19,7 @@ mod addresses;
 mod aggregation;
 mod config;
 mod flood;
+mod global;
 mod idle;
 mod ingest;
 mod lifecycle;
