@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 /// Each part of `src/` and the parts it may name. `config`, `agent` and `cli` put the others together.
 const MAY_NAME: &[(&str, &[&str])] = &[
     ("sample", &[]),
+    ("receipt", &[]),
     ("clock", &[]),
     ("units", &[]),
     ("sync", &[]),
@@ -16,15 +17,16 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("protocol", &["sample"]),
     ("aggregate", &["sample"]),
     ("mapping", &["sample"]),
-    ("ingest", &["sample", "protocol", "aggregate", "mapping", "clock", "sync", "telemetry"]),
+    ("ingest", &["sample", "receipt", "protocol", "aggregate", "mapping", "clock", "sync", "telemetry"]),
     ("listen", &["sample", "ingest", "clock", "telemetry"]),
-    ("store", &["sample", "aggregate", "clock", "telemetry"]),
-    ("flush", &["sample", "aggregate", "ingest", "store", "clock", "sync", "telemetry"]),
+    ("store", &["sample", "receipt", "aggregate", "clock", "telemetry"]),
+    ("flush", &["sample", "receipt", "aggregate", "ingest", "store", "clock", "sync", "telemetry"]),
     ("view", &["sample", "aggregate", "ingest", "store", "flush", "clock"]),
     (
         "http",
         &[
             "sample",
+            "receipt",
             "protocol",
             "aggregate",
             "mapping",

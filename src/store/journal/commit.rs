@@ -12,9 +12,11 @@ use std::sync::Arc;
 use redb::{ReadableTable, Table, WriteTransaction};
 
 use super::outbox::{Queue, put_positions};
+use super::receipts::Receipts;
 use super::record::{self, BatchHead, OperationRef, Place};
 use super::{Error, Journal, Limits, OUTBOX, State, TOTALS, count_damaged, locked, put_agent};
 use crate::aggregate::ledger::{Changed, Reading, Shipped};
+use crate::receipt::Receipt;
 use crate::sample::{Kind, SeriesKey};
 use crate::store::{Batch, Operation, Partition, partition};
 use crate::telemetry;
@@ -38,9 +40,10 @@ const MERGE_BYTES: u64 = 16 << 20;
 /// How many stable batches a commit drops.
 const DROP_MAX: u64 = 20_000;
 
-/// What commits keep from one to the next; none of it is needed to be right.
+/// What commits keep from one to the next; none of it is needed to be right, but for the receipts that are in the file.
 #[derive(Debug, Default)]
 pub(super) struct Writing {
+    receipts: Receipts,
     out: Vec<u8>,
     operations: Vec<u8>,
     order: Vec<(Place, u32)>,
@@ -89,10 +92,26 @@ impl Journal {
         deleted: &[(Kind, SeriesKey)],
         now_ms: u64,
     ) -> Result<Committed, Error> {
+        self.commit_with(flush, changed, deleted, &[], now_ms)
+    }
+
+    /// The same, with what the requests were told whose samples it has.
+    ///
+    /// # Errors
+    /// As [`Journal::commit`].
+    pub fn commit_with(
+        &self,
+        flush: u64,
+        changed: &[Changed],
+        deleted: &[(Kind, SeriesKey)],
+        receipts: &[Receipt],
+        now_ms: u64,
+    ) -> Result<Committed, Error> {
         let mut writing = locked(&self.writing);
         let state = locked(&self.state).clone();
         let told = |queue: &Queue| queue.written != queue.position() || queue.stable > queue.dropped;
-        if changed.is_empty() && deleted.is_empty() && !state.queues.iter().any(told) {
+        let nothing = changed.is_empty() && deleted.is_empty() && receipts.is_empty();
+        if nothing && !state.queues.iter().any(told) {
             return Ok(Committed::default());
         }
         let limits = &self.limits;
@@ -100,6 +119,8 @@ impl Journal {
         commit.state.revision += 1;
         commit.state.agent.flush = flush.max(commit.state.agent.flush);
         let file = self.database.len();
+        let receipts = &receipts[receipts.len().saturating_sub(limits.receipts)..];
+        let mut forgotten = 0;
         let write = |transaction: &WriteTransaction| {
             commit.put_totals(transaction, &mut writing, changed, deleted)?;
             if self.with_outbox {
@@ -108,6 +129,8 @@ impl Journal {
                 commit.merge_unsent(transaction, &mut writing)?;
             }
             commit.sweep(transaction, &mut writing, file)?;
+            let revision = commit.state.revision;
+            forgotten = writing.receipts.write(transaction, revision, receipts, now_ms, limits.receipts)?;
             put_positions(transaction, commit.state.revision, &mut commit.state.queues)?;
             put_agent(transaction, commit.state.revision, &commit.state.agent)
         };
@@ -117,6 +140,7 @@ impl Journal {
         telemetry::JOURNAL_EXPIRED.counter(&[]).increment(done.expired);
         telemetry::OUTBOX_MERGED.counter(&[]).increment(done.merged);
         self.adopt(commit.state);
+        writing.receipts.settle(receipts, forgotten);
         writing.forget_large();
         drop(writing);
         self.publish();
@@ -134,6 +158,11 @@ impl Journal {
 }
 
 impl Writing {
+    /// For a file that has these receipts.
+    pub(super) fn after(receipts: Receipts) -> Self {
+        Self { receipts, ..Self::default() }
+    }
+
     /// Gives back what a flush of unusual size needed.
     fn forget_large(&mut self) {
         self.out.shrink_to(1 << 20);
@@ -162,9 +191,9 @@ impl Commit<'_> {
         writing.order.extend(places.zip(0..));
         writing.order.sort_unstable();
         for (place, at) in &writing.order {
-            let Changed { series, shipped } = &changed[*at as usize];
-            let total =
-                shipped.as_ref().map_or_else(|| series.total(), |shipped| Reading::Shared(Arc::clone(&shipped.total)));
+            let Changed { series, total, shipped } = &changed[*at as usize];
+            let taken = shipped.as_ref().map(|shipped| &shipped.total).or(total.as_ref());
+            let total = taken.map_or_else(|| series.total(), |total| Reading::Shared(Arc::clone(total)));
             record::write_total(&mut writing.out, self.state.revision, series.kind(), series.key(), &total)?;
             let old = table.insert(place, writing.out.as_slice())?.map(|old| old.value().len() as u64);
             self.state.totals += u64::from(old.is_none());

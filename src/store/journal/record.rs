@@ -11,6 +11,7 @@ use super::{AgentId, Error};
 use crate::aggregate::Aggregate;
 use crate::aggregate::ledger::Total;
 use crate::aggregate::meter::Rates;
+use crate::receipt::Receipt;
 use crate::sample::{Kind, SeriesKey};
 use crate::store::{Batch, Operation, Partition};
 
@@ -41,6 +42,7 @@ pub(super) enum Content {
     Position,
     Total,
     Batch,
+    Receipt,
 }
 
 /// In front of every payload: what it is, and the number of the transaction that wrote it.
@@ -144,6 +146,18 @@ pub(super) fn write_batch(out: &mut Vec<u8>, revision: u64, head: &BatchHead, op
         out.extend_from_slice(operations);
         Ok(())
     })
+}
+
+/// The payload of a receipt.
+pub(super) fn put_receipt(out: &mut Vec<u8>, receipt: &Receipt) -> Result<(), Error> {
+    let Receipt { key, is_json, text, at_ms } = receipt;
+    put(out, &(at_ms, is_json, &key[..], &text[..]))
+}
+
+pub(super) fn read_receipt(record: &[u8]) -> Option<Receipt> {
+    let (_, payload) = open_as(record, Content::Receipt)?;
+    let (at_ms, is_json, key, text): (u64, bool, Vec<u8>, Vec<u8>) = postcard::from_bytes(payload).ok()?;
+    Some(Receipt { key: key.into(), is_json, text: text.into(), at_ms })
 }
 
 /// The span of the payload of a record that begins here, if its header may be one.
