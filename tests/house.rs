@@ -194,10 +194,16 @@ fn unsafe_code_stands_only_where_it_is_fenced() {
 
 #[test]
 fn every_file_of_tests_is_run() {
-    let main = fs::read_to_string(root().join("tests/it/main.rs")).unwrap();
     for file in rust_files(&root().join("tests/it")) {
         let name = file.file_stem().unwrap().to_str().unwrap();
-        let is_part = name == "main" || main.lines().any(|line| line == format!("mod {name};"));
-        assert!(is_part, "{} is not named in main.rs", file.display());
+        let folder = file.parent().unwrap();
+        // A folder is named by its own name, in the list above it.
+        let (name, folder) = match name {
+            "mod" => (folder.file_name().unwrap().to_str().unwrap(), folder.parent().unwrap()),
+            name => (name, folder),
+        };
+        let list = ["main.rs", "mod.rs"].map(|list| fs::read_to_string(folder.join(list)).unwrap_or_default()).concat();
+        let is_part = name == "main" || list.lines().any(|line| line == format!("mod {name};"));
+        assert!(is_part, "{} is not named in main.rs or mod.rs beside it", file.display());
     }
 }
