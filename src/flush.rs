@@ -559,6 +559,7 @@ impl Folding {
             telemetry::SERIES.gauge(&[kind.json()]).set(self.writer.held[kind as usize] as f64);
         }
         telemetry::LOST.take(&[NON_FINITE], &mut self.writer.overflowed);
+        telemetry::LOST_SAMPLES.take(&[NON_FINITE], &mut self.writer.overflowed_samples);
         telemetry::SERIES_COARSENED.take(&["buckets"], &mut self.writer.halved);
         telemetry::SERIES_COARSENED.take(&["set_exact"], &mut self.writer.estimated);
         telemetry::SERIES_MEMORY_BYTES.gauge(&[]).set(self.budget.bytes() as f64);
@@ -588,6 +589,7 @@ fn begin_counters() {
     telemetry::SERIES_EXPIRED.begin(Kind::ALL.map(|kind| [kind.json()]));
     telemetry::SERIES_COARSENED.begin([["buckets"], ["set_exact"]]);
     telemetry::LOST.begin([[NON_FINITE], [UNREADABLE]]);
+    telemetry::LOST_SAMPLES.begin([[NON_FINITE]]);
 }
 
 /// A moment by both clocks, from how long ago it was by the wall clock. A wall clock that was set forward since would make

@@ -55,6 +55,8 @@ pub struct Writer {
     pub expired: [u64; Kind::ALL.len()],
     /// Cells that a total refused because it would not have stayed finite, since this was asked last.
     pub overflowed: u64,
+    /// The samples in them.
+    pub overflowed_samples: u64,
     /// How often the scale of a total's histogram fell, since this was asked last.
     pub halved: u64,
     /// Sets that went on as estimates, since this was asked last.
@@ -78,6 +80,7 @@ impl Writer {
             created: [0; Kind::ALL.len()],
             expired: [0; Kind::ALL.len()],
             overflowed: 0,
+            overflowed_samples: 0,
             halved: 0,
             estimated: 0,
         }
@@ -230,6 +233,7 @@ impl Writer {
             };
         if !is_folded {
             self.overflowed += 1;
+            self.overflowed_samples += content.to_aggregate().samples();
             return;
         }
         series.folded_at_ms.store(at.steady_ms, Ordering::Relaxed);

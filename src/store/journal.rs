@@ -277,6 +277,7 @@ impl Journal {
     pub fn open(dir: &Path, config: &Config, limits: &Limits, with_outbox: bool) -> Result<(Self, Opened), Error> {
         telemetry::STORE_ERRORS.begin(REASONS.map(|reason| ["journal", reason]));
         telemetry::LOST.begin([["journal_damaged"]]);
+        telemetry::LOST_SAMPLES.begin([["journal_damaged"]]);
         let (database, found) = Database::open(dir, config.cache.bytes())?;
         let (state, minted) = State::load(&database, &found)?;
         let opened = Opened {

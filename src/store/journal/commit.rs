@@ -11,14 +11,14 @@ use std::sync::Arc;
 
 use redb::{ReadableTable, Table, WriteTransaction};
 
-use super::outbox::{Queue, put_positions};
+use super::outbox::{Queue, Size, put_positions};
 use super::receipts::Receipts;
 use super::record::{self, BatchHead, OperationRef, Place};
 use super::{Error, Journal, Limits, OUTBOX, State, TOTALS, count_damaged, locked, put_agent};
 use crate::aggregate::ledger::{Changed, Reading, Shipped};
 use crate::receipt::Receipt;
 use crate::sample::{Kind, SeriesKey};
-use crate::store::{Batch, Operation, Partition, partition};
+use crate::store::{Batch, Operation, Partition, partition, samples_of};
 use crate::telemetry;
 
 /// The bytes of encoded operations that close a batch. An operation that is larger has a batch of its own.
@@ -75,8 +75,8 @@ struct Commit<'a> {
     now_ms: u64,
     state: State,
     done: Committed,
-    /// Deltas that another could not take because a sum would not stay finite.
-    refused: u64,
+    /// Deltas that another could not take because a sum would not stay finite, and the samples in them.
+    refused: (u64, u64),
 }
 
 impl Journal {
@@ -115,7 +115,7 @@ impl Journal {
             return Ok(Committed::default());
         }
         let limits = &self.limits;
-        let mut commit = Commit { limits, flush, now_ms, state, done: Committed::default(), refused: 0 };
+        let mut commit = Commit { limits, flush, now_ms, state, done: Committed::default(), refused: (0, 0) };
         commit.state.revision += 1;
         commit.state.agent.flush = flush.max(commit.state.agent.flush);
         let file = self.database.len();
@@ -136,7 +136,8 @@ impl Journal {
         };
         self.database.write(write).map_err(Error::counted)?;
         let done = commit.done;
-        telemetry::LOST.counter(&["non_finite"]).increment(commit.refused);
+        telemetry::LOST.counter(&["non_finite"]).increment(commit.refused.0);
+        telemetry::LOST_SAMPLES.counter(&["non_finite"]).increment(commit.refused.1);
         telemetry::JOURNAL_EXPIRED.counter(&[]).increment(done.expired);
         telemetry::OUTBOX_MERGED.counter(&[]).increment(done.merged);
         self.adopt(commit.state);
@@ -261,7 +262,7 @@ impl Commit<'_> {
             }
             table.retain_in((partition, queue.dropped + 1)..=(partition, until), |_, _| false)?;
             let count = until - queue.dropped;
-            queue.sizes.drain(..count as usize);
+            queue.gone_samples += queue.sizes.drain(..count as usize).map(|size| u64::from(size.samples)).sum::<u64>();
             queue.dropped = until;
             self.done.dropped += count;
         }
@@ -310,7 +311,8 @@ impl Commit<'_> {
         queue.sizes.truncate((first - 1 - queue.dropped) as usize);
         let mut batches = Cutter::new(writing, self.limits.batch);
         for (merged, is_older) in [(older, true), (newer, false)] {
-            self.refused += merged.refused;
+            self.refused.0 += merged.refused.0;
+            self.refused.1 += merged.refused.1;
             let head = BatchHead { partition, flush: merged.flush, ..BatchHead::default() };
             for operation in merged.operations.values() {
                 batches.add(self, &mut table, head, &OperationRef::from(operation))?;
@@ -398,13 +400,14 @@ struct Cutter<'a> {
     operations: &'a mut Vec<u8>,
     count: u32,
     count_max: u32,
+    samples: u32,
 }
 
 impl<'a> Cutter<'a> {
     fn new(writing: &'a mut Writing, count_max: u32) -> Self {
         let Writing { out, operations, .. } = writing;
         operations.clear();
-        Self { out, operations, count: 0, count_max: count_max.max(1) }
+        Self { out, operations, count: 0, count_max: count_max.max(1), samples: 0 }
     }
 
     fn add(
@@ -422,6 +425,7 @@ impl<'a> Cutter<'a> {
             self.operations.extend_from_slice(&last);
         }
         self.count += 1;
+        self.samples = self.samples.saturating_add(u32::try_from(samples_of(operation.delta)).unwrap_or(u32::MAX));
         if self.count == self.count_max {
             self.close(commit, table, head)?;
         }
@@ -440,13 +444,13 @@ impl<'a> Cutter<'a> {
         let revision = commit.state.revision;
         let queue = commit.queue(head.partition);
         let head = BatchHead { sequence: queue.last() + 1, operations: self.count, ..head };
-        record::write_batch(self.out, revision, &head, self.operations)?;
+        record::write_batch(self.out, revision, &head, self.operations, self.samples)?;
         table.insert((head.partition, head.sequence), self.out.as_slice())?;
-        queue.sizes.push_back(self.out.len() as u32);
+        queue.sizes.push_back(Size { bytes: self.out.len() as u32, samples: self.samples });
         commit.done.batches += 1;
         commit.done.bytes += self.out.len() as u64;
         self.operations.clear();
-        self.count = 0;
+        (self.count, self.samples) = (0, 0);
         Ok(())
     }
 }
@@ -456,7 +460,7 @@ impl<'a> Cutter<'a> {
 struct Merged {
     flush: u64,
     operations: BTreeMap<(Kind, SeriesKey), Operation>,
-    refused: u64,
+    refused: (u64, u64),
 }
 
 impl Merged {
@@ -464,7 +468,12 @@ impl Merged {
         self.flush = self.flush.max(batch.flush);
         for operation in batch.operations {
             match self.operations.entry((operation.kind, operation.key.clone())) {
-                Entry::Occupied(sum) => self.refused += u64::from(!add_operation(sum.into_mut(), operation)),
+                Entry::Occupied(sum) => {
+                    let samples = samples_of(&operation.delta);
+                    if !add_operation(sum.into_mut(), operation) {
+                        self.refused = (self.refused.0 + 1, self.refused.1 + samples);
+                    }
+                }
                 Entry::Vacant(place) => drop(place.insert(operation)),
             }
         }

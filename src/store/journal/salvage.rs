@@ -180,8 +180,8 @@ impl Survey {
                     *newest = location.max(*newest);
                 }
             }
-            Content::Batch => {
-                if let Some((head, _)) = record::read_batch_parts(record) {
+            Content::Batch | Content::Uncounted => {
+                if let Some((head, ..)) = record::read_batch_parts(record) {
                     let newest = self.batches.entry((head.partition, head.sequence)).or_insert((location, head.flush));
                     *newest = (location, head.flush).max(*newest);
                 }

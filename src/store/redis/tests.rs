@@ -33,7 +33,7 @@ fn operation(kind: Kind, key: &SeriesKey, at_ms: u64, delta: Aggregate) -> Opera
 }
 
 fn batch(sequence: u64, operations: Vec<Operation>) -> Batch {
-    Batch { partition: 17, sequence, flush: sequence, operations }
+    Batch { partition: 17, sequence, flush: sequence, samples: 0, operations }
 }
 
 fn counter(key: &SeriesKey, number: f64) -> Operation {
