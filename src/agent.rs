@@ -24,7 +24,7 @@ use crate::aggregate::shard::{Budget, SeriesId};
 use crate::config::{Config, Kind};
 use crate::flush::{self, Parts, Running};
 use crate::http::scrape::Mapper;
-use crate::http::{self, Api, Health, Reload};
+use crate::http::{self, Api, Health, Keeping, Reload};
 use crate::ingest::{Rejects, Settings, Sources, Times, Worker, Workers};
 use crate::listen::{self, Listeners};
 use crate::store::journal::{self, Damage, Journal, Opened};
@@ -160,6 +160,7 @@ impl Agent {
             on_commit: ring(&bell),
         };
         let running = Running::start(parts, &config.flush, &config.limits.flush).map_err(Error::Flush)?;
+        let keeping = keeping(journal.as_ref(), &running)?;
         let ship = start_ship(config, journal.as_ref(), &running)?;
         let remote = remote(config, journal.as_ref(), ship.as_ref(), &bell)?;
         let view =
@@ -178,7 +179,7 @@ impl Agent {
         };
         let HttpSockets { ingest, api: api_sockets, scrape } = sockets;
         let api = start_api(api_sockets, scrape, api, config)?;
-        let listeners = start_listeners(ingest, config, &workers)?;
+        let listeners = start_listeners(ingest, config, &workers, keeping)?;
         for (listener, address) in listeners.bound() {
             bound.entry(listener.name().to_owned()).or_default().push(address.to_string());
         }
@@ -295,6 +296,11 @@ fn remote(
     Ok(Some(Remote { reader, bell, journal: Arc::clone(journal) }))
 }
 
+fn keeping(journal: Option<&Arc<Journal>>, running: &Running) -> Result<Keeping, Error> {
+    let receipts = journal.map(|journal| journal.receipts()).transpose().map_err(Error::Journal)?;
+    Ok(Keeping { fold: running.fold(), has_journal: receipts.is_some(), receipts: receipts.unwrap_or_default() })
+}
+
 fn settings(config: &Config) -> Settings {
     Settings {
         protocol: config.protocol.clone(),
@@ -309,8 +315,8 @@ fn open_journal(config: &Config) -> Result<Option<Arc<Journal>>, journal::Error>
         Kind::Embedded => false,
         Kind::Redis => true,
     };
-    let (journal, opened) =
-        Journal::open(&config.state_dir, &config.store.embedded, &config.limits.journal, with_outbox)?;
+    let limits = journal::Limits { receipts: config.limits.http.idempotency_keys, ..config.limits.journal.clone() };
+    let (journal, opened) = Journal::open(&config.state_dir, &config.store.embedded, &limits, with_outbox)?;
     let Opened { agent, new, damage, totals, batches } = opened;
     tracing::info!(%agent, new, totals, batches, directory = %config.state_dir.display(), "the journal is open");
     if let Some(Damage { moved_to, cause, totals, batches, damaged }) = damage {
@@ -398,11 +404,16 @@ fn start_api(
 }
 
 /// Starts the listeners for lines, and HTTP ingest beside them on the stream worker's thread.
-fn start_listeners(ingest: Vec<TcpListener>, config: &Config, workers: &Arc<Workers>) -> Result<Listeners, Error> {
+fn start_listeners(
+    ingest: Vec<TcpListener>,
+    config: &Config,
+    workers: &Arc<Workers>,
+    keeping: Keeping,
+) -> Result<Listeners, Error> {
     let (http, limits) = (config.http.clone(), config.limits.http.clone());
     let (started, outcome) = std::sync::mpsc::channel();
     let beside = move |worker: Rc<RefCell<Worker>>, mut ends: watch::Receiver<bool>| async move {
-        match http::start_ingest(ingest, worker, &http, &limits) {
+        match http::start_ingest(ingest, worker, keeping, &http, &limits) {
             Ok(server) => {
                 drop(started.send(Ok(())));
                 // An error means that the listeners are gone, which is an end as well.

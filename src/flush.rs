@@ -27,6 +27,7 @@ use crate::aggregate::ledger::{At, Changed, Ledger, Series, Total};
 use crate::aggregate::shard::{Budget, SeriesId};
 use crate::clock;
 use crate::ingest::{Delivery, Returned, Workers};
+use crate::receipt::Receipt;
 use crate::sample::Kind;
 use crate::store::journal::{self, Journal};
 use crate::sync::{AtomicU64, Receiver, Sender, bounded, unbounded};
@@ -70,6 +71,9 @@ impl Default for Limits {
 /// Seals that readers ask for begin at most this often.
 const ASK_EVERY: Duration = Duration::from_millis(50);
 
+/// How soon it is tried again to hand over what somebody waits for.
+const KEEP_SOON: Duration = Duration::from_millis(5);
+
 /// How late a shard may deliver before windows close and flushes go on without it.
 const LATE_MS: u64 = 2_000;
 
@@ -80,6 +84,10 @@ const RETRY: Duration = Duration::from_secs(1);
 enum Order {
     /// Answer when a seal that starts now is folded.
     Fresh(oneshot::Sender<()>),
+    /// Answer when what a seal that starts now has is in the journal.
+    Kept(oneshot::Sender<()>),
+    /// From now on receipts come: answer when each flush will have just the samples of its own.
+    Receipts(oneshot::Sender<()>),
     /// Let series start again from nothing, and answer when that is kept.
     Delete(Vec<SeriesId>, oneshot::Sender<()>),
     /// The same, for nobody.
@@ -126,6 +134,20 @@ impl Fold {
             // It ends unanswered when the agent stops; the ledger is then as fresh as it will be.
             drop(folded.await);
         }
+    }
+
+    /// Waits until what was accepted before this call is in the journal; those who wait share a transaction. `false` when
+    /// the agent stops before that. Without a journal there is nothing to wait for.
+    pub async fn kept(&self) -> bool {
+        let (answer, kept) = oneshot::channel();
+        self.orders.send(Order::Kept(answer)).is_ok() && kept.await.is_ok()
+    }
+
+    /// To be waited for before the first receipt of a process: from then on a receipt and its samples are written in one
+    /// transaction, and no other has a part of them. `false` when the agent stops before that.
+    pub async fn keep_receipts(&self) -> bool {
+        let (answer, ready) = oneshot::channel();
+        self.orders.send(Order::Receipts(answer)).is_ok() && ready.await.is_ok()
     }
 
     /// Lets series start again from nothing. `false` when the agent stops before that is kept.
@@ -256,7 +278,9 @@ struct Folding {
     seen: Vec<Seen>,
     readers: Readers,
     deleted: Vec<SeriesId>,
-    deleters: Vec<oneshot::Sender<()>>,
+    receipts: Vec<Receipt>,
+    /// Those who wait until what is here now is in the journal.
+    keepers: Vec<oneshot::Sender<()>>,
     interval_ms: u64,
     next_flush_ms: u64,
     limits: Limits,
@@ -267,10 +291,18 @@ struct Folding {
 /// Those who wait for a seal.
 struct Readers {
     /// Asked since the last question to the workers.
-    waiting: Vec<oneshot::Sender<()>>,
+    waiting: Vec<Reader>,
     /// The question the workers have not all answered, and who waits for it.
-    open: Option<(u64, Vec<oneshot::Sender<()>>)>,
+    open: Option<(u64, Vec<Reader>)>,
     opened: Option<Instant>,
+}
+
+/// Who waits for a seal.
+enum Reader {
+    /// To read what it has.
+    Fresh(oneshot::Sender<()>),
+    /// Until that is in the journal.
+    Kept(oneshot::Sender<()>),
 }
 
 impl Readers {
@@ -321,7 +353,8 @@ impl Folding {
             seen: Vec::new(),
             readers: Readers { waiting: Vec::new(), open: None, opened: None },
             deleted: Vec::new(),
-            deleters: Vec::new(),
+            receipts: Vec::new(),
+            keepers: Vec::new(),
             interval_ms,
             next_flush_ms: next_multiple(begun_ms, interval_ms),
             limits: limits.clone(),
@@ -356,6 +389,10 @@ impl Folding {
     }
 
     fn timeout(&self) -> Duration {
+        if !self.keepers.is_empty() {
+            // The flush is busy, and does not say when it has done.
+            return KEEP_SOON;
+        }
         let until_flush = Duration::from_millis(self.next_flush_ms.saturating_sub(clock::wall_ms()).clamp(5, 1_000));
         let until_due = self.readers.due().map_or(until_flush, |due| due.saturating_duration_since(Instant::now()));
         until_flush.min(until_due)
@@ -370,6 +407,7 @@ impl Folding {
         self.writer.fold(delivery.worker, &mut delivery.sealed, sealed_at(delivery.at_ms), recall);
         self.workers.give_back(delivery.worker, Returned::Cells(delivery.sealed.cells));
         self.workers.sources().add(delivery.sources);
+        self.receipts.append(&mut delivery.receipts);
         if self.seen.len() <= delivery.worker {
             let unseen = Seen { complete_until_ms: self.begun_ms, ..Seen::default() };
             self.seen.resize(delivery.worker + 1, unseen);
@@ -382,10 +420,15 @@ impl Folding {
 
     fn obey(&mut self, order: Order) {
         match order {
-            Order::Fresh(answer) => self.readers.waiting.push(answer),
+            Order::Fresh(answer) => self.readers.waiting.push(Reader::Fresh(answer)),
+            Order::Kept(answer) => self.readers.waiting.push(Reader::Kept(answer)),
+            Order::Receipts(answer) => {
+                self.writer.takes_totals = true;
+                self.keepers.push(answer);
+            }
             Order::Delete(series, answer) => {
                 self.delete(series);
-                self.deleters.push(answer);
+                self.keepers.push(answer);
             }
             Order::Forget(series) => self.delete(series),
             Order::Committed(flush, series) => self.writer.committed(flush, &series),
@@ -408,13 +451,21 @@ impl Folding {
             let answered = self.seen.len() == self.workers.len()
                 && self.seen.iter().all(|seen| seen.last || seen.answers >= asked);
             if answered && let Some((_, readers)) = self.readers.open.take() {
-                readers.into_iter().for_each(answer);
+                readers.into_iter().for_each(|reader| self.serve(reader));
             }
         }
         if self.readers.due().is_some_and(|due| due <= Instant::now()) {
             let waiting = std::mem::take(&mut self.readers.waiting);
             self.readers.opened = Some(Instant::now());
             self.readers.open = Some((self.workers.ask(), waiting));
+        }
+    }
+
+    /// What a reader waits for is folded.
+    fn serve(&mut self, reader: Reader) {
+        match reader {
+            Reader::Fresh(waiting) => answer(waiting),
+            Reader::Kept(waiting) => self.keepers.push(waiting),
         }
     }
 
@@ -431,7 +482,7 @@ impl Folding {
         if due {
             self.next_flush_ms = next_multiple(complete, self.interval_ms);
         }
-        if due || !self.deleters.is_empty() {
+        if due || !self.keepers.is_empty() {
             self.flush(complete);
         }
     }
@@ -450,8 +501,9 @@ impl Folding {
     fn flush(&mut self, until_ms: u64) {
         let Some(jobs) = self.jobs.clone() else {
             self.writer.pass_over_changed();
-            self.deleters.drain(..).for_each(answer);
+            self.keepers.drain(..).for_each(answer);
             self.deleted.clear();
+            self.receipts.clear();
             self.forgotten.clear();
             return;
         };
@@ -473,7 +525,8 @@ impl Folding {
             flush,
             changed: self.writer.take_changed(),
             deleted: std::mem::take(&mut self.deleted),
-            deleters: std::mem::take(&mut self.deleters),
+            receipts: std::mem::take(&mut self.receipts),
+            keepers: std::mem::take(&mut self.keepers),
             until_ms,
         }
     }
@@ -506,6 +559,7 @@ impl Folding {
             telemetry::SERIES.gauge(&[kind.json()]).set(self.writer.held[kind as usize] as f64);
         }
         telemetry::LOST.take(&[NON_FINITE], &mut self.writer.overflowed);
+        telemetry::LOST_SAMPLES.take(&[NON_FINITE], &mut self.writer.overflowed_samples);
         telemetry::SERIES_COARSENED.take(&["buckets"], &mut self.writer.halved);
         telemetry::SERIES_COARSENED.take(&["set_exact"], &mut self.writer.estimated);
         telemetry::SERIES_MEMORY_BYTES.gauge(&[]).set(self.budget.bytes() as f64);
@@ -535,6 +589,7 @@ fn begin_counters() {
     telemetry::SERIES_EXPIRED.begin(Kind::ALL.map(|kind| [kind.json()]));
     telemetry::SERIES_COARSENED.begin([["buckets"], ["set_exact"]]);
     telemetry::LOST.begin([[NON_FINITE], [UNREADABLE]]);
+    telemetry::LOST_SAMPLES.begin([[NON_FINITE]]);
 }
 
 /// A moment by both clocks, from how long ago it was by the wall clock. A wall clock that was set forward since would make
@@ -582,7 +637,8 @@ struct Job {
     flush: u64,
     changed: Vec<Changed>,
     deleted: Vec<SeriesId>,
-    deleters: Vec<oneshot::Sender<()>>,
+    receipts: Vec<Receipt>,
+    keepers: Vec<oneshot::Sender<()>>,
     until_ms: u64,
 }
 
@@ -605,11 +661,13 @@ impl Job {
         self.flush = later.flush;
         self.until_ms = later.until_ms;
         self.deleted.extend(later.deleted);
-        self.deleters.extend(later.deleters);
+        self.receipts.extend(later.receipts);
+        self.keepers.extend(later.keepers);
     }
 }
 
 fn add_changed(earlier: &mut Changed, later: Changed) {
+    earlier.total = later.total;
     match (&mut earlier.shipped, later.shipped) {
         (Some(sum), Some(later)) => {
             Arc::make_mut(&mut sum.delta).merge(&later.delta, 0);
@@ -640,7 +698,8 @@ impl Flushing {
                 (Err(RecvTimeoutError::Timeout), _) => {}
                 (Err(RecvTimeoutError::Disconnected), _) => break,
             }
-            if let Some(job) = unwritten.take() {
+            if let Some(mut job) = unwritten.take() {
+                self.journal.trim_receipts(&mut job.receipts);
                 unwritten = self.write(job).err();
             }
         }
@@ -660,7 +719,8 @@ impl Flushing {
         let deleted: Vec<_> = job.deleted.iter().map(|id| (id.kind, id.key.clone())).collect();
         // What is kept for days goes by the clock that is behind: a wall clock that is wrong for a while expires nothing.
         let now_ms = job.until_ms.min(clock::steady_ms());
-        if let Err(error) = self.journal.commit(job.flush, &job.changed, &deleted, now_ms) {
+        let written = self.journal.commit_with(job.flush, &job.changed, &deleted, &job.receipts, now_ms);
+        if let Err(error) = written {
             if self.status.problem().is_none() {
                 tracing::error!(%error, "the journal could not be written; counting goes on in memory");
             }
@@ -682,7 +742,7 @@ impl Flushing {
             let series = job.changed.into_iter().map(|changed| changed.series).collect();
             drop(self.orders.send(Order::Committed(job.flush, series)));
         }
-        job.deleters.into_iter().for_each(answer);
+        job.keepers.into_iter().for_each(answer);
         (self.on_commit)(job.flush);
         Ok(())
     }

@@ -33,6 +33,7 @@ use crate::aggregate::window::start_of;
 use crate::clock::Clock;
 use crate::mapping::Mapping;
 use crate::protocol::{self, Body, Event, Parser, Reject, ServiceCheck, Sink};
+use crate::receipt::Receipt;
 use crate::sample::{Identity, Kind, Reason, Sample, Value, WireType};
 use crate::sync::{AtomicU64, Receiver, Sender, unbounded};
 use crate::telemetry;
@@ -144,6 +145,8 @@ pub struct Delivery {
     pub sealed: Sealed,
     /// What came from each source.
     pub sources: Vec<(sources::Key, sources::Figures)>,
+    /// What the requests were told whose samples are in the cells.
+    pub receipts: Vec<Receipt>,
     /// This is the worker's last.
     pub last: bool,
 }
@@ -287,6 +290,7 @@ struct Core {
     accepted: bool,
     reason: Option<Reason>,
     answer: Option<Answer>,
+    receipts: Vec<Receipt>,
     rejects: Arc<Rejects>,
     events: Arc<Events>,
     window_ms: u64,
@@ -352,6 +356,7 @@ impl Worker {
             accepted: false,
             reason: None,
             answer: None,
+            receipts: Vec::new(),
             rejects: Arc::clone(&workers.rejects),
             events: Arc::clone(&workers.events),
             baselines: Arc::clone(&workers.baselines),
@@ -422,6 +427,11 @@ impl Worker {
     /// Reads an HTTP body that is said to be one record a line.
     pub fn body_of_lines(&mut self, body: &[u8], source: Source) -> Answer {
         self.answered(source, |parser, core| parser.body_of_lines(body, core))
+    }
+
+    /// Lets a receipt go with the samples of the body that was read last.
+    pub fn receipt(&mut self, receipt: Receipt) {
+        self.core.receipts.push(receipt);
     }
 
     fn answered(&mut self, source: Source, read: impl FnOnce(&mut Parser, &mut Core) -> Body) -> Answer {
@@ -498,7 +508,9 @@ impl Worker {
         self.core.tally.publish();
         let sealed = self.core.shard.seal();
         self.port.out += 1;
-        let delivery = Delivery { worker: self.port.number, answers, at_ms, complete_until_ms, sealed, sources, last };
+        let receipts = std::mem::take(&mut self.core.receipts);
+        let worker = self.port.number;
+        let delivery = Delivery { worker, answers, at_ms, complete_until_ms, sealed, sources, receipts, last };
         // The fold ends after the last worker; if it ended before, there is nobody to count for.
         drop(self.port.workers.deliveries.send(delivery));
     }

@@ -9,12 +9,14 @@
 //!
 //! It goes one way. `protocol` knows bytes and nothing else, `aggregate` knows numbers, `mapping` knows names and what
 //! Prometheus is to see in their place; all three are pure, and everything that can fail stands around them. Nothing on
-//! the right is ever waited for by anything on the left. The words that all share are in `sample`, `units`, `clock`, `sync`
-//! and `telemetry`; `config`, `agent` and `cli` put the parts together.
+//! the right is ever waited for by anything on the left. The words that all share are in `sample`, `receipt`, `units`,
+//! `clock`, `sync` and `telemetry`; `config`, `agent` and `cli` put the parts together.
 
 // Blank lines keep the order, which is that of the way and not of the alphabet.
 
 pub mod sample;
+
+pub mod receipt;
 
 pub mod listen;
 

@@ -83,7 +83,8 @@ table! {
     FLUSHES = "tallyd_flushes_total", Counter, [], "Flushes finished.";
     FLUSH_SECONDS = "tallyd_flush_seconds", Seconds, [], "Time of one flush, from its seals to the end of the journal's transaction.";
     FLUSH_LAG_SECONDS = "tallyd_flush_lag_seconds", Gauge, [], "Age of the oldest change that no flush has written, in seconds.";
-    LOST = "tallyd_lost_total", Counter, ["reason"], "Accepted changes of series that could not be kept.";
+    LOST = "tallyd_lost_total", Counter, ["reason"], "Accepted changes of series that could not be kept; store_rolled_back and journal_damaged: batches of them.";
+    LOST_SAMPLES = "tallyd_lost_samples_total", Counter, ["reason"], "Samples in these changes; sets, which keep members, have none, and those of a damaged record are not known.";
     STORE_ERRORS = "tallyd_store_errors_total", Counter, ["store", "reason"], "Errors of the journal and of the store.";
     STORE_CONNECTED = "tallyd_store_connected", Gauge, ["store"], "1 while the store answers.";
     STORE_EXPIRED = "tallyd_store_expired_total", Counter, [], "Series that the store let go because nothing updated them for limits.store_expire.";

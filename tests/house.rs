@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 /// Each part of `src/` and the parts it may name. `config`, `agent` and `cli` put the others together.
 const MAY_NAME: &[(&str, &[&str])] = &[
     ("sample", &[]),
+    ("receipt", &[]),
     ("clock", &[]),
     ("units", &[]),
     ("sync", &[]),
@@ -16,15 +17,16 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("protocol", &["sample"]),
     ("aggregate", &["sample"]),
     ("mapping", &["sample"]),
-    ("ingest", &["sample", "protocol", "aggregate", "mapping", "clock", "sync", "telemetry"]),
+    ("ingest", &["sample", "receipt", "protocol", "aggregate", "mapping", "clock", "sync", "telemetry"]),
     ("listen", &["sample", "ingest", "clock", "telemetry"]),
-    ("store", &["sample", "aggregate", "clock", "telemetry"]),
-    ("flush", &["sample", "aggregate", "ingest", "store", "clock", "sync", "telemetry"]),
+    ("store", &["sample", "receipt", "aggregate", "clock", "telemetry"]),
+    ("flush", &["sample", "receipt", "aggregate", "ingest", "store", "clock", "sync", "telemetry"]),
     ("view", &["sample", "aggregate", "ingest", "store", "flush", "clock"]),
     (
         "http",
         &[
             "sample",
+            "receipt",
             "protocol",
             "aggregate",
             "mapping",
@@ -192,10 +194,16 @@ fn unsafe_code_stands_only_where_it_is_fenced() {
 
 #[test]
 fn every_file_of_tests_is_run() {
-    let main = fs::read_to_string(root().join("tests/it/main.rs")).unwrap();
     for file in rust_files(&root().join("tests/it")) {
         let name = file.file_stem().unwrap().to_str().unwrap();
-        let is_part = name == "main" || main.lines().any(|line| line == format!("mod {name};"));
-        assert!(is_part, "{} is not named in main.rs", file.display());
+        let folder = file.parent().unwrap();
+        // A folder is named by its own name, in the list above it.
+        let (name, folder) = match name {
+            "mod" => (folder.file_name().unwrap().to_str().unwrap(), folder.parent().unwrap()),
+            name => (name, folder),
+        };
+        let list = ["main.rs", "mod.rs"].map(|list| fs::read_to_string(folder.join(list)).unwrap_or_default()).concat();
+        let is_part = name == "main" || list.lines().any(|line| line == format!("mod {name};"));
+        assert!(is_part, "{} is not named in main.rs or mod.rs beside it", file.display());
     }
 }

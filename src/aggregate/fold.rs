@@ -41,6 +41,8 @@ pub struct Writer {
     /// The number of the flush that will carry what is folded now; kept only with a remote store.
     flush: u64,
     remote: bool,
+    /// What a flush takes is taken as it is then, because it stands beside receipts of just that.
+    pub takes_totals: bool,
     /// The journal does not have all that was taken for it, so no series may go that would be looked for there.
     pub is_journal_behind: bool,
     /// Series of a kind that were not folded since then were idle when expiry was asked for last.
@@ -53,6 +55,8 @@ pub struct Writer {
     pub expired: [u64; Kind::ALL.len()],
     /// Cells that a total refused because it would not have stayed finite, since this was asked last.
     pub overflowed: u64,
+    /// The samples in them.
+    pub overflowed_samples: u64,
     /// How often the scale of a total's histogram fell, since this was asked last.
     pub halved: u64,
     /// Sets that went on as estimates, since this was asked last.
@@ -69,12 +73,14 @@ impl Writer {
             changed: Vec::new(),
             flush,
             remote,
+            takes_totals: false,
             is_journal_behind: false,
             idle_before_ms: [0; Kind::ALL.len()],
             held: [0; Kind::ALL.len()],
             created: [0; Kind::ALL.len()],
             expired: [0; Kind::ALL.len()],
             overflowed: 0,
+            overflowed_samples: 0,
             halved: 0,
             estimated: 0,
         }
@@ -151,10 +157,12 @@ impl Writer {
         let flush = self.flush;
         self.flush += 1;
         let is_remote = self.remote;
+        let takes_totals = self.takes_totals && !is_remote;
         let take = |series: Arc<Series>| {
             series.changed.store(false, Ordering::Relaxed);
             let shipped = is_remote.then(|| shipped(&series, flush)).flatten();
-            series.listed.load(Ordering::Relaxed).then_some(Changed { series, shipped })
+            let total = takes_totals.then(|| series.total().into_shared());
+            series.listed.load(Ordering::Relaxed).then_some(Changed { series, total, shipped })
         };
         self.changed.drain(..).filter_map(take).collect()
     }
@@ -225,6 +233,7 @@ impl Writer {
             };
         if !is_folded {
             self.overflowed += 1;
+            self.overflowed_samples += content.to_aggregate().samples();
             return;
         }
         series.folded_at_ms.store(at.steady_ms, Ordering::Relaxed);
@@ -637,7 +646,7 @@ mod tests {
             pair.fold(both(flush));
             let changed = pair.writer.take_changed();
             assert_eq!(changed.len(), Kind::ALL.len());
-            for Changed { series, shipped } in &changed {
+            for Changed { series, shipped, .. } in &changed {
                 let Shipped { total, delta } = shipped.as_ref().unwrap();
                 assert_eq!((delta.samples(), total.aggregate.samples()), (1, flush), "{:?}", series.id());
                 assert_eq!(series.state().unshipped.len(), 1);

@@ -97,8 +97,10 @@ impl Series {
 pub struct Changed {
     /// The series.
     pub series: Arc<Series>,
-    /// Its total at the flush, and the samples since the flush before; `None` without a remote store: then the total that
-    /// is written is the one at that moment.
+    /// Its total at the flush, where no later one may be written. `None` with a remote store, whose deltas have their own,
+    /// and where it makes no difference: then the total that is written is the one at that moment.
+    pub total: Option<Arc<Total>>,
+    /// Its total at the flush, and the samples since the flush before; `None` without a remote store.
     pub shipped: Option<Shipped>,
 }
 

@@ -2,13 +2,16 @@
 //!
 //! A body is read, inflated and counted under limits before the worker sees it; then it is parsed in one step without an
 //! await, so two requests with one `Idempotency-Key` can't both be counted. A sample that was answered 200 is in the
-//! shard, and every read seals the shard first. Limits: `body`, `inflated`, `bodies`, `body_time`, `samples`,
+//! shard, and every read seals the shard first; with `?durable=1` it is in the journal as well. The answer to a request
+//! with a key goes into the journal together with its samples, whether the client waits for that or not. Limits: `body`, `inflated`, `bodies`, `body_time`, `samples`,
 //! `idempotency_keys`.
 
 use std::cell::{Cell, RefCell};
 use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::BodyExt;
@@ -19,14 +22,15 @@ use metrics::Counter;
 use serde_json::json;
 use tokio::time::timeout;
 
-use super::Limits;
 use super::health;
 use super::idempotency::Answers;
 use super::problem::Problem;
 use super::server::{Asked, Body, Endpoint, JSON, On, Site, TEXT, ok};
-use crate::clock::Clock;
+use super::{Keeping, Limits};
+use crate::clock;
 use crate::ingest::{self, Answer, Listener, RecordError, Source, Worker};
 use crate::protocol::{self, Body as Form};
+use crate::receipt::Receipt;
 use crate::sample::Reason;
 use crate::telemetry;
 use crate::units::Time;
@@ -40,25 +44,33 @@ pub(super) struct Ingest {
     answers: RefCell<Answers>,
     held: Rc<Cell<usize>>,
     bytes: Counter,
-    clock: Clock,
+    keeping: Keeping,
+    /// Whether receipts and samples go into one transaction: asked for with the first key.
+    keeps_receipts: Cell<bool>,
     limits: Limits,
 }
 
+/// How long a request waits for the journal.
+const KEPT_WITHIN: Duration = Duration::from_secs(10);
+
 impl Ingest {
-    pub(super) fn new(worker: Rc<RefCell<Worker>>, limits: &Limits) -> Self {
+    pub(super) fn new(worker: Rc<RefCell<Worker>>, mut keeping: Keeping, limits: &Limits) -> Self {
         ingest::begin(Listener::Http);
+        let earlier = std::mem::take(&mut keeping.receipts);
         Self {
             worker,
-            answers: RefCell::new(Answers::new(limits.idempotency_keys)),
+            answers: RefCell::new(Answers::new(limits.idempotency_keys, earlier)),
             held: Rc::default(),
             bytes: telemetry::RECEIVED_BYTES.counter(&[Listener::Http.name()]),
-            clock: Clock::default(),
+            keeping,
+            keeps_receipts: Cell::new(false),
             limits: limits.clone(),
         }
     }
 
     async fn samples(&self, request: Request<Incoming>, peer: SocketAddr) -> Result<Response<Body>, Problem> {
         let key = idempotency_key(request.headers())?;
+        let durable = self.is_durable(request.uri().query().unwrap_or_default())?;
         let media = Media::of(request.headers())?;
         let coding = Coding::of(request.headers())?;
         let read = read(request.into_body(), &self.limits, Held::new(&self.held, self.limits.bodies.bytes()));
@@ -68,24 +80,87 @@ impl Ingest {
         self.bytes.increment(body.len() as u64);
         self.received(body.len(), source);
         let body = coding.inflate(body, self.limits.inflated.bytes(), &mut held)?;
-        // From here on nothing waits.
-        let now = self.clock.monotonic();
-        if let Some(first) = key.as_ref().and_then(|key| self.answers.borrow_mut().get(key, now)) {
-            return Ok(ok(first.media_type, first.text));
+        if key.is_some() {
+            self.keep_receipts().await?;
+        }
+        let (is_json, text) = self.count(key, &body, media, source)?;
+        drop((body, held));
+        if durable {
+            self.kept().await?;
+        }
+        Ok(ok(if is_json { JSON } else { TEXT }, text))
+    }
+
+    /// Counts a body, unless its key was there before, and gives the answer: whether it is JSON, and its text. Nothing in
+    /// here waits.
+    fn count(
+        &self,
+        key: Option<Arc<[u8]>>,
+        body: &[u8],
+        media: Media,
+        source: Source,
+    ) -> Result<(bool, Bytes), Problem> {
+        let now_ms = clock::steady_ms();
+        if let Some(first) = key.as_ref().and_then(|key| self.answers.borrow_mut().get(key, now_ms)) {
+            return Ok((first.is_json, first.text));
         }
         let mut worker = self.worker.borrow_mut();
         worker.stamp();
         let answer = match media {
-            Media::Json => worker.body(&body, source),
-            Media::Lines => worker.body_of_lines(&body, source),
+            Media::Json => worker.body(body, source),
+            Media::Lines => worker.body_of_lines(body, source),
         };
-        drop(worker);
-        let (media_type, text) = tell(&answer, &body, media)?;
+        let (is_json, text) = tell(&answer, body, media)?;
         let text = Bytes::from(text);
         if let Some(key) = key {
-            self.answers.borrow_mut().put(key, media_type, text.clone(), now);
+            let receipt = Receipt { key, is_json, text: text.clone(), at_ms: now_ms };
+            worker.receipt(receipt.clone());
+            self.answers.borrow_mut().put(receipt, now_ms);
         }
-        Ok(ok(media_type, text))
+        Ok((is_json, text))
+    }
+
+    /// Before the first key of this process is used. While the journal can't be written no new key can be kept, so
+    /// nothing is counted for it.
+    async fn keep_receipts(&self) -> Result<(), Problem> {
+        if self.keeps_receipts.get() {
+            return Ok(());
+        }
+        match timeout(KEPT_WITHIN, self.keeping.fold.keep_receipts()).await {
+            Ok(true) => self.keeps_receipts.set(true),
+            Ok(false) | Err(_) => {
+                let detail = "the journal can't be written, which /-/ready explains, so the key could not be kept; \
+                              nothing was counted, send it again";
+                return Err(Problem::busy(detail).member("reason", "key_not_kept"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until what was counted is in the journal.
+    async fn kept(&self) -> Result<(), Problem> {
+        match timeout(KEPT_WITHIN, self.keeping.fold.kept()).await {
+            Ok(true) => Ok(()),
+            Ok(false) | Err(_) => {
+                let detail = "counted, and not yet in the journal, which /-/ready explains; send it again with the same \
+                              Idempotency-Key only";
+                Err(Problem::busy(detail).member("reason", "not_durable_yet"))
+            }
+        }
+    }
+
+    /// Whether the query asks for an answer after the commit.
+    fn is_durable(&self, query: &str) -> Result<bool, Problem> {
+        let mut values = query.split('&').filter_map(|pair| pair.strip_prefix("durable="));
+        match values.next() {
+            None | Some("0" | "false") => Ok(false),
+            Some("1" | "true") if self.keeping.has_journal => Ok(true),
+            Some("1" | "true") => {
+                let detail = "store.kind = \"memory\" keeps nothing: set another, or leave durable out";
+                Err(Problem::bad_request(detail).member("reason", "no_journal"))
+            }
+            Some(other) => Err(Problem::bad_request(format!("durable={other}: not 1, true, 0 or false"))),
+        }
     }
 
     fn received(&self, bytes: usize, source: Source) {
@@ -132,8 +207,8 @@ fn too_late(limit: Time) -> String {
     format!("the body took longer than limits.body_time, {limit}")
 }
 
-/// What the client is told of a body: a media type and a text, or the problem when nothing of it was accepted.
-fn tell(answer: &Answer, body: &[u8], media: Media) -> Result<(&'static str, String), Problem> {
+/// What the client is told of a body: whether it is JSON, and the text, or the problem when nothing of it was accepted.
+fn tell(answer: &Answer, body: &[u8], media: Media) -> Result<(bool, String), Problem> {
     if let Form::TooMany(records) = answer.form {
         let detail = format!("{records} records are more than limits.samples; send them in several requests");
         return Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, detail));
@@ -142,10 +217,10 @@ fn tell(answer: &Answer, body: &[u8], media: Media) -> Result<(&'static str, Str
         return Err(nothing_accepted(answer, body));
     }
     match answer.form {
-        Form::Object if media == Media::Json => Ok((TEXT, format!("Record {} UPDATED", name_of(body)))),
+        Form::Object if media == Media::Json => Ok((false, format!("Record {} UPDATED", name_of(body)))),
         Form::Object | Form::Array(_) | Form::Lines(_) | Form::Invalid | Form::TooMany(_) => {
             let (accepted, rejected, errors) = (answer.accepted, answer.rejected, errors(answer));
-            Ok((JSON, format!(r#"{{"accepted":{accepted},"rejected":{rejected},"errors":{errors}}}"#)))
+            Ok((true, format!(r#"{{"accepted":{accepted},"rejected":{rejected},"errors":{errors}}}"#)))
         }
     }
 }
@@ -228,7 +303,7 @@ const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// Longer keys are told 400.
 const IDEMPOTENCY_KEY_BYTES_MAX: usize = 255;
 
-fn idempotency_key(headers: &HeaderMap) -> Result<Option<Box<[u8]>>, Problem> {
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<Arc<[u8]>>, Problem> {
     let Some(value) = headers.get(&IDEMPOTENCY_KEY) else {
         return Ok(None);
     };

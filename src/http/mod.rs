@@ -18,7 +18,9 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
+use crate::flush::Fold;
 use crate::ingest::Worker;
+use crate::receipt::Receipt;
 use crate::telemetry;
 use crate::units::{Size, Time};
 use crate::view::View;
@@ -227,15 +229,26 @@ pub struct Api {
     pub exporter: telemetry::Exporter,
 }
 
+/// What ingest needs beside the worker.
+pub struct Keeping {
+    /// Who says that samples are in the journal.
+    pub fold: Fold,
+    /// Whether there is one.
+    pub has_journal: bool,
+    /// What requests of earlier processes were told under their keys, oldest first.
+    pub receipts: Vec<Receipt>,
+}
+
 /// Takes samples on these listeners into the worker's shard. To be called inside a `LocalSet` on the worker's thread; the
 /// worker is borrowed only while a body is parsed, never across an await.
 pub fn start_ingest(
     listeners: Vec<TcpListener>,
     worker: Rc<RefCell<Worker>>,
+    keeping: Keeping,
     config: &Config,
     limits: &Limits,
 ) -> Result<Server, Error> {
-    let site = Rc::new(ingest::Ingest::new(worker, limits));
+    let site = Rc::new(ingest::Ingest::new(worker, keeping, limits));
     let mut server = Server::new(config, limits);
     server.listen(listeners, &site)?;
     Ok(server)

@@ -5,12 +5,13 @@
 //! be given again. A file that cannot be opened is moved aside and its readable records are copied; it never
 //! stops a start. A second process on the same directory is refused.
 //!
-//! Limits: `store_expire`, `journal`, `outbox`, `batch`. Metrics: `tallyd_journal_*`, `tallyd_outbox_*`,
+//! Limits: `store_expire`, `journal`, `outbox`, `batch`, `idempotency_keys`. Metrics: `tallyd_journal_*`, `tallyd_outbox_*`,
 //! `tallyd_store_errors_total{store="journal"}`, `tallyd_lost_total`.
 
 mod commit;
 mod file;
 mod outbox;
+mod receipts;
 mod record;
 mod salvage;
 #[cfg(test)]
@@ -29,6 +30,7 @@ use self::commit::Writing;
 use self::file::Database;
 use self::outbox::Queue;
 pub use self::outbox::{Resequenced, Snapshot};
+use self::receipts::Receipts;
 use self::record::{Agent, Content, Place, Stamp};
 pub use self::salvage::Damage;
 use crate::aggregate::ledger::Total;
@@ -64,11 +66,20 @@ pub struct Limits {
     pub outbox: Size,
     /// How many operations a batch has at most.
     pub batch: u32,
+    /// `idempotency_keys`, which belongs to HTTP: how many receipts are kept.
+    #[serde(skip)]
+    pub receipts: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { store_expire: Time::secs(30 * 86_400), journal: Size(4 << 30), outbox: Size(1 << 30), batch: 1_000 }
+        Self {
+            store_expire: Time::secs(30 * 86_400),
+            journal: Size(4 << 30),
+            outbox: Size(1 << 30),
+            batch: 1_000,
+            receipts: 100_000,
+        }
     }
 }
 
@@ -222,6 +233,8 @@ const AGENT: TableDefinition<'_, u8, &[u8]> = TableDefinition::new("agent");
 const TOTALS: TableDefinition<'_, &Place, &[u8]> = TableDefinition::new("totals");
 /// Batches by partition and sequence.
 const OUTBOX: TableDefinition<'_, (Partition, u64), &[u8]> = TableDefinition::new("outbox");
+/// What requests were told under their keys, by a rising number.
+const RECEIPTS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("receipts");
 /// Where each partition's outbox stands.
 const POSITIONS: TableDefinition<'_, Partition, &[u8]> = TableDefinition::new("positions");
 
@@ -264,6 +277,7 @@ impl Journal {
     pub fn open(dir: &Path, config: &Config, limits: &Limits, with_outbox: bool) -> Result<(Self, Opened), Error> {
         telemetry::STORE_ERRORS.begin(REASONS.map(|reason| ["journal", reason]));
         telemetry::LOST.begin([["journal_damaged"]]);
+        telemetry::LOST_SAMPLES.begin([["journal_damaged"]]);
         let (database, found) = Database::open(dir, config.cache.bytes())?;
         let (state, minted) = State::load(&database, &found)?;
         let opened = Opened {
@@ -273,8 +287,8 @@ impl Journal {
             totals: state.totals,
             batches: state.queues.iter().map(Queue::held).sum(),
         };
-        let journal =
-            Self { limits: limits.clone(), with_outbox, database, writing: Mutex::default(), state: Mutex::new(state) };
+        let writing = Mutex::new(Writing::after(database.read(Receipts::load)?));
+        let journal = Self { limits: limits.clone(), with_outbox, database, writing, state: Mutex::new(state) };
         if minted && opened.batches > 0 {
             // The name was in a damaged record; the batches are still ours.
             journal.rename(opened.agent, |queue| queue.dropped)?;

@@ -44,6 +44,14 @@ pub struct Operation {
     pub rates: Option<Rates>,
 }
 
+/// The samples of a delta. A set keeps members, not samples, so it has none.
+pub fn samples_of(delta: &Aggregate) -> u64 {
+    match delta {
+        Aggregate::Set(_) => 0,
+        Aggregate::Counter(_) | Aggregate::Gauge(_) | Aggregate::Observed(_) | Aggregate::Meter(_) => delta.samples(),
+    }
+}
+
 /// Operations of one partition that are applied together, once. At most 1,000 of them and 512 KiB encoded.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Batch {
@@ -53,6 +61,8 @@ pub struct Batch {
     pub sequence: u64,
     /// The number of the flush that made it: the agent's flushes count up for ever.
     pub flush: u64,
+    /// The samples in it, those of sets left out; what is lost with it, should it be.
+    pub samples: u64,
     /// What to apply, each series at most once.
     pub operations: Vec<Operation>,
 }

@@ -13,7 +13,7 @@
 //! | key | type | holds |
 //! |---|---|---|
 //! | `tallyd:{017}:s:<letter>:<key>` | hash | one series; expires `limits.store_expire` after its last update |
-//! | `tallyd:{017}:seq` | hash | for each agent `<agent>`: sequence of its last batch, `<agent>:owner`: nonce of the process that may write it, `<agent>:seen`: the last delete it knows; `deletes`: number of the last delete |
+//! | `tallyd:{017}:seq` | hash | for each agent `<agent>`: sequence of its last batch, `<agent>:samples`: samples in all of them, `<agent>:owner`: nonce of the process that may write it, `<agent>:seen`: the last delete it knows; `deletes`: number of the last delete |
 //! | `tallyd:{017}:index` | sorted set | `<letter>:<key>` by the server's time of its last update, in ms |
 //! | `tallyd:{017}:del` | sorted set | `<letter>:<key>` by number of its last delete, which is the server's time in ms made to rise; kept 24 h |
 //!
@@ -250,6 +250,8 @@ pub(super) enum Claimed {
     Ours {
         /// The sequence of the last batch that the store has of us.
         sequence: u64,
+        /// The samples in all our batches up to that one.
+        samples: u64,
         /// The number of the last delete that we are known to know.
         seen: u64,
         /// What else the answer carried.
@@ -275,6 +277,8 @@ pub(super) enum Applied {
     Gap {
         /// The sequence of the last batch that the store has of us.
         sequence: u64,
+        /// The samples in all our batches up to that one.
+        samples: u64,
         /// What else the answer carried.
         news: News,
     },
@@ -467,7 +471,10 @@ impl Connection {
         let mut answer = Answer::new(&answer)?;
         match answer.text()? {
             "clone" => Ok(Claimed::Clone),
-            "claimed" => Ok(Claimed::Ours { sequence: answer.number()?, seen: answer.number()?, news: answer.news()? }),
+            "claimed" => {
+                let (sequence, seen, news) = (answer.number()?, answer.number()?, answer.news()?);
+                Ok(Claimed::Ours { sequence, samples: answer.number()?, seen, news })
+            }
             _ => Err(Error::Foreign),
         }
     }
@@ -479,9 +486,10 @@ impl Connection {
         let mut answer = Answer::new(&answer)?;
         match answer.text()? {
             "owner" => Ok(Applied::NotOwner),
-            "gap" => Ok(Applied::Gap { sequence: answer.number()?, news: answer.news()? }),
+            "gap" => Ok(Applied::Gap { sequence: answer.number()?, samples: answer.number()?, news: answer.news()? }),
             "applied" | "already" => {
-                Ok(Applied::Stored { sequence: answer.number()?, news: answer.news()?, failed: answer.failures()? })
+                let (sequence, _) = (answer.number()?, answer.number()?);
+                Ok(Applied::Stored { sequence, news: answer.news()?, failed: answer.failures()? })
             }
             _ => Err(Error::Foreign),
         }

@@ -21,7 +21,7 @@ use tokio::task::JoinSet;
 
 use super::journal::{self, Journal, Resequenced};
 use super::redis::{Applied, Asker, Claimed, Config, Connection, Deleted, Durability, Limits, News, backoff};
-use super::{Batch, Partition, redis};
+use super::{Batch, Partition, redis, samples_of};
 use crate::telemetry;
 use crate::units::Time;
 
@@ -135,6 +135,8 @@ fn begin_counters() {
     telemetry::STORE_ERRORS.begin(redis::Error::RUNNING.map(|error| ["redis", error.reason()]));
     telemetry::LOST.begin(redis::Failure::ALL.map(|failure| [failure.reason()]));
     telemetry::LOST.begin([[ROLLED_BACK]]);
+    telemetry::LOST_SAMPLES.begin(redis::Failure::ALL.map(|failure| [failure.reason()]));
+    telemetry::LOST_SAMPLES.begin([[ROLLED_BACK]]);
 }
 
 /// The reason in `tallyd_lost_total` of what a store had applied and no longer has.
@@ -253,7 +255,15 @@ struct Shipper {
     owner: Option<(String, bool)>,
     unstable: Unstable,
     eviction: Option<String>,
-    rolled_back: Arc<Mutex<Option<(Instant, u64)>>>,
+    rolled_back: Arc<Mutex<Option<RolledBack>>>,
+}
+
+/// What the store had acknowledged and lost, not long ago.
+#[derive(Debug, Clone, Copy)]
+struct RolledBack {
+    since: Instant,
+    batches: u64,
+    samples: u64,
 }
 
 /// How a connection ended.
@@ -474,11 +484,11 @@ impl Shipper {
                 "store: Redis throws series away when memory is short (maxmemory-policy {policy}); set noeviction"
             ));
         }
-        if let Some((since, lost)) = &*locked(&self.rolled_back)
+        if let Some(RolledBack { since, batches, samples }) = &*locked(&self.rolled_back)
             && since.elapsed() < ALARM
         {
             reasons.push(format!(
-                "store: Redis lost {lost} batches that it had acknowledged and that are kept nowhere else"
+                "store: Redis lost {batches} batches with {samples} samples that it had acknowledged and that are kept nowhere else"
             ));
         }
         let status = Status { connected: problem.is_none(), away: problem.is_some(), reasons };
@@ -521,7 +531,7 @@ struct Session {
     journal: Arc<Journal>,
     on_deleted: OnDeleted,
     shared: Arc<Shared>,
-    rolled_back: Arc<Mutex<Option<(Instant, u64)>>>,
+    rolled_back: Arc<Mutex<Option<RolledBack>>>,
 }
 
 impl Session {
@@ -533,33 +543,33 @@ impl Session {
 
     async fn claim_at(&self, partition: Partition, place: &mut Place) -> Result<(), Problem> {
         match self.connection.claim(&self.asker, partition, place.seen, &self.known).await? {
-            Claimed::Ours { sequence, seen, news } => {
+            Claimed::Ours { sequence, samples, seen, news } => {
                 place.seen = Some(seen);
                 place.applied_ms = news.now_ms;
                 self.hear(place, news);
-                self.resume(partition, place, sequence).await
+                self.resume(partition, place, sequence, samples).await
             }
             Claimed::Clone => Err(Problem::Clone),
         }
     }
 
     /// Goes on from the sequence that the store has.
-    async fn resume(&self, partition: Partition, place: &mut Place, stored: u64) -> Result<(), Problem> {
+    async fn resume(&self, partition: Partition, place: &mut Place, stored: u64, samples: u64) -> Result<(), Problem> {
         place.stored = stored;
-        match self.journal.resequence(partition, stored)? {
+        match self.journal.resequence(partition, stored, samples)? {
             Resequenced::Continues => Ok(()),
             Resequenced::JournalBehind => {
                 tracing::warn!(partition, stored, "the store has batches that this journal, an older copy, never sent");
                 Ok(())
             }
-            Resequenced::StoreBehind { lost } => self.leap(partition, place, lost).await,
+            Resequenced::StoreBehind { lost, samples } => self.leap(partition, place, lost, samples).await,
         }
     }
 
     /// Brings a store that lost batches that nobody has any more to where the outbox begins.
-    async fn leap(&self, partition: Partition, place: &mut Place, lost: u64) -> Result<(), Problem> {
+    async fn leap(&self, partition: Partition, place: &mut Place, lost: u64, samples: u64) -> Result<(), Problem> {
         let sequence = place.stored + lost;
-        let empty = Batch { partition, sequence, flush: 0, operations: Vec::new() };
+        let empty = Batch { partition, sequence, flush: 0, samples, operations: Vec::new() };
         match self.connection.apply(&self.asker, &empty, place.stored, place.seen.unwrap_or(0)).await? {
             Applied::Stored { sequence, news, .. } => {
                 place.stored = sequence;
@@ -568,14 +578,17 @@ impl Session {
             Applied::Gap { .. } | Applied::NotOwner => return Err(Problem::Restless),
         }
         telemetry::LOST.counter(&[ROLLED_BACK]).increment(lost);
+        telemetry::LOST_SAMPLES.counter(&[ROLLED_BACK]).increment(samples);
         tracing::error!(
             partition,
             lost,
+            samples,
             "the store lost batches that it had acknowledged and that are kept nowhere else"
         );
         let mut rolled_back = locked(&self.rolled_back);
-        let before = rolled_back.filter(|(since, _)| since.elapsed() < ALARM).map_or(0, |(_, lost)| lost);
-        *rolled_back = Some((Instant::now(), before + lost));
+        let before = rolled_back.filter(|before| before.since.elapsed() < ALARM);
+        let (batches, before) = before.map_or((0, 0), |before| (before.batches, before.samples));
+        *rolled_back = Some(RolledBack { since: Instant::now(), batches: batches + lost, samples: before + samples });
         Ok(())
     }
 
@@ -608,8 +621,16 @@ impl Session {
             Applied::Stored { sequence, failed, news } => {
                 for (at, failure) in &failed {
                     telemetry::LOST.counter(&[failure.reason()]).increment(1);
-                    let key = batch.operations.get(*at).map_or("", |operation| operation.key.as_str());
-                    tracing::warn!(key, reason = failure.reason(), "the store could not apply a change of a series");
+                    let operation = batch.operations.get(*at);
+                    let samples = operation.map_or(0, |operation| samples_of(&operation.delta));
+                    telemetry::LOST_SAMPLES.counter(&[failure.reason()]).increment(samples);
+                    let key = operation.map_or("", |operation| operation.key.as_str());
+                    tracing::warn!(
+                        key,
+                        samples,
+                        reason = failure.reason(),
+                        "the store could not apply a change of a series"
+                    );
                 }
                 place.stored = sequence;
                 place.applied_ms = place.applied_ms.max(news.now_ms);
@@ -617,9 +638,9 @@ impl Session {
                 self.hear(place, news);
                 Ok(true)
             }
-            Applied::Gap { sequence, news } => {
+            Applied::Gap { sequence, samples, news } => {
                 self.hear(place, news);
-                self.resume(batch.partition, place, sequence).await?;
+                self.resume(batch.partition, place, sequence, samples).await?;
                 Ok(false)
             }
             Applied::NotOwner => {

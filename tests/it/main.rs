@@ -18,6 +18,7 @@ mod accounting;
 mod addresses;
 mod aggregation;
 mod config;
+mod faults;
 mod flood;
 mod global;
 mod idle;

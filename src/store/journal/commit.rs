@@ -11,12 +11,14 @@ use std::sync::Arc;
 
 use redb::{ReadableTable, Table, WriteTransaction};
 
-use super::outbox::{Queue, put_positions};
+use super::outbox::{Queue, Size, put_positions};
+use super::receipts::Receipts;
 use super::record::{self, BatchHead, OperationRef, Place};
 use super::{Error, Journal, Limits, OUTBOX, State, TOTALS, count_damaged, locked, put_agent};
 use crate::aggregate::ledger::{Changed, Reading, Shipped};
+use crate::receipt::Receipt;
 use crate::sample::{Kind, SeriesKey};
-use crate::store::{Batch, Operation, Partition, partition};
+use crate::store::{Batch, Operation, Partition, partition, samples_of};
 use crate::telemetry;
 
 /// The bytes of encoded operations that close a batch. An operation that is larger has a batch of its own.
@@ -38,9 +40,10 @@ const MERGE_BYTES: u64 = 16 << 20;
 /// How many stable batches a commit drops.
 const DROP_MAX: u64 = 20_000;
 
-/// What commits keep from one to the next; none of it is needed to be right.
+/// What commits keep from one to the next; none of it is needed to be right, but for the receipts that are in the file.
 #[derive(Debug, Default)]
 pub(super) struct Writing {
+    receipts: Receipts,
     out: Vec<u8>,
     operations: Vec<u8>,
     order: Vec<(Place, u32)>,
@@ -72,8 +75,8 @@ struct Commit<'a> {
     now_ms: u64,
     state: State,
     done: Committed,
-    /// Deltas that another could not take because a sum would not stay finite.
-    refused: u64,
+    /// Deltas that another could not take because a sum would not stay finite, and the samples in them.
+    refused: (u64, u64),
 }
 
 impl Journal {
@@ -89,17 +92,35 @@ impl Journal {
         deleted: &[(Kind, SeriesKey)],
         now_ms: u64,
     ) -> Result<Committed, Error> {
+        self.commit_with(flush, changed, deleted, &[], now_ms)
+    }
+
+    /// The same, with what the requests were told whose samples it has.
+    ///
+    /// # Errors
+    /// As [`Journal::commit`].
+    pub fn commit_with(
+        &self,
+        flush: u64,
+        changed: &[Changed],
+        deleted: &[(Kind, SeriesKey)],
+        receipts: &[Receipt],
+        now_ms: u64,
+    ) -> Result<Committed, Error> {
         let mut writing = locked(&self.writing);
         let state = locked(&self.state).clone();
         let told = |queue: &Queue| queue.written != queue.position() || queue.stable > queue.dropped;
-        if changed.is_empty() && deleted.is_empty() && !state.queues.iter().any(told) {
+        let nothing = changed.is_empty() && deleted.is_empty() && receipts.is_empty();
+        if nothing && !state.queues.iter().any(told) {
             return Ok(Committed::default());
         }
         let limits = &self.limits;
-        let mut commit = Commit { limits, flush, now_ms, state, done: Committed::default(), refused: 0 };
+        let mut commit = Commit { limits, flush, now_ms, state, done: Committed::default(), refused: (0, 0) };
         commit.state.revision += 1;
         commit.state.agent.flush = flush.max(commit.state.agent.flush);
         let file = self.database.len();
+        let receipts = &receipts[receipts.len().saturating_sub(limits.receipts)..];
+        let mut forgotten = 0;
         let write = |transaction: &WriteTransaction| {
             commit.put_totals(transaction, &mut writing, changed, deleted)?;
             if self.with_outbox {
@@ -108,15 +129,19 @@ impl Journal {
                 commit.merge_unsent(transaction, &mut writing)?;
             }
             commit.sweep(transaction, &mut writing, file)?;
+            let revision = commit.state.revision;
+            forgotten = writing.receipts.write(transaction, revision, receipts, now_ms, limits.receipts)?;
             put_positions(transaction, commit.state.revision, &mut commit.state.queues)?;
             put_agent(transaction, commit.state.revision, &commit.state.agent)
         };
         self.database.write(write).map_err(Error::counted)?;
         let done = commit.done;
-        telemetry::LOST.counter(&["non_finite"]).increment(commit.refused);
+        telemetry::LOST.counter(&["non_finite"]).increment(commit.refused.0);
+        telemetry::LOST_SAMPLES.counter(&["non_finite"]).increment(commit.refused.1);
         telemetry::JOURNAL_EXPIRED.counter(&[]).increment(done.expired);
         telemetry::OUTBOX_MERGED.counter(&[]).increment(done.merged);
         self.adopt(commit.state);
+        writing.receipts.settle(receipts, forgotten);
         writing.forget_large();
         drop(writing);
         self.publish();
@@ -134,6 +159,11 @@ impl Journal {
 }
 
 impl Writing {
+    /// For a file that has these receipts.
+    pub(super) fn after(receipts: Receipts) -> Self {
+        Self { receipts, ..Self::default() }
+    }
+
     /// Gives back what a flush of unusual size needed.
     fn forget_large(&mut self) {
         self.out.shrink_to(1 << 20);
@@ -162,9 +192,9 @@ impl Commit<'_> {
         writing.order.extend(places.zip(0..));
         writing.order.sort_unstable();
         for (place, at) in &writing.order {
-            let Changed { series, shipped } = &changed[*at as usize];
-            let total =
-                shipped.as_ref().map_or_else(|| series.total(), |shipped| Reading::Shared(Arc::clone(&shipped.total)));
+            let Changed { series, total, shipped } = &changed[*at as usize];
+            let taken = shipped.as_ref().map(|shipped| &shipped.total).or(total.as_ref());
+            let total = taken.map_or_else(|| series.total(), |total| Reading::Shared(Arc::clone(total)));
             record::write_total(&mut writing.out, self.state.revision, series.kind(), series.key(), &total)?;
             let old = table.insert(place, writing.out.as_slice())?.map(|old| old.value().len() as u64);
             self.state.totals += u64::from(old.is_none());
@@ -232,7 +262,7 @@ impl Commit<'_> {
             }
             table.retain_in((partition, queue.dropped + 1)..=(partition, until), |_, _| false)?;
             let count = until - queue.dropped;
-            queue.sizes.drain(..count as usize);
+            queue.gone_samples += queue.sizes.drain(..count as usize).map(|size| u64::from(size.samples)).sum::<u64>();
             queue.dropped = until;
             self.done.dropped += count;
         }
@@ -281,7 +311,8 @@ impl Commit<'_> {
         queue.sizes.truncate((first - 1 - queue.dropped) as usize);
         let mut batches = Cutter::new(writing, self.limits.batch);
         for (merged, is_older) in [(older, true), (newer, false)] {
-            self.refused += merged.refused;
+            self.refused.0 += merged.refused.0;
+            self.refused.1 += merged.refused.1;
             let head = BatchHead { partition, flush: merged.flush, ..BatchHead::default() };
             for operation in merged.operations.values() {
                 batches.add(self, &mut table, head, &OperationRef::from(operation))?;
@@ -369,13 +400,14 @@ struct Cutter<'a> {
     operations: &'a mut Vec<u8>,
     count: u32,
     count_max: u32,
+    samples: u32,
 }
 
 impl<'a> Cutter<'a> {
     fn new(writing: &'a mut Writing, count_max: u32) -> Self {
         let Writing { out, operations, .. } = writing;
         operations.clear();
-        Self { out, operations, count: 0, count_max: count_max.max(1) }
+        Self { out, operations, count: 0, count_max: count_max.max(1), samples: 0 }
     }
 
     fn add(
@@ -393,6 +425,7 @@ impl<'a> Cutter<'a> {
             self.operations.extend_from_slice(&last);
         }
         self.count += 1;
+        self.samples = self.samples.saturating_add(u32::try_from(samples_of(operation.delta)).unwrap_or(u32::MAX));
         if self.count == self.count_max {
             self.close(commit, table, head)?;
         }
@@ -411,13 +444,13 @@ impl<'a> Cutter<'a> {
         let revision = commit.state.revision;
         let queue = commit.queue(head.partition);
         let head = BatchHead { sequence: queue.last() + 1, operations: self.count, ..head };
-        record::write_batch(self.out, revision, &head, self.operations)?;
+        record::write_batch(self.out, revision, &head, self.operations, self.samples)?;
         table.insert((head.partition, head.sequence), self.out.as_slice())?;
-        queue.sizes.push_back(self.out.len() as u32);
+        queue.sizes.push_back(Size { bytes: self.out.len() as u32, samples: self.samples });
         commit.done.batches += 1;
         commit.done.bytes += self.out.len() as u64;
         self.operations.clear();
-        self.count = 0;
+        (self.count, self.samples) = (0, 0);
         Ok(())
     }
 }
@@ -427,7 +460,7 @@ impl<'a> Cutter<'a> {
 struct Merged {
     flush: u64,
     operations: BTreeMap<(Kind, SeriesKey), Operation>,
-    refused: u64,
+    refused: (u64, u64),
 }
 
 impl Merged {
@@ -435,7 +468,12 @@ impl Merged {
         self.flush = self.flush.max(batch.flush);
         for operation in batch.operations {
             match self.operations.entry((operation.kind, operation.key.clone())) {
-                Entry::Occupied(sum) => self.refused += u64::from(!add_operation(sum.into_mut(), operation)),
+                Entry::Occupied(sum) => {
+                    let samples = samples_of(&operation.delta);
+                    if !add_operation(sum.into_mut(), operation) {
+                        self.refused = (self.refused.0 + 1, self.refused.1 + samples);
+                    }
+                }
                 Entry::Vacant(place) => drop(place.insert(operation)),
             }
         }

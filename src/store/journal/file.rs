@@ -14,7 +14,7 @@ use redb::ReadableDatabase as _;
 use redb::backends::FileBackend;
 
 use super::salvage::{self, Damage};
-use super::{AGENT, Error, OUTBOX, POSITIONS, TOTALS, locked, now_ms};
+use super::{AGENT, Error, OUTBOX, POSITIONS, RECEIPTS, TOTALS, locked, now_ms};
 
 const FILE: &str = "journal.redb";
 const LOCK: &str = "journal.lock";
@@ -163,7 +163,7 @@ fn open_file(path: &Path, cache: usize, check: bool) -> Result<redb::Database, U
 }
 
 fn make_tables(database: &redb::Database) -> Result<(), redb::Error> {
-    let has_all = || -> Result<bool, redb::Error> { Ok(database.begin_read()?.list_tables()?.count() >= 4) };
+    let has_all = || -> Result<bool, redb::Error> { Ok(database.begin_read()?.list_tables()?.count() >= 5) };
     if has_all()? {
         return Ok(());
     }
@@ -172,6 +172,7 @@ fn make_tables(database: &redb::Database) -> Result<(), redb::Error> {
     transaction.open_table(TOTALS)?;
     transaction.open_table(OUTBOX)?;
     transaction.open_table(POSITIONS)?;
+    transaction.open_table(RECEIPTS)?;
     transaction.commit()?;
     Ok(())
 }

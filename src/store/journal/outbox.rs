@@ -23,13 +23,23 @@ pub(super) const PARTITIONS: usize = 256;
 /// So many batches behind the acknowledged one are marked as sent in one go.
 const MARK_AHEAD: u64 = 16;
 
+/// What is known of a batch without reading it.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Size {
+    /// The bytes of its record.
+    pub(super) bytes: u32,
+    pub(super) samples: u32,
+}
+
 /// One partition's batches.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Queue {
     /// The last number whose batch is gone.
     pub(super) dropped: u64,
-    /// The bytes of each record from `dropped + 1` on; 0 for one that is damaged or missing.
-    pub(super) sizes: VecDeque<u32>,
+    /// The samples in those that are gone, under the agent's present name.
+    pub(super) gone_samples: u64,
+    /// Each record from `dropped + 1` on; zeros for one that is damaged or missing.
+    pub(super) sizes: VecDeque<Size>,
     /// The store has applied up to here. This and `stable` are told at any time; all else changes by transactions.
     pub(super) acknowledged: u64,
     /// The store will not lose what it has applied up to here.
@@ -59,7 +69,7 @@ impl Queue {
 
     /// Their bytes.
     pub(super) fn bytes(&self) -> u64 {
-        self.sizes.iter().map(|size| u64::from(*size)).sum()
+        self.sizes.iter().map(|size| u64::from(size.bytes)).sum()
     }
 
     /// How many of them the store has not acknowledged.
@@ -74,11 +84,17 @@ impl Queue {
 
     /// The bytes of those that were never sent.
     pub(super) fn unsent_bytes(&self) -> u64 {
-        self.sizes.iter().rev().take(self.unsent() as usize).map(|size| u64::from(*size)).sum()
+        self.sizes.iter().rev().take(self.unsent() as usize).map(|size| u64::from(size.bytes)).sum()
     }
 
     pub(super) fn position(&self) -> Position {
-        Position { dropped: self.dropped, last: self.last(), acknowledged: self.acknowledged, sent: self.sent }
+        Position {
+            dropped: self.dropped,
+            last: self.last(),
+            acknowledged: self.acknowledged,
+            sent: self.sent,
+            samples: self.gone_samples,
+        }
     }
 
     /// The first number that may still change.
@@ -112,6 +128,8 @@ pub enum Resequenced {
     StoreBehind {
         /// How many batches are lost.
         lost: u64,
+        /// How many samples were in them.
+        samples: u64,
     },
     /// The store has batches that this journal never sent, so it is an older copy. What was never sent got new numbers.
     JournalBehind,
@@ -195,12 +213,19 @@ impl Journal {
                 batches.push(
                     value
                         .and_then(|value| record::read_batch(value.value()))
-                        .unwrap_or_else(|| lost_batch(partition, sequence)),
+                        .unwrap_or_else(|| lost_batch(partition, sequence, self.samples_of(partition, sequence))),
                 );
             }
             Ok(batches)
         };
         self.database.read(collect).map_err(Error::counted)
+    }
+
+    /// The samples in a batch that can't be read, as far as they were known before.
+    fn samples_of(&self, partition: Partition, sequence: u64) -> u64 {
+        let queue = &locked(&self.state).queues[usize::from(partition)];
+        let place = sequence.checked_sub(queue.dropped + 1);
+        place.and_then(|place| queue.sizes.get(place as usize)).map_or(0, |size| size.samples.into())
     }
 
     /// The batches after a sequence that may be handed out, with the mark raised where it is needed. All partitions are
@@ -237,12 +262,13 @@ impl Journal {
         self.database.write(write).map_err(Error::counted)
     }
 
-    /// Fits the outbox to the sequence that the store names when it is claimed, and when it answers with a gap. Whoever
+    /// Fits the outbox to the sequence that the store names when it is claimed, and when it answers with a gap, and to the
+    /// samples that it says were in the batches up to there. Whoever
     /// calls it owns the partition, so that nothing under way can still be applied.
     ///
     /// # Errors
     /// When new numbers could not be written.
-    pub fn resequence(&self, partition: Partition, stored: u64) -> Result<Resequenced, Error> {
+    pub fn resequence(&self, partition: Partition, stored: u64, samples: u64) -> Result<Resequenced, Error> {
         let writing = locked(&self.writing);
         let (mut queue, revision) = {
             let state = locked(&self.state);
@@ -253,6 +279,7 @@ impl Journal {
         let result = if stored > queue.sent {
             let mut moved = Queue { claimed: true, inherited: stored, ..Queue::default() };
             (moved.dropped, moved.acknowledged, moved.stable, moved.sent) = (stored, stored, stored, stored);
+            moved.gone_samples = samples;
             let kept = queue.first_unsent()..=queue.last();
             let move_all = |transaction: &WriteTransaction| {
                 let mut outbox = transaction.open_table(OUTBOX)?;
@@ -263,7 +290,8 @@ impl Journal {
             queue = moved;
             Resequenced::JournalBehind
         } else if stored < queue.dropped {
-            Resequenced::StoreBehind { lost: queue.dropped - stored }
+            let samples = queue.gone_samples.saturating_sub(samples);
+            Resequenced::StoreBehind { lost: queue.dropped - stored, samples }
         } else {
             Resequenced::Continues
         };
@@ -330,10 +358,11 @@ impl Journal {
     }
 }
 
-fn lost_batch(partition: Partition, sequence: u64) -> Batch {
+fn lost_batch(partition: Partition, sequence: u64, samples: u64) -> Batch {
     count_damaged("batch");
     telemetry::LOST.counter(&["journal_damaged"]).increment(1);
-    Batch { partition, sequence, flush: 0, operations: Vec::new() }
+    telemetry::LOST_SAMPLES.counter(&["journal_damaged"]).increment(samples);
+    Batch { partition, sequence, flush: 0, samples, operations: Vec::new() }
 }
 
 /// Keeps the batches of `kept` under new numbers behind `after`, and removes all others of the partition. Answers their
@@ -344,7 +373,7 @@ fn renumber(
     partition: Partition,
     kept: RangeInclusive<u64>,
     after: u64,
-) -> Result<VecDeque<u32>, Error> {
+) -> Result<VecDeque<Size>, Error> {
     let mut records = Vec::new();
     for sequence in kept {
         records.push(outbox.get((partition, sequence))?.map(|value| value.value().to_vec()));
@@ -355,13 +384,13 @@ fn renumber(
     for (sequence, old) in (after + 1..).zip(&records) {
         let parts = old.as_deref().and_then(record::read_batch_parts);
         sizes.push_back(match parts {
-            Some((mut head, operations)) => {
+            Some((mut head, operations, samples)) => {
                 head.sequence = sequence;
-                record::write_batch(&mut out, revision, &head, operations)?;
+                record::write_batch(&mut out, revision, &head, operations, samples)?;
                 outbox.insert((partition, sequence), out.as_slice())?;
-                out.len() as u32
+                Size { bytes: out.len() as u32, samples }
             }
-            None => 0,
+            None => Size::default(),
         });
     }
     Ok(sizes)
@@ -413,7 +442,8 @@ pub(super) fn load(transaction: &ReadTransaction) -> Result<(Vec<Queue>, u64), E
         let mut sizes = Vec::new();
         for entry in outbox.range((partition, position.dropped + 1)..=(partition, u64::MAX))? {
             let (key, value) = entry?;
-            sizes.push((key.value().1, value.value().len() as u32));
+            let samples = record::read_batch_parts(value.value()).map_or(0, |(.., samples)| samples);
+            sizes.push((key.value().1, Size { bytes: value.value().len() as u32, samples }));
         }
         if let (Some((first, _)), Some((last, _))) = (sizes.first(), sizes.last()) {
             if written == Position::default() {
@@ -427,10 +457,11 @@ pub(super) fn load(transaction: &ReadTransaction) -> Result<(Vec<Queue>, u64), E
     Ok((queues, newest))
 }
 
-fn queue_at(position: &Position, sizes: &[(u64, u32)]) -> Queue {
+fn queue_at(position: &Position, sizes: &[(u64, Size)]) -> Queue {
     let mut queue = Queue {
         dropped: position.dropped,
-        sizes: std::iter::repeat_n(0, (position.last - position.dropped) as usize).collect(),
+        gone_samples: position.samples,
+        sizes: std::iter::repeat_n(Size::default(), (position.last - position.dropped) as usize).collect(),
         acknowledged: position.acknowledged,
         stable: position.dropped,
         sent: position.sent,

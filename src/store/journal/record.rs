@@ -11,6 +11,7 @@ use super::{AgentId, Error};
 use crate::aggregate::Aggregate;
 use crate::aggregate::ledger::Total;
 use crate::aggregate::meter::Rates;
+use crate::receipt::Receipt;
 use crate::sample::{Kind, SeriesKey};
 use crate::store::{Batch, Operation, Partition};
 
@@ -40,6 +41,9 @@ pub(super) enum Content {
     Agent,
     Position,
     Total,
+    /// A batch as it was written before its samples were counted.
+    Uncounted,
+    Receipt,
     Batch,
 }
 
@@ -65,6 +69,8 @@ pub(super) struct Position {
     pub(super) last: u64,
     pub(super) acknowledged: u64,
     pub(super) sent: u64,
+    /// The samples in the batches up to `dropped`, under the agent's present name.
+    pub(super) samples: u64,
 }
 
 /// What a record of a total says before its aggregate.
@@ -138,12 +144,32 @@ pub(super) fn write_total(
     })
 }
 
-pub(super) fn write_batch(out: &mut Vec<u8>, revision: u64, head: &BatchHead, operations: &[u8]) -> Result<(), Error> {
+pub(super) fn write_batch(
+    out: &mut Vec<u8>,
+    revision: u64,
+    head: &BatchHead,
+    operations: &[u8],
+    samples: u32,
+) -> Result<(), Error> {
     write(out, Stamp { content: Content::Batch, revision }, |out| {
         put(out, head)?;
         out.extend_from_slice(operations);
+        // At the end and of one length, so that it is read without the operations.
+        out.extend_from_slice(&samples.to_le_bytes());
         Ok(())
     })
+}
+
+/// The payload of a receipt.
+pub(super) fn put_receipt(out: &mut Vec<u8>, receipt: &Receipt) -> Result<(), Error> {
+    let Receipt { key, is_json, text, at_ms } = receipt;
+    put(out, &(at_ms, is_json, &key[..], &text[..]))
+}
+
+pub(super) fn read_receipt(record: &[u8]) -> Option<Receipt> {
+    let (_, payload) = open_as(record, Content::Receipt)?;
+    let (at_ms, is_json, key, text): (u64, bool, Vec<u8>, Vec<u8>) = postcard::from_bytes(payload).ok()?;
+    Some(Receipt { key: key.into(), is_json, text: text.into(), at_ms })
 }
 
 /// The span of the payload of a record that begins here, if its header may be one.
@@ -178,7 +204,12 @@ pub(super) fn read_agent(record: &[u8]) -> Option<(u64, Agent)> {
 /// Revision, partition and position.
 pub(super) fn read_position(record: &[u8]) -> Option<(u64, Partition, Position)> {
     let (revision, payload) = open_as(record, Content::Position)?;
-    let (partition, position) = postcard::from_bytes(payload).ok()?;
+    let (partition, rest): (Partition, _) = postcard::take_from_bytes(payload).ok()?;
+    let position = postcard::from_bytes(rest).ok().or_else(|| {
+        // As it was written before samples were counted.
+        let (dropped, last, acknowledged, sent) = postcard::from_bytes(rest).ok()?;
+        Some(Position { dropped, last, acknowledged, sent, samples: 0 })
+    })?;
     Some((revision, partition, position))
 }
 
@@ -196,21 +227,26 @@ pub(super) fn read_total(record: &[u8]) -> Option<(Kind, &str, Total)> {
     Some((head.kind, head.key, total))
 }
 
-/// Head and encoded operations of a batch.
-pub(super) fn read_batch_parts(record: &[u8]) -> Option<(BatchHead, &[u8])> {
-    let (_, payload) = open_as(record, Content::Batch)?;
-    postcard::take_from_bytes(payload).ok()
+/// Head and encoded operations of a batch, and its samples.
+pub(super) fn read_batch_parts(record: &[u8]) -> Option<(BatchHead, &[u8], u32)> {
+    let (payload, samples) = match open_as(record, Content::Batch) {
+        Some((_, counted)) => counted.split_last_chunk()?,
+        None => (open_as(record, Content::Uncounted)?.1, &[0; 4]),
+    };
+    let (head, operations) = postcard::take_from_bytes(payload).ok()?;
+    Some((head, operations, u32::from_le_bytes(*samples)))
 }
 
 pub(super) fn read_batch(record: &[u8]) -> Option<Batch> {
-    let (head, mut rest) = read_batch_parts(record)?;
+    let (head, mut rest, samples) = read_batch_parts(record)?;
     let mut operations = Vec::new();
     for _ in 0..head.operations {
         let (operation, after): (Operation, _) = postcard::take_from_bytes(rest).ok()?;
         operations.push(operation);
         rest = after;
     }
-    Some(Batch { partition: head.partition, sequence: head.sequence, flush: head.flush, operations })
+    let BatchHead { partition, sequence, flush, .. } = head;
+    Some(Batch { partition, sequence, flush, samples: samples.into(), operations })
 }
 
 fn crc(head: &[u8], payload: &[u8]) -> u32 {

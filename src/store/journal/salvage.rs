@@ -12,10 +12,11 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use redb::TableDefinition;
+use twox_hash::XxHash3_128;
 
 use super::file::Found;
 use super::record::{self, Content, HEADER, MAGIC, Place, Position};
-use super::{AGENT, Error, OUTBOX, POSITIONS, TOTALS};
+use super::{AGENT, Error, OUTBOX, POSITIONS, RECEIPTS, TOTALS};
 use crate::store::Partition;
 use crate::telemetry;
 
@@ -60,6 +61,7 @@ struct Survey {
     positions: HashMap<Partition, (Location, Position)>,
     totals: HashMap<Place, Location>,
     batches: HashMap<(Partition, u64), (Location, u64)>,
+    receipts: HashMap<u128, Location>,
     damaged: u64,
 }
 
@@ -98,6 +100,14 @@ fn copy_records(
     }
     while !batches.is_empty() {
         batches = copy_some(file, database, OUTBOX, batches, |key| *key)?;
+    }
+    // In the order in which they were written.
+    let mut receipts: Vec<_> = survey.receipts.into_values().collect();
+    receipts.sort_unstable();
+    let receipts: Vec<_> = (0_u64..).zip(receipts).collect();
+    let mut receipts = receipts.as_slice();
+    while !receipts.is_empty() {
+        receipts = copy_some(file, database, RECEIPTS, receipts, |number| *number)?;
     }
     let positions: Vec<_> =
         survey.positions.into_iter().map(|(partition, (location, _))| (partition, location)).collect();
@@ -164,8 +174,14 @@ impl Survey {
                     *newest = location.max(*newest);
                 }
             }
-            Content::Batch => {
-                if let Some((head, _)) = record::read_batch_parts(record) {
+            Content::Receipt => {
+                if let Some(receipt) = record::read_receipt(record) {
+                    let newest = self.receipts.entry(XxHash3_128::oneshot(&receipt.key)).or_insert(location);
+                    *newest = location.max(*newest);
+                }
+            }
+            Content::Batch | Content::Uncounted => {
+                if let Some((head, ..)) = record::read_batch_parts(record) {
                     let newest = self.batches.entry((head.partition, head.sequence)).or_insert((location, head.flush));
                     *newest = (location, head.flush).max(*newest);
                 }

@@ -41,7 +41,7 @@ fn changed(number: usize, sum: f64, delta: Option<f64>) -> Changed {
 fn changed_to(number: usize, total: Total, delta: Option<f64>) -> Changed {
     let id = Arc::new(SeriesId { kind: Kind::Counter, key: key(number) });
     let shipped = delta.map(|delta| Shipped { total: Arc::new(total.clone()), delta: Arc::new(counter(delta)) });
-    Changed { series: Arc::new(Series::new(id, LedgerState::new(total), 10_000, NOW)), shipped }
+    Changed { series: Arc::new(Series::new(id, LedgerState::new(total), 10_000, NOW)), total: None, shipped }
 }
 
 fn open(dir: &Path) -> (Journal, Opened) {
@@ -227,7 +227,7 @@ impl Remote {
 
     fn claim_and_ship_all(&mut self, journal: &Journal) {
         for partition in 0..=Partition::MAX {
-            assert_eq!(journal.resequence(partition, self.sequence(partition)).unwrap(), Resequenced::Continues);
+            assert_eq!(journal.resequence(partition, self.sequence(partition), 0).unwrap(), Resequenced::Continues);
         }
         while let Some(partition) = journal.pending().first().copied() {
             self.ship(journal, partition, usize::MAX, usize::MAX);
@@ -303,7 +303,7 @@ impl History {
             }
             Step::Claim => {
                 for partition in 0..=Partition::MAX {
-                    self.journal().resequence(partition, self.remote.sequence(partition)).unwrap();
+                    self.journal().resequence(partition, self.remote.sequence(partition), 0).unwrap();
                 }
             }
             Step::Ship(number, count, answered) => {
@@ -426,13 +426,13 @@ fn a_store_that_lost_more_than_the_outbox_holds_is_told_apart() {
     let all = |after, mut room| snapshot.batches(place, after, &mut room).unwrap().map(|batches| batches.len());
     assert_eq!([all(2, 1_000), all(3, 1_000), all(3, 10)], [None, Some(1), None]);
     drop(snapshot);
-    assert_eq!(journal.resequence(place, 1).unwrap(), Resequenced::StoreBehind { lost: 2 });
+    assert_eq!(journal.resequence(place, 1, 1).unwrap(), Resequenced::StoreBehind { lost: 2, samples: 2 });
     assert_eq!(journal.pending(), [place]);
     assert_eq!(journal.outbox(place, 1, usize::MAX).unwrap().len(), 1, "from the first there is");
-    assert_eq!(journal.resequence(place, 4).unwrap(), Resequenced::Continues);
+    assert_eq!(journal.resequence(place, 4, 0).unwrap(), Resequenced::Continues);
     assert!(journal.pending().is_empty());
     // A failover that lost what was acknowledged, but not what was stable.
-    assert_eq!(journal.resequence(place, 3).unwrap(), Resequenced::Continues);
+    assert_eq!(journal.resequence(place, 3, 0).unwrap(), Resequenced::Continues);
     assert_eq!(journal.pending(), [place]);
 }
 
@@ -444,7 +444,7 @@ fn an_older_copy_of_the_journal_numbers_on_behind_the_store() {
     for flush in 1..=3 {
         journal.commit(flush, &[changed(0, 1.0, Some(1.0))], &[], NOW).unwrap();
     }
-    assert_eq!(journal.resequence(place, 10).unwrap(), Resequenced::JournalBehind);
+    assert_eq!(journal.resequence(place, 10, 0).unwrap(), Resequenced::JournalBehind);
     let sent = journal.outbox(place, 10, usize::MAX).unwrap();
     assert_eq!(sent.iter().map(|batch| batch.sequence).collect::<Vec<_>>(), [11, 12, 13]);
     drop(journal);
@@ -541,7 +541,7 @@ fn sample_file() -> (Vec<u8>, BTreeMap<String, f64>) {
         journal.commit(flush, &changes, &[], NOW).unwrap();
     }
     let place = partition(&key(0));
-    journal.resequence(place, 0).unwrap();
+    journal.resequence(place, 0, 0).unwrap();
     let sent = journal.outbox(place, 0, usize::MAX).unwrap();
     journal.stable(place, sent[1].sequence);
     journal.commit(6, &[changed(0, 6.0, Some(1.0))], &[], NOW).unwrap();
@@ -570,7 +570,7 @@ fn shipped_all(journal: &Journal) -> f64 {
     for place in 0..=Partition::MAX {
         let first = locked(&journal.state).queues[usize::from(place)].dropped;
         remote.sequences.insert(place, first);
-        journal.resequence(place, first).unwrap();
+        journal.resequence(place, first, 0).unwrap();
     }
     remote.claim_and_ship_all(journal);
     sum += remote.sums.values().sum::<f64>();

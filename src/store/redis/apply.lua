@@ -1,12 +1,12 @@
 -- Applies a batch, once. The sequence is written first and in the same script, so a batch that is sent twice, late or
 -- after a failover counts once. An operation that fails (a key of another type, a field that is no number) fails alone.
 -- KEYS from the fourth on: the hash of each operation.
--- ARGV: agent, owner, sequence, sequence before it, deletes seen, expiry in ms; then for each operation the number of
--- its arguments, its start and update in ms, and verbs with their arguments.
--- Answer: 'owner'; or 'applied', 'already' or 'gap', stored sequence, time, series expired, deletes, and the failed
+-- ARGV: agent, owner, sequence, sequence before it, deletes seen, expiry in ms, samples; then for each operation the
+-- number of its arguments, its start and update in ms, and verbs with their arguments.
+-- Answer: 'owner'; or 'applied', 'already' or 'gap', stored sequence, samples up to it, time, series expired, deletes, and the failed
 -- operations: index from 0, error, index, error ...
 local agent, owner, sequence, before, seen = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local expire_ms = ARGV[6]
+local expire_ms, samples = ARGV[6], ARGV[7]
 
 local function number(text)
   return tonumber(text) or error({err = 'ERR hash value is not a float'})
@@ -187,7 +187,7 @@ local function operate(key, at, last)
   end
 end
 
-local stored = call('HMGET', SEQ, agent, agent .. ':owner', agent .. ':seen')
+local stored = call('HMGET', SEQ, agent, agent .. ':owner', agent .. ':seen', agent .. ':samples')
 if stored[2] ~= owner then
   return {'owner'}
 end
@@ -203,8 +203,9 @@ local failed = {}
 if answer == 'applied' then
   at_sequence = sequence
   call('HSET', SEQ, agent, sequence)
+  redis.pcall('HINCRBY', SEQ, agent .. ':samples', samples)
   local scores = {}
-  local at = 7
+  local at = 8
   for i = 4, #KEYS do
     local last = at + tonumber(ARGV[at])
     local done, problem = pcall(operate, KEYS[i], at + 1, last)
@@ -223,4 +224,4 @@ if answer == 'applied' then
   end
 end
 note_seen(agent, stored[3], seen)
-return {answer, at_sequence, now, trim(now, tonumber(expire_ms)), deletes(seen), failed}
+return {answer, at_sequence, stored[4] or '0', now, trim(now, tonumber(expire_ms)), deletes(seen), failed}

@@ -1,9 +1,9 @@
 -- Makes a new nonce the owner of an agent's sequence, unless somebody else has taken the agent's name.
 -- ARGV: agent, new nonce, expiry in ms, deletes seen or '', nonces that the agent's journal knows ...
--- Answer: 'clone'; or 'claimed', stored sequence, deletes seen, time, series expired, deletes.
+-- Answer: 'clone'; or 'claimed', stored sequence, deletes seen, time, series expired, deletes, samples up to the sequence.
 local agent, nonce, expire_ms, seen = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 
-local stored = call('HMGET', SEQ, agent, agent .. ':owner', agent .. ':seen', 'deletes')
+local stored = call('HMGET', SEQ, agent, agent .. ':owner', agent .. ':seen', 'deletes', agent .. ':samples')
 local owner = stored[2]
 local known = not owner or owner == nonce
 for i = 5, #ARGV do
@@ -21,4 +21,4 @@ end
 note_seen(agent, stored[3], seen)
 local now = now_ms()
 local expired = trim(now, expire_ms)
-return {'claimed', stored[1] or '0', seen, now, expired, deletes(seen)}
+return {'claimed', stored[1] or '0', seen, now, expired, deletes(seen), stored[5] or '0'}

@@ -26,9 +26,9 @@ pub(super) fn apply<'a>(
     let series = batch.operations.iter().map(|operation| names.series(operation.kind, &operation.key));
     let keys: Vec<String> = names.common(batch.partition).into_iter().chain(series).collect();
     let count = batch.operations.len();
-    let mut call = Call::sized(named, &keys, 16 * count + 6, OPERATION_BYTES * count + 512);
+    let mut call = Call::sized(named, &keys, 16 * count + 7, OPERATION_BYTES * count + 512);
     call.text(&asker.agent).text(&asker.owner).number(batch.sequence).number(before).number(seen);
-    call.number(asker.expire.as_millis());
+    call.number(asker.expire.as_millis()).number(batch.samples);
     let mut words = Words::default();
     for operation in &batch.operations {
         words.clear();

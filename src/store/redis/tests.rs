@@ -33,7 +33,7 @@ fn operation(kind: Kind, key: &SeriesKey, at_ms: u64, delta: Aggregate) -> Opera
 }
 
 fn batch(sequence: u64, operations: Vec<Operation>) -> Batch {
-    Batch { partition: 17, sequence, flush: sequence, operations }
+    Batch { partition: 17, sequence, flush: sequence, samples: operations.len() as u64, operations }
 }
 
 fn counter(key: &SeriesKey, number: f64) -> Operation {
@@ -188,16 +188,16 @@ async fn replay(server: &Server, steps: &[Step]) -> (Model, Model) {
     (model, read)
 }
 
-/// Every hash of a series, and what stands in it.
+/// Every hash of a series and of sequences, and what stands in it.
 fn hashes(server: &Server) -> BTreeMap<String, BTreeMap<String, String>> {
     let words = |value: Option<Value>| redis::from_redis_value::<Vec<String>>(value.unwrap()).unwrap();
     let names = words(server.ask(&["KEYS", "*"]));
-    let series = names.into_iter().filter(|name| name.contains(":s:"));
+    let hashes = names.into_iter().filter(|name| name.contains(":s:") || name.ends_with(":seq"));
     let fields = |name: &str| {
         let pairs = words(server.ask(&["HGETALL", name]));
         pairs.chunks_exact(2).map(|pair| (pair[0].clone(), pair[1].clone())).collect()
     };
-    series.map(|name| (name.clone(), fields(&name))).collect()
+    hashes.map(|name| (name.clone(), fields(&name))).collect()
 }
 
 #[test]

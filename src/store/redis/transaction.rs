@@ -119,6 +119,10 @@ impl<'a> Transaction<'a> {
         Ok(format!("{}:seen", self.argument(0)?))
     }
 
+    fn samples_field(&self) -> Result<String, Error> {
+        Ok(format!("{}:samples", self.argument(0)?))
+    }
+
     /// Sends commands and answers their replies, of which each may be an error.
     async fn ask(&mut self, pipe: &Pipeline) -> Result<Vec<Value>, Error> {
         Ok(self.wire.send_packed_commands(pipe, 0, pipe.len()).await?)
@@ -156,10 +160,12 @@ impl<'a> Transaction<'a> {
         let (owner_field, seen_field) = (self.owner_field()?, self.seen_field()?);
         self.watch(&[seq]).await?;
         let mut reads = Pipeline::new();
-        reads.cmd("HMGET").arg(seq).arg(&[agent, &owner_field, &seen_field, "deletes"]).cmd("TIME");
+        let samples_field = self.samples_field()?;
+        let asked = [agent, &owner_field, &seen_field, "deletes", &samples_field];
+        reads.cmd("HMGET").arg(seq).arg(&asked).cmd("TIME");
         let mut replies = Replies::new(self.ask(&reads).await?)?;
         let (stored, now_ms) = (replies.texts()?, replies.time()?);
-        let [sequence, owner, stored_seen, deletes] = &stored[..] else { return Err(Error::Foreign) };
+        let [sequence, owner, stored_seen, deletes, samples] = &stored[..] else { return Err(Error::Foreign) };
         let is_ours = |owner: &String| owner == nonce || self.arguments[4..].contains(&owner.as_str());
         if !owner.as_ref().is_none_or(is_ours) {
             self.unwatch().await?;
@@ -174,6 +180,7 @@ impl<'a> Transaction<'a> {
         let Some(results) = self.execute(&writes).await? else { return Ok(None) };
         let mut answer = vec![bulk("claimed"), bulk(sequence.as_deref().unwrap_or("0")), bulk(&seen)];
         answer.extend(heard(now_ms, results));
+        answer.push(bulk(samples.as_deref().unwrap_or("0")));
         Ok(Some(Value::Array(answer)))
     }
 
@@ -245,7 +252,7 @@ impl<'a> Transaction<'a> {
         self.watch(&watched).await?;
         let mut replies = Replies::new(self.ask(&self.reads(&operations)?).await?)?;
         let (stored, now_ms) = (replies.texts()?, replies.time()?);
-        let [at_sequence, owner, stored_seen] = &stored[..] else { return Err(Error::Foreign) };
+        let [at_sequence, owner, stored_seen, samples] = &stored[..] else { return Err(Error::Foreign) };
         if owner.as_deref() != Some(self.argument(1)?) {
             self.unwatch().await?;
             return Ok(Some(Value::Array(vec![bulk("owner")])));
@@ -256,6 +263,7 @@ impl<'a> Transaction<'a> {
         let mut work = Work::default();
         if verdict == "applied" {
             work.writes.cmd("HSET").arg(self.seq()?).arg(self.argument(0)?).arg(sequence);
+            work.writes.cmd("HINCRBY").arg(self.seq()?).arg(self.samples_field()?).arg(self.argument(6)?);
             self.collect(&mut work, operations, replies, now_ms)?;
         }
         let seen = self.argument(4)?;
@@ -264,7 +272,7 @@ impl<'a> Transaction<'a> {
         let Some(results) = self.execute(&work.writes).await? else { return Ok(None) };
         work.look_for_errors(&results);
         let at_sequence = if verdict == "applied" { sequence } else { &at_sequence };
-        let mut answer = vec![bulk(verdict), bulk(at_sequence)];
+        let mut answer = vec![bulk(verdict), bulk(at_sequence), bulk(samples.as_deref().unwrap_or("0"))];
         answer.extend(heard(now_ms, results));
         let failed = work.failed.into_iter().flat_map(|(at, why)| [bulk(&at.to_string()), bulk(&why)]);
         answer.push(Value::Array(failed.collect()));
@@ -273,7 +281,7 @@ impl<'a> Transaction<'a> {
 
     /// The operations of the batch, in the order of their hashes.
     fn operations(&self) -> Result<Vec<Result<Operation<'a>, String>>, Error> {
-        let mut rest = self.arguments.get(6..).ok_or(Error::Foreign)?;
+        let mut rest = self.arguments.get(7..).ok_or(Error::Foreign)?;
         let mut operations = Vec::with_capacity(self.keys.len());
         while let [count, words @ ..] = rest {
             let count = count.parse().map_err(|_| Error::Foreign)?;
@@ -286,8 +294,8 @@ impl<'a> Transaction<'a> {
 
     fn reads(&self, operations: &[Result<Operation<'_>, String>]) -> Result<Pipeline, Error> {
         let mut reads = Pipeline::new();
-        let (agent, owner_field, seen_field) = (self.argument(0)?, self.owner_field()?, self.seen_field()?);
-        reads.cmd("HMGET").arg(self.seq()?).arg(&[agent, &owner_field, &seen_field]).cmd("TIME");
+        let agent = [self.argument(0)?.to_owned(), self.owner_field()?, self.seen_field()?, self.samples_field()?];
+        reads.cmd("HMGET").arg(self.seq()?).arg(&agent).cmd("TIME");
         for (hash, operation) in self.keys[3..].iter().zip(operations) {
             if let Ok(operation) = operation {
                 reads.cmd("HMGET").arg(hash).arg(operation.fields());

@@ -1,0 +1,401 @@
+//! Faults: whatever breaks, and whenever, nothing is lost without a count and nothing counts twice.
+//!
+//! Here stand a wire to Redis that fails as it is told, a load whose sums are known, and [`exact`], which checks from
+//! outside that `accepted = store + outbox + ledger + lost{reason}`. The faults themselves are in the files beside it.
+
+mod copies;
+mod journal;
+mod keys;
+mod killed;
+mod server;
+mod wire;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::agent::{Agent, PATIENCE, same, until};
+use crate::net::Redis;
+
+/// Settings of an agent that ships to a Redis often, and soon finds out that it is gone.
+fn shipping(url: &str) -> Vec<String> {
+    let rest = [
+        "store.kind=redis",
+        "flush.interval=100ms",
+        "flush.window=1s",
+        "limits.redis_reply=1s",
+        "limits.redis_connect=1s",
+    ];
+    std::iter::once(url).chain(rest).map(str::to_owned).collect()
+}
+
+fn start(url: &str) -> Agent {
+    let settings = shipping(url);
+    Agent::start(&settings.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap()
+}
+
+/// What one series of the load has, in the fields that add up: those of JSON and of Redis.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+struct Sums {
+    /// Readings: Redis' `samples` or `n`.
+    samples: f64,
+    /// Increments, or the sum of values or marks.
+    sum: f64,
+    /// Decrements.
+    less: f64,
+}
+
+/// What a sender was told to be accepted, by wire letter and name; of sets the members.
+#[derive(Default)]
+struct Load {
+    sent: Mutex<BTreeMap<(&'static str, String), Sums>>,
+    members: Mutex<BTreeSet<u64>>,
+    requests: AtomicU64,
+}
+
+/// Samples in one request of the load; and how many of them no set took.
+const SAMPLES: u64 = 7;
+
+impl Load {
+    /// The records of the `i`th request, over several kinds and partitions.
+    fn body(i: u64) -> String {
+        json!([
+            {"name": format!("load.c{}", i % 16), "type": "COUNTER", "value": i % 7 + 1},
+            {"name": "load.d", "type": "COUNTER", "values": [i % 5 + 1, -((i % 3) as f64) - 1.0]},
+            {"name": "load.t", "type": "TIMER", "value": i % 11},
+            {"name": "load.m", "type": "METER", "value": i % 4 + 1},
+            {"name": "load.h", "type": "HISTOGRAM", "value": (i % 13) as f64 / 4.0},
+            {"name": "load.s", "type": "SET", "value": (i % 50).to_string()},
+        ])
+        .to_string()
+    }
+
+    /// Sends one request, which must be accepted whole.
+    fn send(&self, agent: &Agent) {
+        let i = self.requests.fetch_add(1, Ordering::SeqCst);
+        let answer = agent.ingest(Self::body(i));
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        assert!(same(&answer.json()["rejected"], &json!(0)), "{}", answer.text());
+        self.accepted(i);
+    }
+
+    fn accepted(&self, i: u64) {
+        let mut sent = locked(&self.sent);
+        let mut add = |letter, name: &str, samples, sum: f64, less: f64| {
+            let sums: &mut Sums = sent.entry((letter, name.to_owned())).or_default();
+            (sums.samples, sums.sum, sums.less) = (sums.samples + samples, sums.sum + sum, sums.less + less);
+        };
+        add("c", &format!("load.c{}", i % 16), 1.0, (i % 7 + 1) as f64, 0.0);
+        add("c", "load.d", 2.0, (i % 5 + 1) as f64, (i % 3 + 1) as f64);
+        add("ms", "load.t", 1.0, (i % 11) as f64, 0.0);
+        add("m", "load.m", 1.0, (i % 4 + 1) as f64, 0.0);
+        add("h", "load.h", 1.0, (i % 13) as f64 / 4.0, 0.0);
+        locked(&self.members).insert(i % 50);
+    }
+
+    fn send_all(&self, agent: &Agent, requests: u64) {
+        (0..requests).for_each(|_| self.send(agent));
+    }
+
+    /// Sends from two threads, all the time that a fault takes and a little longer.
+    fn during<T>(&self, agent: &Agent, fault: impl FnOnce() -> T) -> T {
+        let ended = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !ended.load(Ordering::Relaxed) {
+                        self.send(agent);
+                    }
+                });
+            }
+            let so_far = || self.requests.load(Ordering::SeqCst);
+            let more = |than: u64| until("the load to go on", || (so_far() > than + 20).then_some(()));
+            more(so_far());
+            let done = fault();
+            more(so_far());
+            ended.store(true, Ordering::Relaxed);
+            done
+        })
+    }
+
+    /// All samples but those of sets, which keep members.
+    fn samples(&self) -> f64 {
+        locked(&self.sent).values().map(|sums| sums.samples).sum()
+    }
+}
+
+/// What Redis has of the load, by wire letter and name, as redis-cli reads it; and how many members.
+fn stored(redis: &Redis) -> (BTreeMap<(String, String), Sums>, u64) {
+    let names = redis.cli(&["KEYS", "tallyd:*:s:*"]);
+    let commands: String =
+        names.lines().filter(|name| !name.is_empty()).map(|name| format!("ECHO @{name}\nHGETALL {name}\n")).collect();
+    let (mut found, mut members) = (BTreeMap::new(), 0);
+    for block in batch(redis, &commands).split('@').skip(1) {
+        let mut lines = block.lines();
+        let name = lines.next().unwrap();
+        let Some((_, series)) = name.split_once("}:s:") else { continue };
+        let (letter, name) = series.split_once(':').unwrap();
+        let words: Vec<_> = lines.collect();
+        let field = |wanted: &str| {
+            let pair = words.chunks_exact(2).find(|pair| pair[0] == wanted);
+            pair.map_or(0.0, |pair| pair[1].parse::<f64>().unwrap())
+        };
+        let sum = |name: &str| field(name) + field(&format!("{name}frac"));
+        let sums = match letter {
+            "c" => Sums { samples: field("samples"), sum: sum("increments"), less: sum("decrements") },
+            "m" => Sums { samples: field("samples"), sum: sum("count"), less: 0.0 },
+            "s" => {
+                members = field("members") as u64;
+                continue;
+            }
+            _ => Sums { samples: field("n"), sum: sum("sum"), less: 0.0 },
+        };
+        found.insert((letter.to_owned(), name.to_owned()), sums);
+    }
+    (found, members)
+}
+
+/// What redis-cli prints for commands that it reads line by line.
+fn batch(redis: &Redis, commands: &str) -> String {
+    let mut cli = Command::new("redis-cli")
+        .args(["-p", &redis.port.to_string()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = cli.stdin.take().unwrap();
+    let commands = commands.to_owned();
+    let writing = std::thread::spawn(move || input.write_all(commands.as_bytes()));
+    let output = cli.wait_with_output().unwrap();
+    // It may have ended before it read all, where the server is gone.
+    drop(writing.join().unwrap());
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// What Redis lacks of a load, all series together.
+fn missing(redis: &Redis, load: &Load) -> Sums {
+    let (found, _) = stored(redis);
+    let mut lacks = Sums::default();
+    for ((letter, name), sent) in &*locked(&load.sent) {
+        let has = found.get(&((*letter).to_owned(), name.clone())).copied().unwrap_or_default();
+        lacks.samples += sent.samples - has.samples;
+        lacks.sum += sent.sum - has.sum;
+        lacks.less += sent.less - has.less;
+    }
+    lacks
+}
+
+/// Checks that once all is shipped the store has what was accepted, less what is counted as lost:
+/// `accepted = store + outbox + ledger + lost{reason}` with nothing in the outbox and nothing unflushed.
+#[track_caller]
+fn exact(agents: &[&Agent], redis: &Redis, load: &Load) {
+    let lost = || agents.iter().map(|agent| agent.own("tallyd_lost_samples_total", "")).sum::<f64>();
+    // What the sender knows is what the agents say.
+    let of_sets = load.requests.load(Ordering::SeqCst) as f64;
+    let counted: f64 = agents.iter().map(|agent| agent.own("tallyd_samples_total", "listener=\"http\"")).sum();
+    assert_eq!(counted, load.samples() + of_sets, "samples accepted, as the agents count them");
+    settled(agents, redis, load, lost);
+}
+
+/// The same, where an agent has been started again since and its own counters began anew: `lost` says what all lost.
+#[track_caller]
+fn settled(agents: &[&Agent], redis: &Redis, load: &Load, lost: impl Fn() -> f64) {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    loop {
+        let lacks = missing(redis, load);
+        let lost = lost();
+        let unsent: f64 = agents.iter().map(|agent| agent.own("tallyd_outbox_unsent_batches", "")).sum();
+        if unsent == 0.0 && lacks.samples == lost {
+            break;
+        }
+        let ahead = std::time::Instant::now() < deadline;
+        assert!(ahead, "the store lacks {lacks:?}, {lost} samples are counted as lost, {unsent} batches are unsent");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    if lost() == 0.0 {
+        all_is_there(redis, load);
+    }
+    // Whoever asks an agent is told the same, as soon as it has heard of all.
+    for agent in agents {
+        for ((letter, name), sums) in stored(redis).0 {
+            if letter == "c" {
+                agent.wait_for(&name, "value", sums.sum - sums.less);
+            } else if letter != "m" {
+                agent.wait_for(&name, "sum", sums.sum);
+                agent.wait_for(&name, "count", sums.samples);
+            }
+        }
+    }
+}
+
+/// Every series is as it was sent, to the last digit.
+#[track_caller]
+fn all_is_there(redis: &Redis, load: &Load) {
+    let (found, members) = stored(redis);
+    let sent: BTreeMap<_, _> =
+        locked(&load.sent).iter().map(|((letter, name), sums)| (((*letter).to_owned(), name.clone()), *sums)).collect();
+    assert_eq!(found, sent);
+    assert_eq!(members as usize, locked(&load.members).len());
+}
+
+/// While the store is read but not written: a read adds what waits in outbox and ledger, so it has all that was accepted.
+#[track_caller]
+fn nothing_is_missing_meanwhile(agent: &Agent, load: &Load) {
+    for ((letter, name), sums) in &*locked(&load.sent) {
+        let metric = agent.metric(name).unwrap();
+        assert_ne!(metric["scope"], "local", "{metric}");
+        let (field, want) = match *letter {
+            "c" => ("value", sums.sum - sums.less),
+            "m" => ("count", sums.sum),
+            _ => ("sum", sums.sum),
+        };
+        assert!(same(&metric[field], &json!(want)), "{name}: {metric}, sent {sums:?}");
+    }
+}
+
+/// Sends a request and gives the status, or nothing when no whole answer came.
+fn post(to: SocketAddr, path: &str, headers: &str, body: &str) -> Option<u16> {
+    let mut stream = TcpStream::connect(to).ok()?;
+    stream.set_read_timeout(Some(PATIENCE)).ok()?;
+    let length = body.len();
+    let head = format!("POST {path} HTTP/1.0\r\nHost: {to}\r\nContent-Length: {length}\r\n{headers}\r\n");
+    stream.write_all((head + body).as_bytes()).ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    answer.contains("\r\n\r\n").then(|| answer.split(' ').nth(1)?.parse().ok()).flatten()
+}
+
+/// Numbers for instants: the same in each run of a test, so that what it found is found again.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        // xorshift64
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+}
+
+/// Forwards connections to a server, until it is told to forward no answers, to hold requests back, or to cut.
+struct Wire {
+    port: u16,
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    lines: Mutex<Vec<Line>>,
+    /// After how many bytes of its requests, and of its answers, each connection ends; 0 for never.
+    cut_requests: AtomicU64,
+    cut_answers: AtomicU64,
+}
+
+/// One forwarded connection.
+struct Line {
+    agent: TcpStream,
+    server: TcpStream,
+    requests: Arc<Direction>,
+    answers: Arc<Direction>,
+}
+
+/// What happens to bytes on their way.
+#[derive(Default)]
+struct Direction {
+    drops: AtomicBool,
+    holds: AtomicBool,
+    /// The connection ends when so many bytes have come; 0 for never.
+    ends_at: AtomicU64,
+    /// Bytes that came in.
+    seen: AtomicU64,
+}
+
+impl Wire {
+    fn to(redis: &Redis) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let wire = Self { port: listener.local_addr().unwrap().port(), shared: Arc::default() };
+        let (shared, target) = (Arc::clone(&wire.shared), redis.port);
+        std::thread::spawn(move || {
+            for agent in listener.incoming().map_while(Result::ok) {
+                let Ok(server) = TcpStream::connect(("127.0.0.1", target)) else { continue };
+                let line = Line { agent, server, requests: Arc::default(), answers: Arc::default() };
+                forward(&line.agent, &line.server, &line.requests);
+                forward(&line.server, &line.agent, &line.answers);
+                locked(&shared.lines).push(line);
+            }
+        });
+        wire
+    }
+
+    fn url(&self) -> String {
+        format!("store.redis.url=redis://127.0.0.1:{}", self.port)
+    }
+
+    /// The connection that ships: the one with most requests, since readers have their own.
+    fn busiest(&self) -> (Arc<Direction>, Arc<Direction>) {
+        let lines = locked(&self.shared.lines);
+        let line = lines.iter().max_by_key(|line| line.requests.seen.load(Ordering::SeqCst)).unwrap();
+        (Arc::clone(&line.requests), Arc::clone(&line.answers))
+    }
+
+    /// From now on no answer comes back on the connections there are.
+    fn silence(&self) {
+        locked(&self.shared.lines).iter().for_each(|line| line.answers.drops.store(true, Ordering::SeqCst));
+    }
+
+    /// Ends all connections.
+    fn cut(&self) {
+        locked(&self.shared.lines).drain(..).for_each(|line| line.cut());
+    }
+
+    /// Takes the connections there are out of the list, with their requests held back.
+    fn hold(&self) -> Vec<Line> {
+        let lines: Vec<_> = locked(&self.shared.lines).drain(..).collect();
+        lines.iter().for_each(|line| line.requests.holds.store(true, Ordering::SeqCst));
+        lines
+    }
+}
+
+impl Line {
+    fn cut(&self) {
+        // They may have ended already.
+        drop(self.agent.shutdown(Shutdown::Both));
+        drop(self.server.shutdown(Shutdown::Both));
+    }
+}
+
+/// Copies bytes on a thread of its own. What is held back still goes on after the sender has hung up.
+fn forward(from: &TcpStream, to: &TcpStream, direction: &Arc<Direction>) {
+    let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+    let direction = Arc::clone(direction);
+    std::thread::spawn(move || {
+        let mut bytes = [0; 16 << 10];
+        while let Ok(length @ 1..) = from.read(&mut bytes) {
+            let before = direction.seen.fetch_add(length as u64, Ordering::SeqCst);
+            let end = direction.ends_at.load(Ordering::SeqCst);
+            let length = if end == 0 { length } else { length.min(end.saturating_sub(before) as usize) };
+            until("what is held back to be let go", || (!direction.holds.load(Ordering::SeqCst)).then_some(()));
+            if !direction.drops.load(Ordering::SeqCst) && to.write_all(&bytes[..length]).is_err() {
+                break;
+            }
+            if end > 0 && before + length as u64 >= end {
+                // Both ends learn of it, and what was written before still arrives.
+                drop(to.shutdown(Shutdown::Write));
+                drop(from.shutdown(Shutdown::Both));
+                return;
+            }
+        }
+        drop(to.shutdown(Shutdown::Write));
+    });
+}
