@@ -272,11 +272,12 @@ impl View {
             }
             totals = answer.ok();
         }
-        let scope = if totals.is_none() && self.remote.is_some() { Scope::Local } else { scope };
-        let totals = totals
-            .unwrap_or_else(|| ids.iter().zip(&series).map(|(id, state)| self.local(id, state.as_ref())).collect());
+        let scope = if self.remote.is_some() { Scope::Local } else { scope };
+        let local = |(id, state): (&SeriesId, &Option<State>)| Some((self.local(id, state.as_ref())?, scope));
+        let totals = totals.unwrap_or_else(|| ids.iter().zip(&series).map(local).collect());
         let found = ids.iter().zip(series).zip(totals);
-        found.filter_map(|((id, state), total)| Some(self.metric(id, state.as_ref(), total?, scope))).collect()
+        let found = found.filter_map(|(series, total)| Some((series, total?)));
+        found.map(|((id, state), (total, scope))| self.metric(id, state.as_ref(), total, scope)).collect()
     }
 
     fn states(&self, ids: &[SeriesId]) -> Vec<Option<State>> {
@@ -310,7 +311,8 @@ impl View {
         }
     }
 
-    /// The totals of all agents: the store's, then our batches that are not in it, then what no batch carries yet.
+    /// The totals of all agents: the store's, then our batches that are not in it, then what no batch carries yet; our own
+    /// where the server is away that has a series.
     ///
     /// The order matters: first `states`, then the store, then the journal. What the ledger has no more as unshipped is
     /// then in the journal or the store, and what the store has is in the journal or dropped from it: so the flush of the
@@ -320,7 +322,7 @@ impl View {
         remote: &Remote,
         ids: &[SeriesId],
         states: &[Option<State>],
-    ) -> Result<Vec<Option<Arc<Total>>>, Shortfall> {
+    ) -> Result<Vec<Option<(Arc<Total>, Scope)>>, Shortfall> {
         let agent = remote.journal.agent().to_string();
         let series: Vec<_> = ids.iter().map(|id| (id.kind, id.key.clone())).collect();
         let stored = remote.reader.totals(&series, &agent).await.map_err(|_| Shortfall::Store)?;
@@ -331,10 +333,14 @@ impl View {
         let mut backlog = Backlog::new(&snapshot);
         let mut totals = Vec::with_capacity(ids.len());
         for ((id, state), stored) in ids.iter().zip(states).zip(stored) {
-            // A hash that another program spoilt is shown as this agent knows the series.
+            // A hash that another program spoilt, or that is on a server that is away, is shown as this agent knows the
+            // series.
             totals.push(match stored {
-                Ok(stored) => complete(&mut backlog, id, state.as_ref(), stored)?.map(Arc::new),
-                Err(_) => self.local(id, state.as_ref()),
+                Ok(stored) => {
+                    let total = complete(&mut backlog, id, state.as_ref(), stored)?;
+                    total.map(|total| (Arc::new(total), Scope::Global))
+                }
+                Err(_) => self.local(id, state.as_ref()).map(|total| (total, Scope::Local)),
             });
         }
         Ok(totals)

@@ -12,7 +12,7 @@ use crate::aggregate::ledger::Total;
 use crate::aggregate::meter::Rates;
 use crate::aggregate::set::Members;
 use crate::aggregate::{Aggregate, Sum};
-use crate::store::Operation;
+use crate::store::{Batch, Operation};
 
 fn run<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
@@ -147,7 +147,7 @@ fn batches(steps: &[Step], keys: &[SeriesKey]) -> Vec<Vec<Batch>> {
 async fn replay(server: &Server, steps: &[Step]) -> (Model, Model) {
     let keys = keys(3);
     server.ask(&["FLUSHALL"]).unwrap();
-    let connection = server.connection().await;
+    let connection = server.connection();
     let agents = batches(steps, &keys);
     let askers: Vec<_> = (0..3).map(|agent| asker(&format!("agent{agent}"), "owner")).collect();
     for asker in &askers {
@@ -225,7 +225,7 @@ async fn apply(connection: &Connection, sequence: u64, operations: Vec<Operation
 }
 
 async fn claimed(server: &Server) -> Connection {
-    let connection = server.connection().await;
+    let connection = server.connection();
     let claimed = connection.claim(&asker("a", "o"), 17, None, &[]).await.unwrap();
     assert!(matches!(claimed, Claimed::Ours { sequence: 0, .. }));
     connection
@@ -237,7 +237,7 @@ fn both(test: &impl AsyncFn(&Server)) {
         let server = Server::start(&[]);
         server.ask(&["ACL", "SETUSER", "default", rights]).unwrap();
         run(async {
-            assert_eq!(server.connection().await.transactions.is_some(), rights.starts_with('-'));
+            assert_eq!(server.connection().calls_scripts().await, rights.starts_with('+'));
             test(&server).await;
         });
     }
@@ -336,7 +336,7 @@ fn members_that_share_a_register_raise_it_together() {
 fn only_the_last_claimer_writes() {
     both(&async |server| {
         let key = &keys(1)[0];
-        let connection = server.connection().await;
+        let connection = server.connection();
         let send = async |owner: &str, sequence: u64| {
             let batch = batch(sequence, vec![counter(key, 1.0)]);
             connection.apply(&asker("a", owner), &batch, sequence - 1, 0).await.unwrap()
@@ -362,8 +362,7 @@ fn agents_that_meet_in_a_partition_count_each_other_in() {
         let keys = keys(2);
         let mut agents = tokio::task::JoinSet::new();
         for agent in 0..6 {
-            let (connection, asker, keys) =
-                (server.connection().await, asker(&format!("agent{agent}"), "o"), keys.clone());
+            let (connection, asker, keys) = (server.connection(), asker(&format!("agent{agent}"), "o"), keys.clone());
             agents.spawn(async move {
                 connection.claim(&asker, 17, None, &[]).await.unwrap();
                 for sequence in 1..=30 {
@@ -386,7 +385,7 @@ fn a_server_without_the_commands_for_scripts_applies_batches() {
     run(async {
         let key = &keys(1)[0];
         let connection = claimed(&server).await;
-        assert!(connection.transactions.is_some());
+        assert!(!connection.calls_scripts().await);
         apply(&connection, 1, vec![counter(key, 5.0)]).await;
         assert_eq!(increments(total(&server, Kind::Counter, key).await.unwrap()).value(), 5.0);
     });
@@ -422,7 +421,7 @@ fn a_delete_reaches_every_agent_once() {
         let answer = apply(&connection, 2, vec![counter(&keys[0], 1.0)]).await;
         let Applied::Stored { news, .. } = answer else { panic!("{answer:?}") };
         assert_eq!(news.deletes, deleted);
-        assert_eq!(connection.poll(&asker("a", "o"), 17, 0).await.unwrap().deletes, deleted);
+        assert_eq!(connection.poll(&asker("a", "o"), 17, 0).await.unwrap().news.deletes, deleted);
         assert_eq!(increments(total(server, Kind::Counter, &keys[0]).await.unwrap()).value(), 1.0);
         // Until it says that it knows, also after a restart; an agent that is new has nothing to forget.
         let heard = async |agent: &str, seen| match connection.claim(&asker(agent, "o"), 17, seen, &[]).await.unwrap() {
@@ -432,7 +431,7 @@ fn a_delete_reaches_every_agent_once() {
         assert_eq!(heard("a", None).await, deleted);
         assert_eq!(heard("new", None).await, []);
         let seen = deleted[0].number;
-        assert_eq!(connection.poll(&asker("a", "o"), 17, seen).await.unwrap().deletes, []);
+        assert_eq!(connection.poll(&asker("a", "o"), 17, seen).await.unwrap().news.deletes, []);
         assert_eq!(heard("a", None).await, []);
         // A later delete of the same key has a larger number.
         assert!(reader.delete(&keys[0], &[Kind::Counter]).await.unwrap()[0].number > seen);
@@ -496,7 +495,7 @@ fn a_gauge_whose_agent_was_ahead_of_its_time_goes_on() {
 fn rates_of_agents_decay_and_add_up() {
     both(&async |server| {
         let key = &keys(1)[0];
-        let connection = server.connection().await;
+        let connection = server.connection();
         let (mut first, mut second) = (Rates::new(0), Rates::new(0));
         (0..24).for_each(|at| assert!(first.mark(10.0, at * 5_000)));
         (0..36).for_each(|at| assert!(second.mark(30.0, at * 5_000)));
@@ -519,7 +518,7 @@ fn rates_of_agents_decay_and_add_up() {
 fn a_script_that_the_server_forgot_is_loaded_again() {
     let server = Server::start(&[]);
     run(async {
-        let connection = server.connection().await;
+        let connection = server.connection();
         server.ask(&["SCRIPT", "FLUSH"]).unwrap();
         let claimed = connection.claim(&asker("a", "o"), 17, None, &[]).await.unwrap();
         assert!(matches!(claimed, Claimed::Ours { sequence: 0, .. }));
@@ -530,14 +529,14 @@ fn a_script_that_the_server_forgot_is_loaded_again() {
 fn series_expire_and_leave_the_list() {
     both(&async |server| {
         let key = &keys(1)[0];
-        let connection = server.connection().await;
+        let connection = server.connection();
         let asker = Asker { expire: Time::millis(30), ..asker("a", "o") };
         connection.claim(&asker, 17, None, &[]).await.unwrap();
         connection.apply(&asker, &batch(1, vec![counter(key, 1.0)]), 0, 0).await.unwrap();
         let name = Names::new("tallyd").series(Kind::Counter, key);
         server::wait_for("the hash expires", || server.ask(&["EXISTS", &name]) == Some(Value::Int(0)));
         let deadline = std::time::Instant::now() + Duration::from_secs(5);
-        while connection.poll(&asker, 17, 0).await.unwrap().expired == 0 {
+        while connection.poll(&asker, 17, 0).await.unwrap().news.expired == 0 {
             assert!(std::time::Instant::now() < deadline);
         }
         assert_eq!(server.ask(&["EXISTS", &Names::new("tallyd").of(17, "index")]), Some(Value::Int(0)));

@@ -4,7 +4,7 @@
 //! What decides is read after the reply to WATCH has come, and written by an EXEC that the server refuses when any of it
 //! changed since: so a sequence is compared and a batch applied in one atomic unit here too. A transaction that was refused
 //! is tried again with what is there now. Each has a connection to itself for its length; one that broke off, in the middle
-//! or without an answer, is closed and never used again. Costs two more round trips than a script. Not for a cluster.
+//! or without an answer, is closed and never used again. Costs two more round trips than a script.
 
 mod verbs;
 
@@ -12,13 +12,13 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
-use redis::{Pipeline, Value};
+use redis::{Pipeline, RedisError, Value};
 use tokio::sync::{Mutex, Semaphore};
 
 use self::verbs::{Effect, Operation};
-use super::{Config, Error, Limits, list, number, text};
+use super::{Call, Error, list, number, text};
 
-/// Transactions under way at a time, each with a connection.
+/// Transactions under way at a time on one server, each with a connection.
 const CONNECTIONS: usize = 8;
 
 /// How often one is tried while others change what it reads; each time somebody else went on.
@@ -37,41 +37,62 @@ pub(super) enum What {
     Read,
 }
 
-/// Connections for transactions.
-#[derive(Debug)]
+/// Connections to one server for transactions.
 pub(super) struct Transactions {
-    config: Config,
-    limits: Limits,
     idle: Mutex<Vec<MultiplexedConnection>>,
     under_way: Semaphore,
 }
 
-impl Transactions {
-    /// Connects when it is first used.
-    pub(super) fn new(config: &Config, limits: &Limits) -> Self {
-        let (config, limits) = (config.clone(), limits.clone());
-        Self { config, limits, idle: Mutex::default(), under_way: Semaphore::new(CONNECTIONS) }
+impl Default for Transactions {
+    fn default() -> Self {
+        Self { idle: Mutex::default(), under_way: Semaphore::new(CONNECTIONS) }
     }
+}
 
+impl Transactions {
     /// Does what a script would do with these keys and arguments.
-    pub(super) async fn run(&self, what: What, keys: &[&str], arguments: &[&str]) -> Result<Value, Error> {
+    pub(super) async fn run<F>(&self, call: &Call<'_>, open: impl FnOnce() -> F) -> Result<Value, Problem>
+    where
+        F: Future<Output = Result<MultiplexedConnection, Error>>,
+    {
+        let words = call.words().ok_or(Error::Foreign)?;
+        let (keys, arguments) = words.split_at(call.keys);
         // It is never closed.
         let _permit = self.under_way.acquire().await.map_err(|_| Error::Dropped)?;
         let idle = self.idle.lock().await.pop();
         let wire = match idle {
             Some(wire) => wire,
-            None => super::wire(&self.config, &self.limits).await?,
+            None => open().await?,
         };
         let mut transaction = Transaction { wire, keys, arguments };
         for attempt in 0..TRIES {
             // With an error the connection ends here, and what it watched with it.
-            if let Some(answer) = transaction.attempt(what).await? {
+            if let Some(answer) = transaction.attempt(call.named.what).await? {
                 self.idle.lock().await.push(transaction.wire);
                 return Ok(answer);
             }
             tokio::time::sleep(pause(attempt)).await;
         }
-        Err(Error::Contended)
+        Err(Problem::Ours(Error::Contended))
+    }
+}
+
+/// Why a request was not done: by the server's word, which may say where to ask, or by ours.
+#[derive(Debug)]
+pub(super) enum Problem {
+    Redis(RedisError),
+    Ours(Error),
+}
+
+impl From<RedisError> for Problem {
+    fn from(error: RedisError) -> Self {
+        Self::Redis(error)
+    }
+}
+
+impl From<Error> for Problem {
+    fn from(error: Error) -> Self {
+        Self::Ours(error)
     }
 }
 
@@ -89,7 +110,7 @@ struct Transaction<'a> {
 }
 
 impl<'a> Transaction<'a> {
-    async fn attempt(&mut self, what: What) -> Result<Option<Value>, Error> {
+    async fn attempt(&mut self, what: What) -> Result<Option<Value>, Problem> {
         match what {
             What::Claim => self.claim().await,
             What::Apply => self.apply().await,
@@ -124,21 +145,21 @@ impl<'a> Transaction<'a> {
     }
 
     /// Sends commands and answers their replies, of which each may be an error.
-    async fn ask(&mut self, pipe: &Pipeline) -> Result<Vec<Value>, Error> {
+    async fn ask(&mut self, pipe: &Pipeline) -> Result<Vec<Value>, Problem> {
         Ok(self.wire.send_packed_commands(pipe, 0, pipe.len()).await?)
     }
 
     /// Watches keys. Nothing is read before the reply is here.
-    async fn watch(&mut self, keys: &[&str]) -> Result<(), Error> {
+    async fn watch(&mut self, keys: &[&str]) -> Result<(), Problem> {
         Ok(redis::cmd("WATCH").arg(keys).exec_async(&mut self.wire).await?)
     }
 
-    async fn unwatch(&mut self) -> Result<(), Error> {
+    async fn unwatch(&mut self) -> Result<(), Problem> {
         Ok(redis::cmd("UNWATCH").exec_async(&mut self.wire).await?)
     }
 
     /// Does what was collected, all of it or, when something watched has changed, nothing.
-    async fn execute(&mut self, writes: &Pipeline) -> Result<Option<Vec<Value>>, Error> {
+    async fn execute(&mut self, writes: &Pipeline) -> Result<Option<Vec<Value>>, Problem> {
         let mut pipe = Pipeline::new();
         pipe.cmd("MULTI");
         for command in writes.cmd_iter() {
@@ -150,12 +171,15 @@ impl<'a> Transaction<'a> {
             Some(Value::Array(results)) => Ok(Some(results)),
             Some(Value::Nil) => Ok(None),
             // A command that the server would not take, and so took none of them.
-            Some(refused) => Err(first_error(replies).or_else(|| error_of(refused)).unwrap_or(Error::Foreign)),
-            None => Err(Error::Foreign),
+            Some(refused) => {
+                let error = replies.into_iter().find_map(error_of).or_else(|| error_of(refused));
+                Err(error.map_or(Problem::Ours(Error::Foreign), Problem::Redis))
+            }
+            None => Err(Error::Foreign.into()),
         }
     }
 
-    async fn claim(&mut self) -> Result<Option<Value>, Error> {
+    async fn claim(&mut self) -> Result<Option<Value>, Problem> {
         let (seq, agent, nonce) = (self.seq()?, self.argument(0)?, self.argument(1)?);
         let (owner_field, seen_field) = (self.owner_field()?, self.seen_field()?);
         self.watch(&[seq]).await?;
@@ -165,7 +189,7 @@ impl<'a> Transaction<'a> {
         reads.cmd("HMGET").arg(seq).arg(&asked).cmd("TIME");
         let mut replies = Replies::new(self.ask(&reads).await?)?;
         let (stored, now_ms) = (replies.texts()?, replies.time()?);
-        let [sequence, owner, stored_seen, deletes, samples] = &stored[..] else { return Err(Error::Foreign) };
+        let [sequence, owner, stored_seen, deletes, samples] = &stored[..] else { return Err(Error::Foreign.into()) };
         let is_ours = |owner: &String| owner == nonce || self.arguments[4..].contains(&owner.as_str());
         if !owner.as_ref().is_none_or(is_ours) {
             self.unwatch().await?;
@@ -184,21 +208,23 @@ impl<'a> Transaction<'a> {
         Ok(Some(Value::Array(answer)))
     }
 
-    async fn poll(&mut self) -> Result<Option<Value>, Error> {
+    async fn poll(&mut self) -> Result<Option<Value>, Problem> {
         let (seq, agent, seen, seen_field) = (self.seq()?, self.argument(0)?, self.argument(1)?, self.seen_field()?);
         let mut reads = Pipeline::new();
-        reads.cmd("HMGET").arg(seq).arg(&[agent, &seen_field]).cmd("TIME");
+        reads.cmd("HMGET").arg(seq).arg(&[agent, &seen_field, &self.samples_field()?]).cmd("TIME");
         let mut replies = Replies::new(self.ask(&reads).await?)?;
         let (stored, now_ms) = (replies.texts()?, replies.time()?);
-        let [_, stored_seen] = &stored[..] else { return Err(Error::Foreign) };
+        let [sequence, stored_seen, samples] = &stored[..] else { return Err(Error::Foreign.into()) };
         let mut writes = Pipeline::new();
         self.note_seen(&mut writes, stored_seen.as_deref(), seen)?;
         self.hear(&mut writes, now_ms, self.argument(2)?, seen)?;
         let Some(results) = self.execute(&writes).await? else { return Ok(None) };
-        Ok(Some(Value::Array(heard(now_ms, results).into())))
+        let mut answer = [sequence, samples].map(|number| bulk(number.as_deref().unwrap_or("0"))).to_vec();
+        answer.extend(heard(now_ms, results));
+        Ok(Some(Value::Array(answer)))
     }
 
-    async fn delete(&mut self) -> Result<Option<Value>, Error> {
+    async fn delete(&mut self) -> Result<Option<Value>, Problem> {
         let (seq, index, del) = (self.seq()?, self.key(1)?, self.key(2)?);
         let hashes = &self.keys[3..];
         let watched: Vec<_> = std::iter::once(seq).chain(hashes.iter().copied()).collect();
@@ -231,7 +257,7 @@ impl<'a> Transaction<'a> {
         Ok(self.execute(&writes).await?.map(|_| Value::Array(answer)))
     }
 
-    async fn read(&mut self) -> Result<Option<Value>, Error> {
+    async fn read(&mut self) -> Result<Option<Value>, Problem> {
         let mut reads = Pipeline::new();
         reads.cmd("HGET").arg(self.seq()?).arg(self.argument(0)?);
         for hash in &self.keys[1..] {
@@ -246,13 +272,13 @@ impl<'a> Transaction<'a> {
         Ok(Some(Value::Array(answer.into_iter().map(plain).collect())))
     }
 
-    async fn apply(&mut self) -> Result<Option<Value>, Error> {
+    async fn apply(&mut self) -> Result<Option<Value>, Problem> {
         let operations = self.operations()?;
         let watched: Vec<_> = std::iter::once(self.seq()?).chain(self.keys[3..].iter().copied()).collect();
         self.watch(&watched).await?;
         let mut replies = Replies::new(self.ask(&self.reads(&operations)?).await?)?;
         let (stored, now_ms) = (replies.texts()?, replies.time()?);
-        let [at_sequence, owner, stored_seen, samples] = &stored[..] else { return Err(Error::Foreign) };
+        let [at_sequence, owner, stored_seen, samples] = &stored[..] else { return Err(Error::Foreign.into()) };
         if owner.as_deref() != Some(self.argument(1)?) {
             self.unwatch().await?;
             return Ok(Some(Value::Array(vec![bulk("owner")])));
@@ -401,9 +427,9 @@ struct Replies(std::vec::IntoIter<Value>);
 
 impl Replies {
     /// The first reply is that to HMGET of the sequences: an error there is one of the whole.
-    fn new(replies: Vec<Value>) -> Result<Self, Error> {
+    fn new(replies: Vec<Value>) -> Result<Self, Problem> {
         match replies.first().cloned().and_then(error_of) {
-            Some(error) => Err(error),
+            Some(error) => Err(error.into()),
             None => Ok(Self(replies.into_iter())),
         }
     }
@@ -421,7 +447,7 @@ impl Replies {
     /// The server's clock in milliseconds.
     fn time(&mut self) -> Result<u64, Error> {
         let reply = self.next()?;
-        let Some([seconds, micros]) = list(&reply) else { return Err(error_of(reply).unwrap_or(Error::Foreign)) };
+        let Some([seconds, micros]) = list(&reply) else { return Err(Error::Foreign) };
         let (seconds, micros) = (number(seconds).ok_or(Error::Foreign)?, number(micros).ok_or(Error::Foreign)?);
         Ok(seconds * 1_000 + micros / 1_000)
     }
@@ -450,12 +476,8 @@ fn series_of_hash<'a>(seq: &str, hash: &'a str) -> &'a str {
     hash.get(seq.len() - 1..).unwrap_or_default()
 }
 
-fn first_error(replies: Vec<Value>) -> Option<Error> {
-    replies.into_iter().find_map(error_of)
-}
-
-fn error_of(reply: Value) -> Option<Error> {
-    reply.extract_error().err().map(Error::from)
+fn error_of(reply: Value) -> Option<RedisError> {
+    reply.extract_error().err()
 }
 
 fn server_error(reply: &Value) -> Option<String> {
