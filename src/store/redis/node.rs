@@ -49,11 +49,13 @@ impl Opener {
             .set_pipeline_buffer_size(64)
             .set_write_backpressure_boundary(256 << 10);
         let connected = client.get_multiplexed_async_connection_with_config(&settings).await;
-        connected.map_err(|error| match Error::from(&error) {
-            Error::Dropped | Error::Timeout => Error::Connect,
-            // Its own word for certificates that it can't use.
-            Error::Refused if error.kind() == redis::ErrorKind::InvalidClientConfig => Error::Tls,
-            other => other,
+        connected.inspect_err(|error| tracing::debug!(%error, "no connection to a Redis")).map_err(|error| {
+            match Error::from(&error) {
+                Error::Dropped | Error::Timeout => Error::Connect,
+                // Its own word for certificates that it can't use.
+                Error::Refused if error.kind() == redis::ErrorKind::InvalidClientConfig => Error::Tls,
+                other => other,
+            }
         })
     }
 
