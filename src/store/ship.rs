@@ -461,7 +461,7 @@ impl Shipper {
             if self.stopping && self.is_done() {
                 return Ok(());
             }
-            let until = self.next();
+            let until = self.next(session);
             tokio::select! {
                 Some(done) = self.tasks.join_next() => self.finish(session, done)?,
                 () = self.shared.wake.notified() => self.enqueue_pending(),
@@ -516,7 +516,9 @@ impl Shipper {
     /// Has every partition asked for deletes and its sequence, and who has which.
     fn poll(&mut self, session: &Session) {
         self.polled = Instant::now();
-        session.connection.look_again();
+        if self.parts.config.mode == Mode::Cluster {
+            session.connection.look_again();
+        }
         for partition in all() {
             self.slots[usize::from(partition)].poll = true;
             self.enqueue(partition);
@@ -524,14 +526,17 @@ impl Shipper {
     }
 
     /// When something is due that nobody wakes us for.
-    fn next(&self) -> Instant {
+    fn next(&self, session: &Session) -> Instant {
         let now = Instant::now();
         let queued = self.queue.iter().map(|partition| &self.slots[usize::from(*partition)]);
         let slots = queued.filter_map(|slot| slot.away.as_ref());
         let nodes = self.nodes.values().filter_map(|node| node.away.as_ref());
         let waits = slots.chain(nodes).map(|away| away.until).filter(|until| *until > now);
-        let settles = self.nodes.values().filter(|node| !node.settling).filter_map(Node::settles_at);
-        waits.chain(settles).chain([self.polled + POLL]).min().unwrap_or(now)
+        // Those that are asked; a server without partitions is not, and one that is away when that has passed.
+        let servers = session.connection.servers();
+        let asked = servers.iter().filter_map(|server| self.nodes.get(server.name()));
+        let asked = asked.filter(|node| !node.settling && !Away::waits(node.away.as_ref(), now));
+        waits.chain(asked.filter_map(Node::settles_at)).chain([self.polled + POLL]).min().unwrap_or(now)
     }
 
     /// Starts what is due.
@@ -558,19 +563,24 @@ impl Shipper {
 
     /// Asks the servers for which it is time what they would not lose any more.
     fn begin_to_settle(&mut self, session: &Session, now: Instant) {
+        let mut asked = false;
         for server in session.connection.servers() {
             let Some(node) = self.nodes.get_mut(server.name()) else { continue };
             let due = node.settles_at().is_none_or(|at| at <= now);
             if node.settling || !due || Away::waits(node.away.as_ref(), now) {
                 continue;
             }
-            (node.settling, node.settled) = (true, Some(now));
+            (node.settling, node.settled, asked) = (true, Some(now), true);
             let unstable: Vec<_> = node.unstable.partitions().into_iter().collect();
             let (replicas, asker) = (self.parts.config.replicas, Arc::clone(&session.asker));
             self.tasks.spawn(async move {
                 let outcome = Durability::ask(&server, &asker.agent, replicas, &unstable).await;
                 Done::Settled { server: Arc::clone(server.name()), since: now, outcome }
             });
+        }
+        if asked && self.parts.config.mode == Mode::Sentinel {
+            // A master that was deposed takes writes for some seconds more, and then forgets them.
+            session.connection.look_again();
         }
     }
 

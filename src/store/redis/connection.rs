@@ -202,9 +202,9 @@ impl Connection {
         self.route.nodes().into_iter().map(server).collect()
     }
 
-    /// Looks again, with the next request, who has which partition.
+    /// Looks again who has which partition.
     pub(in crate::store) fn look_again(&self) {
-        self.route.doubt();
+        self.route.look_again();
     }
 
     /// Whether the server that has the first partition allows scripts.

@@ -52,6 +52,7 @@ impl Opener {
             .set_write_backpressure_boundary(256 << 10);
         let connected = client.get_multiplexed_async_connection_with_config(&settings).await;
         connected.map_err(|error| {
+            tracing::debug!(%error, "no connection to a Redis");
             let known = Error::from(&error);
             // Its own word for certificates that it can't use.
             if known == Error::Refused && error.kind() == redis::ErrorKind::InvalidClientConfig {

@@ -118,6 +118,12 @@ impl Route {
         }
     }
 
+    /// Asks for the map beside the requests, which go on with what is known.
+    pub(super) fn look_again(self: &Arc<Self>) {
+        let route = Arc::clone(self);
+        tokio::spawn(async move { route.refresh().await });
+    }
+
     /// Asks for the map, unless somebody else just did.
     async fn refresh(&self) -> Result<(), Error> {
         let begun = Instant::now();
@@ -136,12 +142,16 @@ impl Route {
         answer
     }
 
-    /// The first sentinel that knows the master decides, as its documentation has it.
+    /// The first sentinel that knows the master decides.
     async fn ask_sentinels(&self) -> Result<(), Error> {
-        let mut problem = Error::Sentinels;
+        let mut questions = JoinSet::new();
         for sentinel in &self.opener.deployment.start {
-            match self.ask_sentinel(sentinel).await {
-                Ok(Some((host, port))) => {
+            questions.spawn(master(sentinel.clone(), Arc::clone(&self.opener)));
+        }
+        let mut problem = Error::Sentinels;
+        while let Some(answer) = questions.join_next().await {
+            match answer {
+                Ok(Ok(Some((host, port)))) => {
                     let mut map = self.map();
                     let node = map.node(self.opener.deployment.server(&host, port));
                     map.nodes.retain(|name, _| *name == node.name);
@@ -149,20 +159,12 @@ impl Route {
                     map.stale = false;
                     return Ok(());
                 }
-                Ok(None) => problem = Error::MasterUnknown,
-                Err(error @ (Error::Denied | Error::Tls)) => problem = error,
-                Err(_) => {}
+                Ok(Ok(None)) => problem = Error::MasterUnknown,
+                Ok(Err(error @ (Error::Denied | Error::Tls))) => problem = error,
+                Ok(Err(_)) | Err(_) => {}
             }
         }
         Err(problem)
-    }
-
-    async fn ask_sentinel(&self, sentinel: &ConnectionInfo) -> Result<Option<(String, u16)>, Error> {
-        let mut redis = self.opener.open(sentinel.clone()).await?;
-        let mut question = redis::cmd("SENTINEL");
-        question.arg("GET-MASTER-ADDR-BY-NAME").arg(&self.opener.deployment.master);
-        let answer: Option<(String, u16)> = question.query_async(&mut redis).await?;
-        Ok(answer)
     }
 
     /// The first node that answers decides. One that stands still holds up nothing.
@@ -212,6 +214,14 @@ impl Route {
         map.nodes.retain(|name, _| masters.contains(name) || start.contains(&**name));
         map.stale = false;
     }
+}
+
+/// What a sentinel calls the master.
+async fn master(sentinel: ConnectionInfo, opener: Arc<Opener>) -> Result<Option<(String, u16)>, Error> {
+    let mut redis = opener.open(sentinel).await?;
+    let mut question = redis::cmd("SENTINEL");
+    question.arg("GET-MASTER-ADDR-BY-NAME").arg(&opener.deployment.master);
+    Ok(question.query_async(&mut redis).await?)
 }
 
 /// Slots in a row, and the master that has them.
