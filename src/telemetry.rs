@@ -91,6 +91,7 @@ table! {
     OUTBOX_BATCHES = "tallyd_outbox_batches", Gauge, [], "Batches kept for the store.";
     OUTBOX_BYTES = "tallyd_outbox_bytes", Gauge, [], "Bytes of these batches.";
     OUTBOX_UNSENT = "tallyd_outbox_unsent_batches", Gauge, [], "Batches that the store has not acknowledged.";
+    OUTBOX_UNSENT_SAMPLES = "tallyd_outbox_unsent_samples", Gauge, [], "Samples in these batches.";
     OUTBOX_MERGED = "tallyd_outbox_merged_total", Counter, [], "Batches never sent that went into others because the outbox was past its limit.";
     JOURNAL_BYTES = "tallyd_journal_bytes", Gauge, [], "Size of the journal's file, in bytes.";
     JOURNAL_EXPIRED = "tallyd_journal_expired_total", Counter, [], "Totals deleted from the journal because they were idle for too long, or longest when it was past its limit.";

@@ -225,6 +225,8 @@ pub struct Sizes {
     pub outbox_bytes: u64,
     /// How many of them the store has not acknowledged.
     pub unacknowledged: u64,
+    /// The samples in those.
+    pub unacknowledged_samples: u64,
 }
 
 /// `agent` under one key.
@@ -396,6 +398,7 @@ impl Journal {
             batches: state.queues.iter().map(Queue::held).sum(),
             outbox_bytes: state.queues.iter().map(Queue::bytes).sum(),
             unacknowledged: state.queues.iter().map(Queue::unacknowledged).sum(),
+            unacknowledged_samples: state.queues.iter().map(Queue::unacknowledged_samples).sum(),
         }
     }
 
@@ -407,6 +410,7 @@ impl Journal {
             telemetry::OUTBOX_BATCHES.gauge(&[]).set(sizes.batches as f64);
             telemetry::OUTBOX_BYTES.gauge(&[]).set(sizes.outbox_bytes as f64);
             telemetry::OUTBOX_UNSENT.gauge(&[]).set(sizes.unacknowledged as f64);
+            telemetry::OUTBOX_UNSENT_SAMPLES.gauge(&[]).set(sizes.unacknowledged_samples as f64);
         }
     }
 }

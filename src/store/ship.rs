@@ -934,7 +934,7 @@ impl Session {
     /// Brings a store that lost batches that nobody has any more to where the outbox begins.
     async fn leap(&self, partition: Partition, place: &mut Place, lost: u64, samples: u64) -> Result<(), Problem> {
         let sequence = place.stored + lost;
-        let empty = Batch { partition, sequence, flush: 0, samples, operations: Vec::new() };
+        let empty = Batch { partition, sequence, flush: 0, samples: 0, operations: Vec::new() };
         match self.connection.apply(&self.asker, &empty, place.stored, place.seen.unwrap_or(0)).await? {
             Applied::Stored { sequence, news, .. } => {
                 place.stored = sequence;
@@ -942,6 +942,7 @@ impl Session {
             }
             Applied::Gap { .. } | Applied::NotOwner => return Err(Problem::Restless),
         }
+        self.journal.write_off(partition, samples);
         telemetry::LOST.counter(&[ROLLED_BACK]).increment(lost);
         telemetry::LOST_SAMPLES.counter(&[ROLLED_BACK]).increment(samples);
         tracing::error!(

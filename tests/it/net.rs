@@ -16,6 +16,7 @@ pub fn free_port() -> u16 {
 
 /// A redis-server; it is killed when dropped.
 pub struct Redis {
+    program: &'static str,
     child: Child,
     directory: Arc<TempDir>,
     pub port: u16,
@@ -25,17 +26,33 @@ pub struct Redis {
 impl Redis {
     /// A server that persists every write.
     pub fn start() -> Self {
-        Self::start_in(
-            Arc::new(tempfile::tempdir().unwrap()),
-            free_port(),
-            &["--appendonly", "yes", "--appendfsync", "always"],
-        )
+        Self::start_with(&["--appendonly", "yes", "--appendfsync", "always"])
     }
 
-    fn start_in(directory: Arc<TempDir>, port: u16, options: &[&str]) -> Self {
-        let child = spawn(directory.path(), port, options);
-        let redis =
-            Self { child, directory, port, options: options.iter().map(|option| (*option).to_owned()).collect() };
+    /// A server with options of its own.
+    pub fn start_with(options: &[&str]) -> Self {
+        Self::start_program("redis-server", options)
+    }
+
+    /// The same of another make.
+    pub fn start_program(program: &'static str, options: &[&str]) -> Self {
+        Self::start_in(program, Arc::new(tempfile::tempdir().unwrap()), free_port(), options)
+    }
+
+    /// Its files.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    fn start_in(program: &'static str, directory: Arc<TempDir>, port: u16, options: &[&str]) -> Self {
+        let child = spawn(program, directory.path(), port, options);
+        let redis = Self {
+            program,
+            child,
+            directory,
+            port,
+            options: options.iter().map(|option| (*option).to_owned()).collect(),
+        };
         until("redis-server to answer", || (redis.try_cli(&["PING"])?.trim() == "PONG").then_some(()));
         redis
     }
@@ -71,13 +88,13 @@ impl Redis {
     /// Starts it again after [`Redis::kill`], on the same port with the same files.
     pub fn start_again(&mut self) {
         let options: Vec<_> = self.options.iter().map(String::as_str).collect();
-        self.child = spawn(self.directory.path(), self.port, &options);
+        self.child = spawn(self.program, self.directory.path(), self.port, &options);
         until("redis-server to answer again", || (self.try_cli(&["PING"])?.trim() == "PONG").then_some(()));
     }
 }
 
-fn spawn(directory: &Path, port: u16, options: &[&str]) -> Child {
-    Command::new("redis-server")
+fn spawn(program: &str, directory: &Path, port: u16, options: &[&str]) -> Child {
+    Command::new(program)
         .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--dir"])
         .arg(directory)
         .args(options)

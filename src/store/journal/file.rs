@@ -95,7 +95,7 @@ impl Database {
     /// Runs a write transaction, durable when this returns. After an error nothing of it is in the file.
     pub(super) fn write<T>(&self, write: impl FnOnce(&redb::WriteTransaction) -> Result<T, Error>) -> Result<T, Error> {
         let result = self.with_open(|database| {
-            let transaction = database.begin_write()?;
+            let transaction = begin_write(database)?;
             let result = write(&transaction)?;
             transaction.commit()?;
             Ok(result)
@@ -162,12 +162,21 @@ fn open_file(path: &Path, cache: usize, check: bool) -> Result<redb::Database, U
     Ok(database)
 }
 
+/// A transaction that becomes the newest only when all of it is on the disk. So a newest one that can't be read is damage,
+/// and what the others hold is copied from the file; in one phase it may be a commit that was cut off, and the database
+/// would go back to the one before without a word, whose every change would be lost.
+pub(super) fn begin_write(database: &redb::Database) -> Result<redb::WriteTransaction, redb::Error> {
+    let mut transaction = database.begin_write()?;
+    transaction.set_two_phase_commit(true);
+    Ok(transaction)
+}
+
 fn make_tables(database: &redb::Database) -> Result<(), redb::Error> {
     let has_all = || -> Result<bool, redb::Error> { Ok(database.begin_read()?.list_tables()?.count() >= 5) };
     if has_all()? {
         return Ok(());
     }
-    let transaction = database.begin_write()?;
+    let transaction = begin_write(database)?;
     transaction.open_table(AGENT)?;
     transaction.open_table(TOTALS)?;
     transaction.open_table(OUTBOX)?;

@@ -36,7 +36,7 @@ pub(super) struct Size {
 pub(super) struct Queue {
     /// The last number whose batch is gone.
     pub(super) dropped: u64,
-    /// The samples in those that are gone, under the agent's present name.
+    /// The samples in those that are gone, under the agent's present name, but for those that the store lost since.
     pub(super) gone_samples: u64,
     /// Each record from `dropped + 1` on; zeros for one that is damaged or missing.
     pub(super) sizes: VecDeque<Size>,
@@ -75,6 +75,11 @@ impl Queue {
     /// How many of them the store has not acknowledged.
     pub(super) fn unacknowledged(&self) -> u64 {
         self.last() - self.acknowledged.clamp(self.dropped, self.last())
+    }
+
+    /// The samples in those.
+    pub(super) fn unacknowledged_samples(&self) -> u64 {
+        self.sizes.iter().rev().take(self.unacknowledged() as usize).map(|size| u64::from(size.samples)).sum()
     }
 
     /// How many were never sent.
@@ -184,6 +189,15 @@ impl Journal {
         let queue = &mut locked(&self.state).queues[usize::from(partition)];
         queue.stable = queue.stable.max(sequence.min(queue.last()));
         queue.acknowledged = queue.acknowledged.max(queue.stable);
+    }
+
+    /// The store lost so many samples of batches that are gone, which is counted: it can't lose them again.
+    pub fn write_off(&self, partition: Partition, samples: u64) {
+        // A commit under way would take it back.
+        let writing = locked(&self.writing);
+        let queue = &mut locked(&self.state).queues[usize::from(partition)];
+        queue.gone_samples = queue.gone_samples.saturating_sub(samples);
+        drop(writing);
     }
 
     /// The partitions that hold batches the store has not acknowledged.

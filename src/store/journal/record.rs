@@ -69,7 +69,7 @@ pub(super) struct Position {
     pub(super) last: u64,
     pub(super) acknowledged: u64,
     pub(super) sent: u64,
-    /// The samples in the batches up to `dropped`, under the agent's present name.
+    /// The samples in the batches up to `dropped`, under the agent's present name, but for those that the store lost.
     pub(super) samples: u64,
 }
 

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use redb::TableDefinition;
 use twox_hash::XxHash3_128;
 
-use super::file::Found;
+use super::file::{Found, begin_write};
 use super::record::{self, Content, HEADER, MAGIC, Place, Position};
 use super::{AGENT, Error, OUTBOX, POSITIONS, RECEIPTS, TOTALS};
 use crate::store::Partition;
@@ -125,7 +125,7 @@ fn copy_some<'r, T, K: redb::Key + 'static>(
     records: &'r [(T, Location)],
     key: impl Fn(&'r T) -> K::SelfType<'r>,
 ) -> Result<&'r [(T, Location)], Error> {
-    let transaction = database.begin_write()?;
+    let transaction = begin_write(database)?;
     let (mut count, mut bytes) = (0, 0);
     {
         let mut table = transaction.open_table(table)?;

@@ -87,13 +87,12 @@ impl Words {
     }
 
     fn counter(&mut self, counter: &Counter) {
-        self.count("samples", counter.samples);
         self.sum("increments", &counter.increments);
         self.sum("decrements", &counter.decrements);
+        self.count("samples", counter.samples);
     }
 
     fn gauge(&mut self, gauge: &Gauge) {
-        self.count("samples", gauge.samples);
         self.word("g");
         match gauge.set {
             Some((value, at_ms)) => self.float(value).word(at_ms),
@@ -101,13 +100,13 @@ impl Words {
         };
         let (whole, fraction) = gauge.change.split();
         self.word(gauge.changed_at).word("change").word(whole).word("changefrac").float(fraction);
+        self.count("samples", gauge.samples);
     }
 
     fn observed(&mut self, observed: &Observed) {
         if observed.n == 0 {
             return;
         }
-        self.count("n", observed.n);
         self.sum("sum", &observed.sum);
         self.sum("sumSquares", &observed.sum_squares);
         self.sum("count", &observed.count);
@@ -116,6 +115,7 @@ impl Words {
         self.word(">").word("max").float(observed.max);
         self.last(observed.last);
         self.buckets(&binned(observed));
+        self.count("n", observed.n);
     }
 
     fn buckets(&mut self, histogram: &Histogram) {
@@ -149,7 +149,6 @@ impl Words {
     }
 
     fn marks(&mut self, marks: &Marks, rates: Option<&Rates>, agent: &str) {
-        self.count("samples", marks.samples);
         self.sum("count", &marks.count);
         self.last(marks.last);
         if let Some(rates) = rates {
@@ -158,9 +157,11 @@ impl Words {
             self.word("=").word(format_args!("rates:{agent}"));
             self.word(format_args!("{start_ms} {tick_ms} {count:e} {uncounted:e}{ticked}"));
         }
+        self.count("samples", marks.samples);
     }
 
-    /// A whole number that is added.
+    /// A whole number that is added. The samples come last of an operation: what fails before is not among those that the
+    /// store has, and all of the operation's count as lost.
     fn count(&mut self, field: &str, number: u64) {
         if number > 0 {
             // Past i64 there is nothing to add to: that many samples were never sent.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::{Random, post, shipping};
+use super::{Random, begin, post, shipping};
 use crate::agent::{Agent, same, until};
 use crate::http;
 use crate::net::Redis;
@@ -16,10 +16,6 @@ const BODY: &str = r#"[{"name":"k.c","type":"COUNTER","value":3},{"name":"k.t","
 
 fn embedded() -> Vec<String> {
     ["flush.interval=100ms", "flush.window=1s"].map(str::to_owned).to_vec()
-}
-
-fn begin(settings: &[String]) -> Agent {
-    Agent::start(&settings.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
 /// Sends requests with keys of their own until `ends` says so, one after the other. Answers how many were begun.

@@ -36,7 +36,10 @@ fn shipping(url: &str) -> Vec<String> {
 }
 
 fn start(url: &str) -> Agent {
-    let settings = shipping(url);
+    begin(&shipping(url))
+}
+
+fn begin(settings: &[String]) -> Agent {
     Agent::start(&settings.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
@@ -61,10 +64,9 @@ struct Load {
     sent: Mutex<BTreeMap<(&'static str, String), Sums>>,
     members: Mutex<BTreeSet<u64>>,
     requests: AtomicU64,
+    /// Samples of sets that were accepted.
+    of_sets: AtomicU64,
 }
-
-/// Samples in one request of the load; and how many of them no set took.
-const SAMPLES: u64 = 7;
 
 impl Load {
     /// The records of the `i`th request, over several kinds and partitions.
@@ -89,18 +91,28 @@ impl Load {
         self.accepted(i);
     }
 
-    fn accepted(&self, i: u64) {
+    /// Counts a counter up by one.
+    fn count(&self, agent: &Agent, name: &str) {
+        let answer = agent.ingest(json!({"name": name, "type": "COUNTER", "value": 1}).to_string());
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        self.add("c", name, 1.0, 1.0, 0.0);
+    }
+
+    fn add(&self, letter: &'static str, name: &str, samples: f64, sum: f64, less: f64) {
         let mut sent = locked(&self.sent);
-        let mut add = |letter, name: &str, samples, sum: f64, less: f64| {
-            let sums: &mut Sums = sent.entry((letter, name.to_owned())).or_default();
-            (sums.samples, sums.sum, sums.less) = (sums.samples + samples, sums.sum + sum, sums.less + less);
-        };
+        let sums = sent.entry((letter, name.to_owned())).or_default();
+        (sums.samples, sums.sum, sums.less) = (sums.samples + samples, sums.sum + sum, sums.less + less);
+    }
+
+    fn accepted(&self, i: u64) {
+        let add = |letter, name: &str, samples, sum, less| self.add(letter, name, samples, sum, less);
         add("c", &format!("load.c{}", i % 16), 1.0, (i % 7 + 1) as f64, 0.0);
         add("c", "load.d", 2.0, (i % 5 + 1) as f64, (i % 3 + 1) as f64);
         add("ms", "load.t", 1.0, (i % 11) as f64, 0.0);
         add("m", "load.m", 1.0, (i % 4 + 1) as f64, 0.0);
         add("h", "load.h", 1.0, (i % 13) as f64 / 4.0, 0.0);
         locked(&self.members).insert(i % 50);
+        self.of_sets.fetch_add(1, Ordering::SeqCst);
     }
 
     fn send_all(&self, agent: &Agent, requests: u64) {
@@ -128,6 +140,11 @@ impl Load {
         })
     }
 
+    /// Takes a series out of the sums.
+    fn forget(&self, name: &str) {
+        locked(&self.sent).retain(|(_, sent), _| sent != name);
+    }
+
     /// All samples but those of sets, which keep members.
     fn samples(&self) -> f64 {
         locked(&self.sent).values().map(|sums| sums.samples).sum()
@@ -148,7 +165,8 @@ fn stored(redis: &Redis) -> (BTreeMap<(String, String), Sums>, u64) {
         let words: Vec<_> = lines.collect();
         let field = |wanted: &str| {
             let pair = words.chunks_exact(2).find(|pair| pair[0] == wanted);
-            pair.map_or(0.0, |pair| pair[1].parse::<f64>().unwrap())
+            // A spoilt one has nothing of ours.
+            pair.and_then(|pair| pair[1].parse::<f64>().ok()).unwrap_or(0.0)
         };
         let sum = |name: &str| field(name) + field(&format!("{name}frac"));
         let sums = match letter {
@@ -201,7 +219,7 @@ fn missing(redis: &Redis, load: &Load) -> Sums {
 fn exact(agents: &[&Agent], redis: &Redis, load: &Load) {
     let lost = || agents.iter().map(|agent| agent.own("tallyd_lost_samples_total", "")).sum::<f64>();
     // What the sender knows is what the agents say.
-    let of_sets = load.requests.load(Ordering::SeqCst) as f64;
+    let of_sets = load.of_sets.load(Ordering::SeqCst) as f64;
     let counted: f64 = agents.iter().map(|agent| agent.own("tallyd_samples_total", "listener=\"http\"")).sum();
     assert_eq!(counted, load.samples() + of_sets, "samples accepted, as the agents count them");
     settled(agents, redis, load, lost);
@@ -225,16 +243,36 @@ fn settled(agents: &[&Agent], redis: &Redis, load: &Load, lost: impl Fn() -> f64
     if lost() == 0.0 {
         all_is_there(redis, load);
     }
-    // Whoever asks an agent is told the same, as soon as it has heard of all.
-    for agent in agents {
-        for ((letter, name), sums) in stored(redis).0 {
-            if letter == "c" {
-                agent.wait_for(&name, "value", sums.sum - sums.less);
-            } else if letter != "m" {
-                agent.wait_for(&name, "sum", sums.sum);
-                agent.wait_for(&name, "count", sums.samples);
-            }
+    // Whoever asks an agent is told the same, as soon as it has heard of all; of a spoilt key it tells its own figures.
+    let (mut found, _) = stored(redis);
+    found.retain(|(_, name), sums| locked(&load.sent).iter().any(|((_, sent), all)| sent == name && all == sums));
+    for (agent, ((letter, name), sums)) in agents.iter().flat_map(|agent| found.iter().map(move |one| (agent, one))) {
+        match letter.as_str() {
+            "c" => agent.wait_for(name, "value", sums.sum - sums.less),
+            "m" => agent.wait_for(name, "count", sums.sum),
+            _ => agent.wait_for(name, "sum", sums.sum),
         }
+    }
+}
+
+/// Checks the same while batches wait for the store: what it has, what waits and what is lost are what was accepted.
+#[track_caller]
+fn balanced(agent: &Agent, redis: &Redis, load: &Load) {
+    let own = |name: &str| agent.own(name, "");
+    let waits = until("batches to wait", || Some(own("tallyd_outbox_unsent_samples")).filter(|waits| *waits > 0.0));
+    until(&format!("the sums to agree, {waits} samples waiting at first"), || {
+        let kept = own("tallyd_outbox_unsent_samples") + own("tallyd_lost_samples_total");
+        (missing(redis, load).samples == kept).then_some(())
+    });
+    // The ledger has all that was accepted, whatever becomes of the store.
+    for ((letter, name), sums) in &*locked(&load.sent) {
+        let metric = agent.get(&format!("/data/metrics/{name}?scope=local")).json();
+        let (field, want) = match *letter {
+            "c" => ("value", sums.sum - sums.less),
+            "m" => ("count", sums.sum),
+            _ => ("sum", sums.sum),
+        };
+        assert!(same(&metric[field], &json!(want)), "{name}: {metric}, sent {sums:?}");
     }
 }
 
@@ -246,21 +284,6 @@ fn all_is_there(redis: &Redis, load: &Load) {
         locked(&load.sent).iter().map(|((letter, name), sums)| (((*letter).to_owned(), name.clone()), *sums)).collect();
     assert_eq!(found, sent);
     assert_eq!(members as usize, locked(&load.members).len());
-}
-
-/// While the store is read but not written: a read adds what waits in outbox and ledger, so it has all that was accepted.
-#[track_caller]
-fn nothing_is_missing_meanwhile(agent: &Agent, load: &Load) {
-    for ((letter, name), sums) in &*locked(&load.sent) {
-        let metric = agent.metric(name).unwrap();
-        assert_ne!(metric["scope"], "local", "{metric}");
-        let (field, want) = match *letter {
-            "c" => ("value", sums.sum - sums.less),
-            "m" => ("count", sums.sum),
-            _ => ("sum", sums.sum),
-        };
-        assert!(same(&metric[field], &json!(want)), "{name}: {metric}, sent {sums:?}");
-    }
 }
 
 /// Sends a request and gives the status, or nothing when no whole answer came.
@@ -297,9 +320,46 @@ struct Wire {
 #[derive(Default)]
 struct Shared {
     lines: Mutex<Vec<Line>>,
-    /// After how many bytes of its requests, and of its answers, each connection ends; 0 for never.
-    cut_requests: AtomicU64,
-    cut_answers: AtomicU64,
+    cut: Mutex<Option<Cut>>,
+    /// How many cuts there were, and the bytes of the message that was cut last.
+    cuts: AtomicU64,
+    length: AtomicU64,
+}
+
+/// Where the next message of a kind is cut off, on whatever connection it comes.
+#[derive(Clone, Copy)]
+struct Cut {
+    message: Message,
+    /// So many bytes of it arrive; or all, if it has no more.
+    after: u64,
+}
+
+/// A message that is told by a text in it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Message {
+    /// A batch with a counter.
+    Batch,
+    /// The answer to a batch that was applied.
+    Applied,
+}
+
+impl Message {
+    /// Where it stands in bytes of a connection.
+    fn find(self, bytes: &[u8]) -> Option<std::ops::Range<usize>> {
+        let text: &[u8] = match self {
+            Self::Batch => b"}:s:c:",
+            Self::Applied => b"applied\r\n",
+        };
+        let at = bytes.windows(text.len()).position(|window| window == text)?;
+        // Both are arrays, which begin with an asterisk.
+        let begin = bytes[..at].iter().rposition(|byte| *byte == b'*')?;
+        let next = match self {
+            Self::Batch => bytes[at..].iter().position(|byte| *byte == b'*'),
+            // It has arrays inside.
+            Self::Applied => None,
+        };
+        Some(begin..next.map_or(bytes.len(), |next| at + next))
+    }
 }
 
 /// One forwarded connection.
@@ -315,8 +375,6 @@ struct Line {
 struct Direction {
     drops: AtomicBool,
     holds: AtomicBool,
-    /// The connection ends when so many bytes have come; 0 for never.
-    ends_at: AtomicU64,
     /// Bytes that came in.
     seen: AtomicU64,
 }
@@ -330,8 +388,8 @@ impl Wire {
             for agent in listener.incoming().map_while(Result::ok) {
                 let Ok(server) = TcpStream::connect(("127.0.0.1", target)) else { continue };
                 let line = Line { agent, server, requests: Arc::default(), answers: Arc::default() };
-                forward(&line.agent, &line.server, &line.requests);
-                forward(&line.server, &line.agent, &line.answers);
+                forward(&line.agent, &line.server, &line.requests, &shared);
+                forward(&line.server, &line.agent, &line.answers, &shared);
                 locked(&shared.lines).push(line);
             }
         });
@@ -342,11 +400,15 @@ impl Wire {
         format!("store.redis.url=redis://127.0.0.1:{}", self.port)
     }
 
-    /// The connection that ships: the one with most requests, since readers have their own.
-    fn busiest(&self) -> (Arc<Direction>, Arc<Direction>) {
-        let lines = locked(&self.shared.lines);
-        let line = lines.iter().max_by_key(|line| line.requests.seen.load(Ordering::SeqCst)).unwrap();
-        (Arc::clone(&line.requests), Arc::clone(&line.answers))
+    /// Cuts the next message of a kind after so many bytes, and waits for that. Answers how long it was.
+    fn cut_next(&self, message: Message, after: u64, send: impl FnOnce()) -> u64 {
+        let before = self.shared.cuts.load(Ordering::SeqCst);
+        *locked(&self.shared.cut) = Some(Cut { message, after });
+        send();
+        until(&format!("the cut of a message {message:?} after {after} bytes"), || {
+            (self.shared.cuts.load(Ordering::SeqCst) > before).then_some(())
+        });
+        self.shared.length.load(Ordering::SeqCst)
     }
 
     /// From now on no answer comes back on the connections there are.
@@ -375,24 +437,40 @@ impl Line {
     }
 }
 
+impl Shared {
+    /// Where these bytes are to end, if the connection is to be cut in them.
+    fn cut_in(&self, bytes: &[u8]) -> Option<(usize, Cut)> {
+        let mut cut = locked(&self.cut);
+        let found = (*cut)?.message.find(bytes)?;
+        let taken = cut.take()?;
+        self.length.store(found.len() as u64, Ordering::SeqCst);
+        Some((found.start + found.len().min(taken.after as usize), taken))
+    }
+}
+
 /// Copies bytes on a thread of its own. What is held back still goes on after the sender has hung up.
-fn forward(from: &TcpStream, to: &TcpStream, direction: &Arc<Direction>) {
+fn forward(from: &TcpStream, to: &TcpStream, direction: &Arc<Direction>, shared: &Arc<Shared>) {
     let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
-    let direction = Arc::clone(direction);
+    let (direction, shared) = (Arc::clone(direction), Arc::clone(shared));
     std::thread::spawn(move || {
-        let mut bytes = [0; 16 << 10];
+        let mut bytes = [0; 64 << 10];
         while let Ok(length @ 1..) = from.read(&mut bytes) {
-            let before = direction.seen.fetch_add(length as u64, Ordering::SeqCst);
-            let end = direction.ends_at.load(Ordering::SeqCst);
-            let length = if end == 0 { length } else { length.min(end.saturating_sub(before) as usize) };
+            direction.seen.fetch_add(length as u64, Ordering::SeqCst);
+            let end = shared.cut_in(&bytes[..length]);
             until("what is held back to be let go", || (!direction.holds.load(Ordering::SeqCst)).then_some(()));
-            if !direction.drops.load(Ordering::SeqCst) && to.write_all(&bytes[..length]).is_err() {
+            let bytes = &bytes[..end.map_or(length, |(end, _)| end)];
+            if !direction.drops.load(Ordering::SeqCst) && to.write_all(bytes).is_err() {
+                // It was cut before: the message comes again on another connection.
+                if let Some((_, cut)) = end {
+                    *locked(&shared.cut) = Some(cut);
+                }
                 break;
             }
-            if end > 0 && before + length as u64 >= end {
+            if end.is_some() {
                 // Both ends learn of it, and what was written before still arrives.
                 drop(to.shutdown(Shutdown::Write));
                 drop(from.shutdown(Shutdown::Both));
+                shared.cuts.fetch_add(1, Ordering::SeqCst);
                 return;
             }
         }
