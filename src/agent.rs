@@ -28,10 +28,12 @@ use crate::http::{self, Api, Health, Reload};
 use crate::ingest::{Rejects, Settings, Sources, Times, Worker, Workers};
 use crate::listen::{self, Listeners};
 use crate::store::journal::{self, Damage, Journal, Opened};
+#[cfg(feature = "kafka")]
+use crate::store::kafka;
 use crate::store::redis::{Deleted, RedisReader};
 use crate::store::ship;
 use crate::telemetry;
-use crate::view::{Remote, View};
+use crate::view::{Batched, Remote, View};
 
 /// Why an agent could not start.
 #[derive(Debug)]
@@ -46,6 +48,9 @@ pub enum Error {
     Flush(flush::Error),
     /// The store.
     Ship(ship::Error),
+    /// The store, or an input from the same brokers.
+    #[cfg(feature = "kafka")]
+    Kafka(kafka::Error),
     /// Our own metrics.
     Telemetry(telemetry::Error),
     /// A thread, a runtime or a signal.
@@ -60,6 +65,8 @@ impl Error {
             Self::Http(error) => error.exit_code(),
             Self::Journal(error) | Self::Flush(flush::Error::Journal(error)) => error.exit_code(),
             Self::Ship(ship::Error::Config(_)) => 78,
+            #[cfg(feature = "kafka")]
+            Self::Kafka(error) => error.exit_code(),
             Self::Ship(ship::Error::Thread(_))
             | Self::Flush(flush::Error::Thread(_))
             | Self::Telemetry(_)
@@ -75,6 +82,8 @@ impl fmt::Display for Error {
             Self::Http(error) => error.fmt(f),
             Self::Journal(error) | Self::Flush(flush::Error::Journal(error)) => error.fmt(f),
             Self::Ship(error) => error.fmt(f),
+            #[cfg(feature = "kafka")]
+            Self::Kafka(error) => error.fmt(f),
             Self::Telemetry(error) => error.fmt(f),
             Self::Flush(flush::Error::Thread(error)) | Self::System(error) => {
                 write!(f, "{error}; raise the limit of threads or open files")
@@ -126,7 +135,7 @@ pub mod limits {
 struct Agent {
     workers: Arc<Workers>,
     running: Running,
-    ship: Option<ship::Handle>,
+    ship: Option<Ship>,
     api: Thread,
     listeners: Listeners,
     health: Arc<Health>,
@@ -149,7 +158,7 @@ impl Agent {
         let sources = Sources::new(&config.limits.sources, config.limits.flush.idle);
         let (workers, deliveries) =
             Workers::telling_apart(sources, settings(config), Arc::clone(&budget), Arc::clone(&rejects), times);
-        let bell = Arc::new(OnceLock::new());
+        let bells = Arc::new(Bells::default());
         let parts = Parts {
             workers: Arc::clone(&workers),
             deliveries,
@@ -157,11 +166,12 @@ impl Agent {
             budget,
             journal: journal.clone(),
             remote: is_remote,
-            on_commit: ring(&bell),
+            exact: false,
+            on_commit: ring(&bells),
         };
         let running = Running::start(parts, &config.flush, &config.limits.flush).map_err(Error::Flush)?;
         let ship = start_ship(config, journal.as_ref(), &running)?;
-        let remote = remote(config, journal.as_ref(), ship.as_ref(), &bell)?;
+        let remote = remote(config, journal.as_ref(), ship.as_ref(), &bells)?;
         let view =
             View::new(ledger, running.fold(), journal, rejects, workers.events(), workers.sources()).sharing(remote);
         let health = Arc::new(Health::default());
@@ -252,47 +262,109 @@ impl Agent {
     }
 }
 
-/// Wakes the shipping after each commit, once there is one.
-fn ring(bell: &Arc<OnceLock<ship::Bell>>) -> flush::OnCommit {
-    let bell = Arc::clone(bell);
-    Box::new(move |_| {
-        if let Some(bell) = bell.get() {
+/// Who is told of each commit, once they are there.
+#[derive(Default)]
+struct Bells {
+    ship: OnceLock<ship::Bell>,
+    #[cfg(feature = "kafka")]
+    kafka: OnceLock<kafka::Bell>,
+}
+
+/// Tells of each commit.
+fn ring(bells: &Arc<Bells>) -> flush::OnCommit {
+    let bells = Arc::clone(bells);
+    Box::new(move |written| {
+        if let Some(bell) = bells.ship.get() {
             bell.ring();
         }
+        #[cfg(feature = "kafka")]
+        if let Some(bell) = bells.kafka.get() {
+            let changed = written.changed.iter().map(|changed| (changed.series.kind(), changed.series.key()));
+            bell.touched(changed.chain(written.deleted.iter().map(|(kind, key)| (*kind, key))));
+        }
+        #[cfg(not(feature = "kafka"))]
+        let _ = written;
     })
 }
 
-fn start_ship(
-    config: &Config,
-    journal: Option<&Arc<Journal>>,
-    running: &Running,
-) -> Result<Option<ship::Handle>, Error> {
-    let (Kind::Redis, Some(journal)) = (config.store.kind, journal) else { return Ok(None) };
+/// What brings the journal's figures to a store that agents share.
+enum Ship {
+    Redis(ship::Handle),
+    #[cfg(feature = "kafka")]
+    Kafka(kafka::Handle),
+}
+
+impl Ship {
+    fn stop(self, deadline: Instant) {
+        match self {
+            Self::Redis(ship) => ship.stop(deadline),
+            #[cfg(feature = "kafka")]
+            Self::Kafka(ship) => ship.stop(deadline),
+        }
+    }
+}
+
+fn start_ship(config: &Config, journal: Option<&Arc<Journal>>, running: &Running) -> Result<Option<Ship>, Error> {
+    let Some(journal) = journal else { return Ok(None) };
+    match config.store.kind {
+        Kind::Memory | Kind::Embedded => Ok(None),
+        Kind::Redis => {
+            ship::start(parts_of_redis(config, journal, running)).map(Ship::Redis).map(Some).map_err(Error::Ship)
+        }
+        #[cfg(feature = "kafka")]
+        Kind::Kafka => {
+            kafka::start(parts_of_kafka(config, journal, running)).map(Ship::Kafka).map(Some).map_err(Error::Kafka)
+        }
+    }
+}
+
+fn parts_of_redis(config: &Config, journal: &Arc<Journal>, running: &Running) -> ship::Parts {
     let fold = running.fold();
     let on_deleted = move |deleted: Vec<Deleted>| {
         fold.forget(deleted.into_iter().map(|deleted| SeriesId { kind: deleted.kind, key: deleted.key }).collect());
     };
-    let parts = ship::Parts {
+    ship::Parts {
         journal: Arc::clone(journal),
         config: config.store.redis.clone(),
         limits: config.limits.redis.clone(),
         expire: config.limits.journal.store_expire,
         on_deleted: Arc::new(on_deleted),
-    };
-    ship::start(parts).map(Some).map_err(Error::Ship)
+    }
+}
+
+#[cfg(feature = "kafka")]
+fn parts_of_kafka(config: &Config, journal: &Arc<Journal>, running: &Running) -> kafka::Parts {
+    let fold = running.fold();
+    kafka::Parts {
+        journal: Arc::clone(journal),
+        kafka: config.kafka.clone(),
+        config: config.store.kafka.clone(),
+        limits: config.limits.kafka.clone(),
+        expire: config.limits.journal.store_expire,
+        on_deleted: Arc::new(move |series, marks, answer| fold.follow(series, marks, answer)),
+    }
 }
 
 fn remote(
     config: &Config,
     journal: Option<&Arc<Journal>>,
-    ship: Option<&ship::Handle>,
-    bell: &OnceLock<ship::Bell>,
+    ship: Option<&Ship>,
+    bells: &Bells,
 ) -> Result<Option<Remote>, Error> {
     let (Some(journal), Some(ship)) = (journal, ship) else { return Ok(None) };
-    let reader = RedisReader::new(&config.store.redis, &config.limits.redis);
-    let reader = reader.map_err(|error| Error::Ship(ship::Error::Config(error)))?;
-    let bell = bell.get_or_init(|| ship.bell()).clone();
-    Ok(Some(Remote { reader, bell, journal: Arc::clone(journal) }))
+    match ship {
+        Ship::Redis(ship) => {
+            let reader = RedisReader::new(&config.store.redis, &config.limits.redis);
+            let reader = reader.map_err(|error| Error::Ship(ship::Error::Config(error)))?;
+            let bell = bells.ship.get_or_init(|| ship.bell()).clone();
+            Ok(Some(Remote::Redis(Batched { reader, bell, journal: Arc::clone(journal) })))
+        }
+        #[cfg(feature = "kafka")]
+        Ship::Kafka(ship) => {
+            bells.kafka.get_or_init(|| ship.bell()).ring();
+            Ok(Some(Remote::Kafka(ship.reader())))
+        }
+    }
 }
 
 fn settings(config: &Config) -> Settings {
@@ -307,6 +379,8 @@ fn open_journal(config: &Config) -> Result<Option<Arc<Journal>>, journal::Error>
     let with_outbox = match config.store.kind {
         Kind::Memory => return Ok(None),
         Kind::Embedded => false,
+        #[cfg(feature = "kafka")]
+        Kind::Kafka => false,
         Kind::Redis => true,
     };
     let (journal, opened) =

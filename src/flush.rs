@@ -27,7 +27,7 @@ use crate::aggregate::ledger::{At, Changed, Ledger, Series, Total};
 use crate::aggregate::shard::{Budget, SeriesId};
 use crate::clock;
 use crate::ingest::{Delivery, Returned, Workers};
-use crate::sample::Kind;
+use crate::sample::{Kind, Marks, SeriesKey};
 use crate::store::journal::{self, Journal};
 use crate::sync::{AtomicU64, Receiver, Sender, bounded, unbounded};
 use crate::telemetry;
@@ -84,6 +84,8 @@ enum Order {
     Delete(Vec<SeriesId>, oneshot::Sender<()>),
     /// The same, for nobody.
     Forget(Vec<SeriesId>),
+    /// The same, because a log of deletes says so; how far that was read is kept together with it.
+    Follow(Vec<SeriesId>, Marks, Option<oneshot::Sender<()>>),
     /// A flush is in the journal.
     Committed(u64, Vec<Arc<Series>>),
     /// End when every worker has delivered its last, or at the deadline.
@@ -140,14 +142,34 @@ impl Fold {
         drop(self.orders.send(Order::Forget(series)));
     }
 
+    /// Lets series start again from nothing because a log of deletes said so, which was read up to these marks. Who waits
+    /// is told when that is kept.
+    pub fn follow(&self, series: Vec<SeriesId>, marks: Marks, answer: Option<oneshot::Sender<()>>) {
+        // As above: it is read again.
+        drop(self.orders.send(Order::Follow(series, marks, answer)));
+    }
+
     /// How fold and flush are doing.
     pub fn status(&self) -> &Status {
         &self.status
     }
 }
 
-/// Called after each commit, with the number of the flush.
-pub type OnCommit = Box<dyn Fn(u64) + Send>;
+/// Called after each commit. It must not block.
+pub type OnCommit = Box<dyn Fn(&Written<'_>) + Send>;
+
+/// What a flush wrote; without a journal nothing but the marks, of what is folded.
+#[derive(Debug, Clone, Copy)]
+pub struct Written<'a> {
+    /// Its number.
+    pub flush: u64,
+    /// The series whose totals it wrote.
+    pub changed: &'a [Changed],
+    /// The series that it deleted first.
+    pub deleted: &'a [(Kind, SeriesKey)],
+    /// How far logs were read whose records are in it.
+    pub marks: &'a Marks,
+}
 
 /// What the threads work on.
 pub struct Parts {
@@ -163,6 +185,8 @@ pub struct Parts {
     pub journal: Option<Arc<Journal>>,
     /// Whether deltas are to be kept for a remote store.
     pub remote: bool,
+    /// Whether what is written must be the totals as of the flush, because marks are written with them.
+    pub exact: bool,
     /// Wakes those who ship.
     pub on_commit: OnCommit,
 }
@@ -257,6 +281,7 @@ struct Folding {
     readers: Readers,
     deleted: Vec<SeriesId>,
     deleters: Vec<oneshot::Sender<()>>,
+    marks: Marks,
     interval_ms: u64,
     next_flush_ms: u64,
     limits: Limits,
@@ -294,6 +319,7 @@ impl Folding {
         let flush = parts.journal.as_ref().map_or(0, |journal| journal.last_flush()) + 1;
         let (ledger, budget) = (parts.ledger, parts.budget);
         let mut writer = Writer::new(Arc::clone(&ledger), Arc::clone(&budget), parts.remote, flush);
+        writer.is_exact = parts.exact;
         if let Some(journal) = &parts.journal {
             restore(&mut writer, journal, limits).map_err(Error::Journal)?;
         }
@@ -322,6 +348,7 @@ impl Folding {
             readers: Readers { waiting: Vec::new(), open: None, opened: None },
             deleted: Vec::new(),
             deleters: Vec::new(),
+            marks: Marks::new(),
             interval_ms,
             next_flush_ms: next_multiple(begun_ms, interval_ms),
             limits: limits.clone(),
@@ -370,6 +397,7 @@ impl Folding {
         self.writer.fold(delivery.worker, &mut delivery.sealed, sealed_at(delivery.at_ms), recall);
         self.workers.give_back(delivery.worker, Returned::Cells(delivery.sealed.cells));
         self.workers.sources().add(delivery.sources);
+        self.marks.append(&mut delivery.marks);
         if self.seen.len() <= delivery.worker {
             let unseen = Seen { complete_until_ms: self.begun_ms, ..Seen::default() };
             self.seen.resize(delivery.worker + 1, unseen);
@@ -388,6 +416,11 @@ impl Folding {
                 self.deleters.push(answer);
             }
             Order::Forget(series) => self.delete(series),
+            Order::Follow(series, mut marks, answer) => {
+                self.delete(series);
+                self.marks.append(&mut marks);
+                self.deleters.extend(answer);
+            }
             Order::Committed(flush, series) => self.writer.committed(flush, &series),
             Order::Stop(deadline) => self.stop = Some(deadline),
         }
@@ -453,6 +486,13 @@ impl Folding {
             self.deleters.drain(..).for_each(answer);
             self.deleted.clear();
             self.forgotten.clear();
+            let marks = std::mem::take(&mut self.marks);
+            (self.on_commit)(&Written {
+                flush: self.writer.next_flush() - 1,
+                changed: &[],
+                deleted: &[],
+                marks: &marks,
+            });
             return;
         };
         if jobs.is_full() {
@@ -474,6 +514,7 @@ impl Folding {
             changed: self.writer.take_changed(),
             deleted: std::mem::take(&mut self.deleted),
             deleters: std::mem::take(&mut self.deleters),
+            marks: std::mem::take(&mut self.marks),
             until_ms,
         }
     }
@@ -583,12 +624,13 @@ struct Job {
     changed: Vec<Changed>,
     deleted: Vec<SeriesId>,
     deleters: Vec<oneshot::Sender<()>>,
+    marks: Marks,
     until_ms: u64,
 }
 
 impl Job {
     /// Puts a later job on top of one that could not be written.
-    fn absorb(&mut self, later: Self) {
+    fn absorb(&mut self, mut later: Self) {
         self.changed.retain(|changed| {
             !later.deleted.iter().any(|id| id.kind == changed.series.kind() && id.key == *changed.series.key())
         });
@@ -606,10 +648,12 @@ impl Job {
         self.until_ms = later.until_ms;
         self.deleted.extend(later.deleted);
         self.deleters.extend(later.deleters);
+        self.marks.append(&mut later.marks);
     }
 }
 
 fn add_changed(earlier: &mut Changed, later: Changed) {
+    earlier.total = later.total;
     match (&mut earlier.shipped, later.shipped) {
         (Some(sum), Some(later)) => {
             Arc::make_mut(&mut sum.delta).merge(&later.delta, 0);
@@ -660,7 +704,7 @@ impl Flushing {
         let deleted: Vec<_> = job.deleted.iter().map(|id| (id.kind, id.key.clone())).collect();
         // What is kept for days goes by the clock that is behind: a wall clock that is wrong for a while expires nothing.
         let now_ms = job.until_ms.min(clock::steady_ms());
-        if let Err(error) = self.journal.commit(job.flush, &job.changed, &deleted, now_ms) {
+        if let Err(error) = self.journal.commit_with(job.flush, &job.changed, &deleted, &job.marks, now_ms) {
             if self.status.problem().is_none() {
                 tracing::error!(%error, "the journal could not be written; counting goes on in memory");
             }
@@ -678,12 +722,13 @@ impl Flushing {
         telemetry::FLUSH_SECONDS.histogram(&[]).record(begun.elapsed());
         let lag_ms = clock::wall_ms().saturating_sub(job.until_ms);
         telemetry::FLUSH_LAG_SECONDS.gauge(&[]).set(lag_ms as f64 / 1e3);
+        let Job { flush, marks, .. } = &job;
+        (self.on_commit)(&Written { flush: *flush, changed: &job.changed, deleted: &deleted, marks });
         if job.changed.iter().any(|changed| changed.shipped.is_some()) {
             let series = job.changed.into_iter().map(|changed| changed.series).collect();
             drop(self.orders.send(Order::Committed(job.flush, series)));
         }
         job.deleters.into_iter().for_each(answer);
-        (self.on_commit)(job.flush);
         Ok(())
     }
 }

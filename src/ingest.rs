@@ -33,7 +33,7 @@ use crate::aggregate::window::start_of;
 use crate::clock::Clock;
 use crate::mapping::Mapping;
 use crate::protocol::{self, Body, Event, Parser, Reject, ServiceCheck, Sink};
-use crate::sample::{Identity, Kind, Reason, Sample, Value, WireType};
+use crate::sample::{Identity, Kind, Marks, Reason, Sample, Value, WireType};
 use crate::sync::{AtomicU64, Receiver, Sender, unbounded};
 use crate::telemetry;
 
@@ -144,6 +144,8 @@ pub struct Delivery {
     pub sealed: Sealed,
     /// What came from each source.
     pub sources: Vec<(sources::Key, sources::Figures)>,
+    /// How far the logs were read whose records are in the cells.
+    pub marks: Marks,
     /// This is the worker's last.
     pub last: bool,
 }
@@ -302,6 +304,7 @@ struct Port {
     out: usize,
     answered: u64,
     due_ms: u64,
+    marks: Marks,
 }
 
 /// What became of the records of one HTTP body.
@@ -359,7 +362,7 @@ impl Worker {
         };
         let due_ms = next_due(now_ms, workers.times.interval_ms);
         let answered = workers.asked.load(Ordering::Acquire);
-        let port = Port { workers, number, returned, clock, out: 0, answered, due_ms };
+        let port = Port { workers, number, returned, clock, out: 0, answered, due_ms, marks: Marks::new() };
         Self { parser: Parser::new(&settings.protocol, &settings.limits), core, room: Box::default(), port }
     }
 
@@ -431,6 +434,14 @@ impl Worker {
         Answer { form, ..self.core.answer.take().unwrap_or_default() }
     }
 
+    /// Says how far a log was read: what this worker read until then goes to the journal together with that.
+    pub fn mark(&mut self, log: &Arc<str>, next: i64) {
+        match self.port.marks.get_mut(log) {
+            Some(mark) => *mark = next,
+            None => drop(self.port.marks.insert(Arc::clone(log), next)),
+        }
+    }
+
     /// The newest question of readers. What the sockets hold now came before it was asked: it is to be read before
     /// [`Worker::turn`] answers.
     #[inline]
@@ -498,7 +509,8 @@ impl Worker {
         self.core.tally.publish();
         let sealed = self.core.shard.seal();
         self.port.out += 1;
-        let delivery = Delivery { worker: self.port.number, answers, at_ms, complete_until_ms, sealed, sources, last };
+        let (worker, marks) = (self.port.number, std::mem::take(&mut self.port.marks));
+        let delivery = Delivery { worker, answers, at_ms, complete_until_ms, sealed, sources, marks, last };
         // The fold ends after the last worker; if it ended before, there is nobody to count for.
         drop(self.port.workers.deliveries.send(delivery));
     }

@@ -43,6 +43,8 @@ pub struct Writer {
     remote: bool,
     /// The journal does not have all that was taken for it, so no series may go that would be looked for there.
     pub is_journal_behind: bool,
+    /// Whether what a flush takes is the totals as they are then, because what else it takes belongs to those.
+    pub is_exact: bool,
     /// Series of a kind that were not folded since then were idle when expiry was asked for last.
     idle_before_ms: [u64; Kind::ALL.len()],
     /// Series in the ledger, by kind.
@@ -70,6 +72,7 @@ impl Writer {
             flush,
             remote,
             is_journal_behind: false,
+            is_exact: false,
             idle_before_ms: [0; Kind::ALL.len()],
             held: [0; Kind::ALL.len()],
             created: [0; Kind::ALL.len()],
@@ -150,11 +153,12 @@ impl Writer {
     pub fn take_changed(&mut self) -> Vec<Changed> {
         let flush = self.flush;
         self.flush += 1;
-        let is_remote = self.remote;
+        let (is_remote, is_exact) = (self.remote, self.is_exact);
         let take = |series: Arc<Series>| {
             series.changed.store(false, Ordering::Relaxed);
             let shipped = is_remote.then(|| shipped(&series, flush)).flatten();
-            series.listed.load(Ordering::Relaxed).then_some(Changed { series, shipped })
+            let total = (is_exact && shipped.is_none()).then(|| series.total().into_shared());
+            series.listed.load(Ordering::Relaxed).then_some(Changed { series, shipped, total })
         };
         self.changed.drain(..).filter_map(take).collect()
     }
@@ -637,7 +641,7 @@ mod tests {
             pair.fold(both(flush));
             let changed = pair.writer.take_changed();
             assert_eq!(changed.len(), Kind::ALL.len());
-            for Changed { series, shipped } in &changed {
+            for Changed { series, shipped, .. } in &changed {
                 let Shipped { total, delta } = shipped.as_ref().unwrap();
                 assert_eq!((delta.samples(), total.aggregate.samples()), (1, flush), "{:?}", series.id());
                 assert_eq!(series.state().unshipped.len(), 1);

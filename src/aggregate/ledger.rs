@@ -100,6 +100,8 @@ pub struct Changed {
     /// Its total at the flush, and the samples since the flush before; `None` without a remote store: then the total that
     /// is written is the one at that moment.
     pub shipped: Option<Shipped>,
+    /// Its total at the flush, where no later sample may be in what is written though nothing is shipped.
+    pub total: Option<Arc<Total>>,
 }
 
 /// What a flush ships of one series.

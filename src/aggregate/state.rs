@@ -334,6 +334,16 @@ pub enum Reading {
     Shared(Arc<Total>),
 }
 
+impl Reading {
+    /// By a pointer that may be kept.
+    pub fn into_shared(self) -> Arc<Total> {
+        match self {
+            Self::Plain(total) => Arc::new(total),
+            Self::Shared(total) => total,
+        }
+    }
+}
+
 impl Deref for Reading {
     type Target = Total;
 

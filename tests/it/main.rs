@@ -21,6 +21,8 @@ mod config;
 mod flood;
 mod idle;
 mod ingest;
+#[cfg(feature = "kafka")]
+mod kafka;
 mod lifecycle;
 mod limits;
 mod load;

@@ -13,9 +13,9 @@ use redb::{ReadableTable, Table, WriteTransaction};
 
 use super::outbox::{Queue, put_positions};
 use super::record::{self, BatchHead, OperationRef, Place};
-use super::{Error, Journal, Limits, OUTBOX, State, TOTALS, count_damaged, locked, put_agent};
+use super::{Error, Journal, Limits, OUTBOX, State, TOTALS, count_damaged, locked, marks, put_agent};
 use crate::aggregate::ledger::{Changed, Reading, Shipped};
-use crate::sample::{Kind, SeriesKey};
+use crate::sample::{Kind, Marks, SeriesKey};
 use crate::store::{Batch, Operation, Partition, partition};
 use crate::telemetry;
 
@@ -74,6 +74,8 @@ struct Commit<'a> {
     done: Committed,
     /// Deltas that another could not take because a sum would not stay finite.
     refused: u64,
+    /// The series whose totals expired, where somebody is told.
+    expired: Option<Vec<(Kind, SeriesKey)>>,
 }
 
 impl Journal {
@@ -89,14 +91,33 @@ impl Journal {
         deleted: &[(Kind, SeriesKey)],
         now_ms: u64,
     ) -> Result<Committed, Error> {
+        self.commit_with(flush, changed, deleted, &Marks::new(), now_ms)
+    }
+
+    /// The same, with how far those logs were read whose records are in what changed.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn commit_with(
+        &self,
+        flush: u64,
+        changed: &[Changed],
+        deleted: &[(Kind, SeriesKey)],
+        marks: &Marks,
+        now_ms: u64,
+    ) -> Result<Committed, Error> {
         let mut writing = locked(&self.writing);
-        let state = locked(&self.state).clone();
+        let mut state = locked(&self.state).clone();
         let told = |queue: &Queue| queue.written != queue.position() || queue.stable > queue.dropped;
-        if changed.is_empty() && deleted.is_empty() && !state.queues.iter().any(told) {
+        let is_marked = marks.iter().all(|(name, mark)| state.marks.get(name) == Some(mark));
+        if changed.is_empty() && deleted.is_empty() && is_marked && !state.queues.iter().any(told) {
             return Ok(Committed::default());
         }
+        let before = state.marks.clone();
+        state.marks.extend(locked(&self.noted).iter().chain(marks).map(|(name, mark)| (name.clone(), *mark)));
         let limits = &self.limits;
-        let mut commit = Commit { limits, flush, now_ms, state, done: Committed::default(), refused: 0 };
+        let expired = locked(&self.expired).is_some().then(Vec::new);
+        let mut commit = Commit { limits, flush, now_ms, state, done: Committed::default(), refused: 0, expired };
         commit.state.revision += 1;
         commit.state.agent.flush = flush.max(commit.state.agent.flush);
         let file = self.database.len();
@@ -109,10 +130,16 @@ impl Journal {
             }
             commit.sweep(transaction, &mut writing, file)?;
             put_positions(transaction, commit.state.revision, &mut commit.state.queues)?;
+            if commit.state.marks != before {
+                marks::put(transaction, commit.state.revision, &commit.state.marks)?;
+            }
             put_agent(transaction, commit.state.revision, &commit.state.agent)
         };
         self.database.write(write).map_err(Error::counted)?;
         let done = commit.done;
+        if let (Some(all), Some(expired)) = (locked(&self.expired).as_mut(), commit.expired.take()) {
+            all.extend(expired);
+        }
         telemetry::LOST.counter(&["non_finite"]).increment(commit.refused);
         telemetry::JOURNAL_EXPIRED.counter(&[]).increment(done.expired);
         telemetry::OUTBOX_MERGED.counter(&[]).increment(done.merged);
@@ -162,9 +189,9 @@ impl Commit<'_> {
         writing.order.extend(places.zip(0..));
         writing.order.sort_unstable();
         for (place, at) in &writing.order {
-            let Changed { series, shipped } = &changed[*at as usize];
-            let total =
-                shipped.as_ref().map_or_else(|| series.total(), |shipped| Reading::Shared(Arc::clone(&shipped.total)));
+            let Changed { series, shipped, total } = &changed[*at as usize];
+            let then = shipped.as_ref().map(|shipped| &shipped.total).or(total.as_ref());
+            let total = then.map_or_else(|| series.total(), |total| Reading::Shared(Arc::clone(total)));
             record::write_total(&mut writing.out, self.state.revision, series.kind(), series.key(), &total)?;
             let old = table.insert(place, writing.out.as_slice())?.map(|old| old.value().len() as u64);
             self.state.totals += u64::from(old.is_none());
@@ -323,6 +350,12 @@ impl Commit<'_> {
         for (at, (update_ms, place)) in seen.iter().enumerate() {
             if at >= surplus && update_ms.saturating_add(expire_ms) > self.now_ms {
                 break;
+            }
+            if let Some(expired) = &mut self.expired
+                && let Some(value) = table.get(place)?
+                && let Some(head) = record::read_total_head(value.value())
+            {
+                expired.push((head.kind, SeriesKey::from_canonical(head.key)));
             }
             self.done.expired += u64::from(self.remove_total(&mut table, place)?);
         }

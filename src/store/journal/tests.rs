@@ -41,7 +41,7 @@ fn changed(number: usize, sum: f64, delta: Option<f64>) -> Changed {
 fn changed_to(number: usize, total: Total, delta: Option<f64>) -> Changed {
     let id = Arc::new(SeriesId { kind: Kind::Counter, key: key(number) });
     let shipped = delta.map(|delta| Shipped { total: Arc::new(total.clone()), delta: Arc::new(counter(delta)) });
-    Changed { series: Arc::new(Series::new(id, LedgerState::new(total), 10_000, NOW)), shipped }
+    Changed { series: Arc::new(Series::new(id, LedgerState::new(total), 10_000, NOW)), shipped, total: None }
 }
 
 fn open(dir: &Path) -> (Journal, Opened) {

@@ -153,7 +153,7 @@ fn changed(number: usize, value: f64) -> Changed {
     let total = Total { start_ms: NOW, update_ms: NOW, aggregate: delta.clone(), rates: None };
     let id = Arc::new(SeriesId { kind: Kind::Counter, key: key(number) });
     let series = Arc::new(Series::new(id, State::new(total.clone()), 10_000, NOW));
-    Changed { series, shipped: Some(Shipped { total: Arc::new(total), delta: Arc::new(delta) }) }
+    Changed { series, shipped: Some(Shipped { total: Arc::new(total), delta: Arc::new(delta) }), total: None }
 }
 
 /// What the store has of every counter.
