@@ -26,7 +26,11 @@ use crate::flush::{self, Parts, Running};
 use crate::http::scrape::Mapper;
 use crate::http::{self, Api, Health, Reload};
 use crate::ingest::{Rejects, Settings, Sources, Times, Worker, Workers};
+#[cfg(feature = "kafka")]
+use crate::listen::kafka::{Input, Kept};
 use crate::listen::{self, Listeners};
+#[cfg(feature = "kafka")]
+use crate::sample::Marks;
 use crate::store::journal::{self, Damage, Journal, Opened};
 #[cfg(feature = "kafka")]
 use crate::store::kafka;
@@ -51,6 +55,9 @@ pub enum Error {
     /// The store, or an input from the same brokers.
     #[cfg(feature = "kafka")]
     Kafka(kafka::Error),
+    /// The topic of JSON records.
+    #[cfg(feature = "kafka")]
+    Input(listen::kafka::Error),
     /// Our own metrics.
     Telemetry(telemetry::Error),
     /// A thread, a runtime or a signal.
@@ -67,6 +74,8 @@ impl Error {
             Self::Ship(ship::Error::Config(_)) => 78,
             #[cfg(feature = "kafka")]
             Self::Kafka(error) => error.exit_code(),
+            #[cfg(feature = "kafka")]
+            Self::Input(error) => error.exit_code(),
             Self::Ship(ship::Error::Thread(_))
             | Self::Flush(flush::Error::Thread(_))
             | Self::Telemetry(_)
@@ -84,6 +93,8 @@ impl fmt::Display for Error {
             Self::Ship(error) => error.fmt(f),
             #[cfg(feature = "kafka")]
             Self::Kafka(error) => error.fmt(f),
+            #[cfg(feature = "kafka")]
+            Self::Input(error) => error.fmt(f),
             Self::Telemetry(error) => error.fmt(f),
             Self::Flush(flush::Error::Thread(error)) | Self::System(error) => {
                 write!(f, "{error}; raise the limit of threads or open files")
@@ -138,6 +149,8 @@ struct Agent {
     ship: Option<Ship>,
     api: Thread,
     listeners: Listeners,
+    #[cfg(feature = "kafka")]
+    input: Option<Input>,
     health: Arc<Health>,
     mapper: Arc<Mapper>,
     exporter: telemetry::Exporter,
@@ -166,12 +179,14 @@ impl Agent {
             budget,
             journal: journal.clone(),
             remote: is_remote,
-            exact: false,
+            exact: config.listen.kafka,
             on_commit: ring(&bells),
         };
         let running = Running::start(parts, &config.flush, &config.limits.flush).map_err(Error::Flush)?;
         let ship = start_ship(config, journal.as_ref(), &running)?;
         let remote = remote(config, journal.as_ref(), ship.as_ref(), &bells)?;
+        #[cfg(feature = "kafka")]
+        let kept = journal.as_ref().map(|journal| (journal.agent().to_string(), journal.marks()));
         let view =
             View::new(ledger, running.fold(), journal, rejects, workers.events(), workers.sources()).sharing(remote);
         let health = Arc::new(Health::default());
@@ -189,6 +204,8 @@ impl Agent {
         let HttpSockets { ingest, api: api_sockets, scrape } = sockets;
         let api = start_api(api_sockets, scrape, api, config)?;
         let listeners = start_listeners(ingest, config, &workers)?;
+        #[cfg(feature = "kafka")]
+        let input = start_input(config, kept, &workers, &bells)?;
         for (listener, address) in listeners.bound() {
             bound.entry(listener.name().to_owned()).or_default().push(address.to_string());
         }
@@ -196,7 +213,19 @@ impl Agent {
             tracing::warn!("{warning}");
         }
         health.started(bound.clone());
-        Ok(Self { workers, running, ship, api, listeners, health, mapper, exporter, bound })
+        Ok(Self {
+            workers,
+            running,
+            ship,
+            api,
+            listeners,
+            #[cfg(feature = "kafka")]
+            input,
+            health,
+            mapper,
+            exporter,
+            bound,
+        })
     }
 
     /// The line that scripts and tests wait for.
@@ -252,8 +281,16 @@ impl Agent {
         tracing::info!("stopping");
         let deadline = Instant::now() + within;
         self.health.stopping();
+        #[cfg(feature = "kafka")]
+        if let Some(input) = &self.input {
+            input.close();
+        }
         self.listeners.stop(within / 2);
         self.running.stop(deadline);
+        #[cfg(feature = "kafka")]
+        if let Some(input) = self.input {
+            input.end(deadline);
+        }
         if let Some(ship) = self.ship {
             ship.stop(deadline);
         }
@@ -268,6 +305,8 @@ struct Bells {
     ship: OnceLock<ship::Bell>,
     #[cfg(feature = "kafka")]
     kafka: OnceLock<kafka::Bell>,
+    #[cfg(feature = "kafka")]
+    input: OnceLock<Kept>,
 }
 
 /// Tells of each commit.
@@ -281,6 +320,10 @@ fn ring(bells: &Arc<Bells>) -> flush::OnCommit {
         if let Some(bell) = bells.kafka.get() {
             let changed = written.changed.iter().map(|changed| (changed.series.kind(), changed.series.key()));
             bell.touched(changed.chain(written.deleted.iter().map(|(kind, key)| (*kind, key))));
+        }
+        #[cfg(feature = "kafka")]
+        if let Some(kept) = bells.input.get() {
+            kept.tell(written.marks);
         }
         #[cfg(not(feature = "kafka"))]
         let _ = written;
@@ -343,6 +386,23 @@ fn parts_of_kafka(config: &Config, journal: &Arc<Journal>, running: &Running) ->
         expire: config.limits.journal.store_expire,
         on_deleted: Arc::new(move |series, marks, answer| fold.follow(series, marks, answer)),
     }
+}
+
+/// Starts to read the topic of JSON records, if it is to be read, from where the journal has it.
+#[cfg(feature = "kafka")]
+fn start_input(
+    config: &Config,
+    kept: Option<(String, Marks)>,
+    workers: &Arc<Workers>,
+    bells: &Bells,
+) -> Result<Option<Input>, Error> {
+    if !config.listen.kafka {
+        return Ok(None);
+    }
+    let (member, marks) = kept.unzip();
+    let input = Input::start(&config.kafka, member, marks.unwrap_or_default(), workers).map_err(Error::Input)?;
+    bells.input.get_or_init(|| input.kept());
+    Ok(Some(input))
 }
 
 fn remote(

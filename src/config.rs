@@ -224,6 +224,7 @@ keys! {
     "listen.workers", Restart, "Threads that read UDP. 0: one per core.";
     "listen.receive_buffer", Restart, "Asked of the kernel for each UDP socket.";
     "listen.udp_gro", Restart, "true: datagrams of one sender may be read as one where it sends such trains (UDP_SEGMENT). A train that is dropped counts as one drop.";
+    "listen.kafka", Restart, "true: read JSON records from kafka.topic, as a member of kafka.group.";
     "listen.linger", Restart, "Longest rest of a worker that has emptied its socket while traffic flows, as far as the receive buffer allows: fewer wake-ups.";
 
     "http", Restart, "Where requests come in.";
@@ -585,6 +586,16 @@ impl Loaded {
         if !(1..=10_000).contains(partitions) {
             let remedy = "out of range; write 1 to 10000";
             problems.push(self.wrong("store.kafka.partitions", &Value::from(*partitions), remedy));
+        }
+        if self.config.listen.kafka && !kafka::BUILT {
+            problems.push(self.wrong("listen.kafka", &Value::from(true), kafka::NOT_BUILT));
+        }
+        if topic == &self.config.kafka.topic {
+            let remedy = "kafka.topic is that topic; name two, since one is compacted and the other is not";
+            problems.push(self.wrong("store.kafka.topic", &Value::from(topic.as_str()), remedy));
+        }
+        if self.config.kafka.group.is_empty() {
+            problems.push(self.wrong("kafka.group", &Value::from(""), "no group; name one"));
         }
         let error = self.config.kafka.check().err();
         problems.extend(error.map(|error| self.refused(error.key(), &error)));

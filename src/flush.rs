@@ -561,6 +561,8 @@ impl Folding {
         if let Some(jobs) = self.jobs.take() {
             // See `flush` for when it can fail.
             drop(jobs.send(self.next_job(clock::wall_ms())));
+        } else {
+            self.flush(clock::wall_ms());
         }
         let windows = self.ledger.closed_until_ms();
         tracing::debug!(series = self.ledger.len(), windows, "fold ended");

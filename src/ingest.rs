@@ -51,11 +51,13 @@ pub enum Listener {
     Unix,
     /// Bodies of `POST /ingest/metrics`.
     Http,
+    /// Records of a topic.
+    Kafka,
 }
 
 impl Listener {
     /// Every listener, in the order of their declaration.
-    pub const ALL: [Self; 5] = [Self::Udp, Self::Tcp, Self::Unixgram, Self::Unix, Self::Http];
+    pub const ALL: [Self; 6] = [Self::Udp, Self::Tcp, Self::Unixgram, Self::Unix, Self::Http, Self::Kafka];
 
     /// Its name in metrics and logs.
     pub const fn name(self) -> &'static str {
@@ -65,6 +67,7 @@ impl Listener {
             Self::Unixgram => "unixgram",
             Self::Unix => "unix",
             Self::Http => "http",
+            Self::Kafka => "kafka",
         }
     }
 }
@@ -83,7 +86,7 @@ impl Source {
     pub fn ip(&self) -> Option<IpAddr> {
         match self.address {
             Some(Address::Inet(address)) => Some(address.ip().to_canonical()),
-            Some(Address::Process { .. }) | None => None,
+            Some(Address::Process { .. } | Address::Record { .. }) | None => None,
         }
     }
 

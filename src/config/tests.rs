@@ -401,7 +401,9 @@ fn another(key: &str, default: &Value) -> BoxedStrategy<Value> {
     match (key, default) {
         ("store.kind", _) if crate::kafka::BUILT => either(&["memory", "embedded", "redis", "kafka"]),
         ("store.kind", _) => either(&["memory", "embedded", "redis"]),
-        ("kafka.topic" | "store.kafka.topic", _) => "[A-Za-z0-9_-]{1,20}".prop_map(Value::from).boxed(),
+        ("kafka.topic", _) => "[A-Za-z0-9_-]{1,20}".prop_map(Value::from).boxed(),
+        ("store.kafka.topic", _) => "[A-Za-z0-9_-]{21,30}".prop_map(Value::from).boxed(),
+        ("kafka.group", _) => "\\PC+".prop_map(Value::from).boxed(),
         ("kafka.brokers", _) => proptest::collection::vec("[a-z]{1,9}:[1-9][0-9]{0,3}".prop_map(Value::from), 1..4)
             .prop_map(Value::Array)
             .boxed(),
@@ -430,6 +432,8 @@ fn another(key: &str, default: &Value) -> BoxedStrategy<Value> {
                 .boxed()
         }
         ("limits.buckets", _) => (320..=2_048_i64).prop_map(Value::from).boxed(),
+        // A build without Kafka refuses it.
+        ("listen.kafka", _) => Just(Value::from(false)).boxed(),
         ("listen.unix_mode", _) => (0..=0o777_u32).prop_map(|mode| Value::from(Mode(mode).to_string())).boxed(),
         ("http.insecure", _) => Just(Value::from(true)).boxed(),
         ("flush.interval", _) => proptest::sample::select(&[100, 250, 500, 1000, 5000][..]).prop_map(time).boxed(),

@@ -1,7 +1,9 @@
 //! Kafka as the store, as an input and as a place to forward to: agents against librdkafka's mock cluster on the loopback
 //! address, or against the broker that `TALLYD_TEST_KAFKA` names (`tests/kafka.sh` starts one).
 
-use std::process::Command;
+use std::cell::RefCell;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -12,15 +14,15 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::message::Message;
 use rdkafka::mocking::MockCluster;
-use rdkafka::producer::DefaultProducerContext;
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _};
 use rdkafka::{Offset, TopicPartitionList};
 use serde_json::{Value, json};
 
-use crate::agent::{Agent, same, until};
+use crate::agent::{Agent, same, tallyd, until};
 
 /// Brokers of a test, with topics of its own.
 pub struct Kafka {
-    mock: Option<MockCluster<'static, DefaultProducerContext>>,
+    mock: Option<Mock>,
     brokers: String,
     suffix: String,
 }
@@ -32,16 +34,13 @@ impl Kafka {
         let kafka = match std::env::var("TALLYD_TEST_KAFKA") {
             Ok(brokers) => Self { mock: None, brokers, suffix },
             Err(_) => {
-                let mock = MockCluster::new(1).unwrap();
-                let brokers = mock.bootstrap_servers();
+                // A real broker gets the topic of totals from the first agent.
+                let topics = ["state", "records"].map(|name| format!("{name}-{suffix}"));
+                let (mock, brokers) = Mock::start(&topics);
                 Self { mock: Some(mock), brokers, suffix }
             }
         };
-        if let Some(mock) = &kafka.mock {
-            // A real broker gets the topic of totals from the first agent.
-            mock.create_topic(&kafka.topic("state"), 3, 1).unwrap();
-            mock.create_topic(&kafka.topic("records"), 3, 1).unwrap();
-        } else {
+        if kafka.mock.is_none() {
             kafka.make(&kafka.topic("records"));
         }
         kafka
@@ -88,7 +87,7 @@ impl Kafka {
     /// Takes the brokers away.
     fn away(&self) {
         match &self.mock {
-            Some(mock) => mock.broker_down(1).unwrap(),
+            Some(mock) => mock.tell("down"),
             None => signal("STOP"),
         }
     }
@@ -96,7 +95,7 @@ impl Kafka {
     /// Brings them back.
     fn back(&self) {
         match &self.mock {
-            Some(mock) => mock.broker_up(1).unwrap(),
+            Some(mock) => mock.tell("up"),
             None => signal("CONT"),
         }
     }
@@ -141,6 +140,73 @@ impl Kafka {
         }
         keys.sort();
         keys
+    }
+}
+
+/// The mock cluster, in a process of its own: it ends the process if it can't have its port back, and a process that is
+/// being started here may still hold that.
+struct Mock {
+    child: Child,
+    orders: RefCell<ChildStdin>,
+    answers: RefCell<BufReader<ChildStdout>>,
+}
+
+/// How its answers begin.
+const ANSWER: &str = "mock: ";
+
+impl Mock {
+    fn start(topics: &[String]) -> (Self, String) {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "kafka::mock_brokers", "--ignored", "--nocapture"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (orders, answers) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+        let mock = Self { child, orders: orders.into(), answers: answers.into() };
+        let brokers = mock.answer();
+        topics.iter().for_each(|topic| mock.tell(topic));
+        (mock, brokers)
+    }
+
+    fn answer(&self) -> String {
+        let mut answers = self.answers.borrow_mut();
+        let mut lines = std::iter::from_fn(|| {
+            let mut line = String::new();
+            (answers.read_line(&mut line).unwrap() > 0).then_some(line)
+        });
+        let answer = lines.find_map(|line| line.strip_prefix(ANSWER).map(|answer| answer.trim().to_owned()));
+        answer.expect("the mock cluster ended")
+    }
+
+    /// Takes the broker away (`down`), brings it back (`up`), or makes a topic; returns when that is done.
+    fn tell(&self, order: &str) {
+        writeln!(self.orders.borrow_mut(), "{order}").unwrap();
+        assert_eq!(self.answer(), order);
+    }
+}
+
+impl Drop for Mock {
+    fn drop(&mut self) {
+        // Both fail only when it has ended already.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+#[test]
+#[ignore = "these are the brokers of the other tests"]
+#[allow(clippy::print_stdout, reason = "they are told so what was done")]
+fn mock_brokers() {
+    let mock = MockCluster::new(1).unwrap();
+    println!("\n{ANSWER}{}", mock.bootstrap_servers());
+    for order in std::io::stdin().lines().map_while(Result::ok) {
+        match order.as_str() {
+            "down" => mock.broker_down(1).unwrap(),
+            "up" => mock.broker_up(1).unwrap(),
+            topic => mock.create_topic(topic, 3, 1).unwrap(),
+        }
+        println!("{ANSWER}{order}");
     }
 }
 
@@ -352,4 +418,143 @@ fn totals_of_others_beyond_the_limit_leave_this_agents_figures() {
     assert!(read["scope"] == "local" && same(&read["value"], &json!(1)), "{read}");
     let ready = b.get("/-/ready");
     assert!(ready.status == 503 && ready.text().contains("limits.kafka_table"), "{}", ready.text());
+}
+
+/// Writes records to the topic that agents read, each to the partition of its place.
+fn produce(kafka: &Kafka, records: &[String]) {
+    let producer: BaseProducer = kafka.config().create().unwrap();
+    let topic = kafka.topic("records");
+    for (place, record) in records.iter().enumerate() {
+        let key = format!("level.name{place}");
+        let record = BaseRecord::to(&topic).key(&key).payload(record).partition(place as i32 % 3);
+        producer.send(record).map_err(|(error, _)| error).unwrap();
+        producer.poll(Duration::ZERO);
+    }
+    producer.flush(Duration::from_secs(20)).unwrap();
+}
+
+/// What the group was told of the topic that agents read, all partitions added up.
+fn committed(kafka: &Kafka) -> i64 {
+    let mut config = kafka.config();
+    config.set("group.id", kafka.topic("group"));
+    let consumer: BaseConsumer = config.create().unwrap();
+    let mut all = TopicPartitionList::new();
+    all.add_partition_range(&kafka.topic("records"), 0, 2);
+    let committed = consumer.committed_offsets(all, Duration::from_secs(5)).unwrap();
+    committed
+        .elements()
+        .iter()
+        .map(|element| if let Offset::Offset(offset) = element.offset() { offset } else { 0 })
+        .sum()
+}
+
+fn input(kafka: &Kafka, settings: &[&str]) -> Agent {
+    let all = kafka.settings(settings);
+    Agent::start(&all.iter().map(String::as_str).chain(["listen.kafka=true"]).collect::<Vec<_>>())
+}
+
+#[test]
+fn records_of_a_topic_count_and_bad_ones_are_rejected_and_passed_over() {
+    let kafka = Kafka::start();
+    let agent = input(&kafka, &[]);
+    let records = [
+        r#"{"level":"app","name":"orders","type":"COUNTER","value":2}"#,
+        r#"[{"name":"t","type":"TIMER","value":1},{"name":"t","type":"TIMER","value":3}]"#,
+        r#"{"name":"broken","type":"COUNTER","value":"#,
+        r#"{"name":"unknown","type":"NONE","value":1}"#,
+        "",
+        r#"[{"level":"app","name":"orders","type":"COUNTER","value":3},{"name":"","type":"COUNTER","value":1}]"#,
+        r#"{"name":"u","type":"SET","value":"x","tags":{"a":"b"}}"#,
+    ];
+    produce(&kafka, &records.map(str::to_owned));
+    agent.wait_for("app.orders", "value", 5);
+    agent.wait_for("t", "count", 2);
+    agent.wait_for("u;a=b", "value", 1);
+    until("the bad ones", || (agent.own("tallyd_lines_rejected_total", "kafka") == 4.0).then_some(()));
+    assert_eq!(agent.own("tallyd_lines_accepted_total", "kafka"), 5.0);
+    let rejects = agent.get("/data/rejects").json();
+    let broken = rejects.as_array().unwrap().iter().find(|reject| reject["reason"] == "unknown_type").unwrap();
+    assert_eq!((&broken["listener"], &broken["source"]), (&json!("kafka"), &json!("partition 0, offset 1")));
+    let sources = agent.get("/data/sources").text();
+    assert!(sources.contains("partition 2"), "{sources}");
+    until("the group to be told", || (committed(&kafka) == records.len() as i64).then_some(()));
+}
+
+#[test]
+fn a_reader_of_a_topic_killed_at_any_moment_counts_each_record_once() {
+    let kafka = Kafka::start();
+    let mut agent = input(&kafka, &[]);
+    let mut sent = 0;
+    let mut more = |count: u64| {
+        sent += count;
+        produce(&kafka, &(0..count).map(|_| one("once")).collect::<Vec<_>>());
+        sent
+    };
+    agent.wait_for("once", "value", more(30));
+    for round in 0..5 {
+        more(3_000);
+        if round > 0 {
+            // Some of it is in memory alone, some in the journal, some with the group.
+            let had = agent.metric("once").map_or(0, |metric| metric["value"].as_u64().unwrap());
+            until("some more", || (agent.metric("once")?["value"].as_u64()? > had || round > 3).then_some(()));
+        }
+        agent = agent.restart_after(if round == 2 { "TERM" } else { "KILL" });
+    }
+    let all = more(30);
+    agent.wait_for("once", "value", all);
+    until("the group to be told", || (committed(&kafka) == all as i64).then_some(()));
+    agent = agent.restart_after("TERM");
+    agent.wait_for("once", "value", all);
+    let after = more(1);
+    agent.wait_for("once", "value", after);
+}
+
+#[test]
+fn two_readers_of_a_group_share_the_partitions_and_one_that_stops_hands_over() {
+    let kafka = Kafka::start();
+    let (a, b) = (kafka.agent(&["listen.kafka=true"]), kafka.agent(&["listen.kafka=true"]));
+    let partitions = |agent: &Agent| agent.own("tallyd_kafka_partitions", "");
+    until("both to have some", || {
+        (partitions(&a) > 0.0 && partitions(&a) + partitions(&b) == 3.0 && partitions(&b) > 0.0).then_some(())
+    });
+    produce(&kafka, &(0..300).map(|_| one("shared")).collect::<Vec<_>>());
+    a.wait_for("shared", "value", 300);
+    b.wait_for("shared", "value", 300);
+    assert!(local(&a, "shared", "value").as_u64().is_some_and(|own| own > 0 && own < 300));
+    let mut b = b;
+    b.signal("TERM");
+    b.wait();
+    until("one to have all", || (partitions(&a) == 3.0).then_some(()));
+    produce(&kafka, &(0..300).map(|_| one("shared")).collect::<Vec<_>>());
+    a.wait_for("shared", "value", 600);
+}
+
+#[test]
+fn without_a_journal_offsets_are_committed_all_the_same() {
+    let kafka = Kafka::start();
+    let agent = input(&kafka, &["store.kind=memory"]);
+    produce(&kafka, &(0..30).map(|_| one("memory")).collect::<Vec<_>>());
+    agent.wait_for("memory", "value", 30);
+    until("the group to be told", || (committed(&kafka) == 30).then_some(()));
+}
+
+#[test]
+fn what_can_not_work_is_refused_at_the_start() {
+    for (setting, said) in [
+        ("kafka.options={ 'sekurity.protocol' = 'x' }", "sekurity.protocol"),
+        ("kafka.options={ 'security.protocol' = 'SSL', 'ssl.ca.location' = '/nowhere' }", "ssl.ca.location"),
+        ("kafka.password_file=/nowhere", "kafka.password_file"),
+        ("store.kafka.topic=metrics-records", "store.kafka.topic"),
+    ] {
+        let state = tempfile::tempdir().unwrap();
+        let mut command = tallyd();
+        command.env("TALLYD_STATE_DIR", state.path()).args(["--set", "store.kind=kafka", "--set", setting]);
+        let free =
+            ["listen.udp=127.0.0.1:0", "listen.tcp=127.0.0.1:0", "http.ingest=127.0.0.1:0", "http.api=127.0.0.1:0"];
+        let output = command.args(free.iter().flat_map(|setting| ["--set", setting])).output().unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        let code = if setting.contains("password_file") { 66 } else { 78 };
+        assert_eq!(output.status.code(), Some(code), "{setting}: {text}");
+        assert!(text.lines().last().unwrap().contains(said), "{setting}: {text}");
+    }
 }

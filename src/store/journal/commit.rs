@@ -114,7 +114,8 @@ impl Journal {
             return Ok(Committed::default());
         }
         let before = state.marks.clone();
-        state.marks.extend(locked(&self.noted).iter().chain(marks).map(|(name, mark)| (name.clone(), *mark)));
+        let noted = locked(&self.noted).clone();
+        state.marks.extend(noted.iter().chain(marks).map(|(name, mark)| (name.clone(), *mark)));
         let limits = &self.limits;
         let expired = locked(&self.expired).is_some().then(Vec::new);
         let mut commit = Commit { limits, flush, now_ms, state, done: Committed::default(), refused: 0, expired };
@@ -137,6 +138,8 @@ impl Journal {
         };
         self.database.write(write).map_err(Error::counted)?;
         let done = commit.done;
+        // What was noted once must not come back over what is read later.
+        locked(&self.noted).retain(|name, mark| noted.get(name) != Some(mark));
         if let (Some(all), Some(expired)) = (locked(&self.expired).as_mut(), commit.expired.take()) {
             all.extend(expired);
         }

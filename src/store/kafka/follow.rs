@@ -149,8 +149,11 @@ impl Follower {
             let (_, high) = consumer.fetch_watermarks(&topic, number, ANSWER)?;
             let mark: Arc<str> = format!("kafka:{topic}/{number}").into();
             // A delete from before this agent first saw the topic does not concern it, nor does one of another topic.
-            let heeded = marks.get(&mark).copied().filter(|heeded| *heeded <= high).unwrap_or(high);
-            self.journal.note(&mark, heeded);
+            let heeded = marks.get(&mark).copied().filter(|heeded| *heeded <= high);
+            let heeded = heeded.unwrap_or_else(|| {
+                self.journal.note(&mark, high);
+                high
+            });
             self.partitions.push(Partition { mark, heeded, next: 0, loaded: false });
             assignment.add_partition_offset(&topic, number, Offset::Beginning)?;
         }
