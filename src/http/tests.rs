@@ -57,6 +57,7 @@ fn parts() -> (Rc<RefCell<Worker>>, View, Running) {
         budget,
         journal: None,
         remote: false,
+        exact: false,
         on_commit: Box::new(|_| {}),
     };
     let flush = flush::Config { interval: Time::millis(100), window: Time::millis(500), ..Default::default() };
