@@ -59,7 +59,7 @@ impl Error {
             Self::Listen(error) => error.exit_code(),
             Self::Http(error) => error.exit_code(),
             Self::Journal(error) | Self::Flush(flush::Error::Journal(error)) => error.exit_code(),
-            Self::Ship(ship::Error::Config(_)) => 78,
+            Self::Ship(ship::Error::Config(error)) => error.exit_code(),
             Self::Ship(ship::Error::Thread(_))
             | Self::Flush(flush::Error::Thread(_))
             | Self::Telemetry(_)

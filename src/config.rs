@@ -233,8 +233,15 @@ keys! {
     "store.embedded", Restart, "The journal: the agent's own file, with every kind of store but memory.";
     "store.embedded.cache", Restart, "How much of the file is kept in memory.";
     "store.redis", Restart, "Redis or Valkey.";
-    "store.redis.url", Restart, "Address, and user and password where needed.";
+    "store.redis.url", Restart, "redis[s]://[user][:password@]host[:port][/database], or unix:///path[?db=0&user=&pass=].";
     "store.redis.prefix", Restart, "Beginning of every key.";
+    "store.redis.mode", Restart, "\"single\": one server; \"sentinel\": the master that the sentinels name; \"cluster\": a Redis Cluster.";
+    "store.redis.nodes", Restart, "The sentinels, or further nodes to find the cluster by: host:port or URLs.";
+    "store.redis.master", Restart, "What the sentinels call the master.";
+    "store.redis.ca_file", Restart, "PEM: who signs the servers' certificates (rediss://). \"\": the usual authorities, which are built in.";
+    "store.redis.cert_file", Restart, "PEM: our own certificate, where the servers ask for one.";
+    "store.redis.key_file", Restart, "PEM: its key.";
+    "store.redis.replicas", Restart, "How many replicas must have a batch before it leaves the outbox. \"auto\": 1 where there are any.";
 
     "mapping", Now, "Which names and labels series have in a scrape, and which series are not kept.";
     "mapping.file", Now, "A mapping file of statsd_exporter. \"\": none.";
@@ -489,6 +496,20 @@ impl Loaded {
         let rules = Mapping::parse(text).map_err(|problems| problems.into_iter().map(problem).collect::<Vec<_>>())?;
         self.config.mapping.rules = Some(Arc::new(rules));
         Ok(())
+    }
+
+    /// Whether the store can be used as far as that shows without asking it; the files that it names are read.
+    ///
+    /// # Errors
+    /// The exit code and what is wrong.
+    pub fn check_store(&self) -> Result<(), (u8, Problem)> {
+        if self.config.store.kind != Kind::Redis {
+            return Ok(());
+        }
+        self.config.store.redis.check().map_err(|error| {
+            let value = get(&self.config.tree(), error.key()).cloned().unwrap_or(Value::from(""));
+            (error.exit_code(), self.wrong(error.key(), &value, &error.to_string()))
+        })
     }
 
     /// What is right, but does nothing, each with its place.

@@ -176,6 +176,10 @@ pub mod size {
 /// `text` as it may be shown: the password of a URL in it, if there is one, is replaced by `***`.
 pub fn without_password(text: &str) -> Cow<'_, str> {
     let Some((scheme, rest)) = text.split_once("://") else { return Cow::Borrowed(text) };
+    // In the URL of a unix socket it is an argument, and what follows may belong to it.
+    if let Some((before, _)) = text.split_once("pass=").filter(|(before, _)| before.ends_with(['?', '&'])) {
+        return Cow::Owned(format!("{before}pass=***"));
+    }
     let authority = rest.split(['/', '?', '#']).next().unwrap_or(rest);
     // A password may hold a raw `/`, which ends the authority too early: the last `@` of all decides then.
     let end = authority.rfind('@').or_else(|| rest.rfind('@'));
@@ -227,6 +231,7 @@ mod tests {
             ("redis://user:secret@host:6379/1", "redis://user:***@host:6379/1"),
             ("redis://:s@e:c@host", "redis://:***@host"),
             ("redis://:se/cret@host", "redis://:***@host"),
+            ("unix:///run/redis.sock?user=u&pass=a&db=1", "unix:///run/redis.sock?user=u&pass=***"),
             ("no url: a@b", "no url: a@b"),
         ] {
             assert_eq!(without_password(url), shown);

@@ -269,11 +269,15 @@ impl View {
             Some(remote) => self.global(remote, ids, &series).await,
             None => None,
         };
-        let scope = if totals.is_none() && self.remote.is_some() { Scope::Local } else { scope };
-        let totals = totals
-            .unwrap_or_else(|| ids.iter().zip(&series).map(|(id, state)| self.local(id, state.as_ref())).collect());
+        let scope = if self.remote.is_some() { Scope::Local } else { scope };
+        let local = |(id, state): (&SeriesId, &Option<State>)| Some((self.local(id, state.as_ref())?, scope));
+        let totals = totals.unwrap_or_else(|| ids.iter().zip(&series).map(local).collect());
         let found = ids.iter().zip(series).zip(totals);
-        found.filter_map(|((id, state), total)| Some(self.metric(id, state.as_ref(), total?, scope))).collect()
+        let metric = |((id, state), total): ((&SeriesId, Option<State>), _)| {
+            let (total, scope): (Arc<Total>, Scope) = Option::from(total)?;
+            Some(self.metric(id, state.as_ref(), total, scope))
+        };
+        found.filter_map(metric).collect()
     }
 
     /// The store, where a reader wants its figures and it is not known to be away.
@@ -303,14 +307,14 @@ impl View {
         }
     }
 
-    /// The totals of all agents: the store's, then our batches that are not in it, then what no batch carries yet. `None`
-    /// when the store is away.
+    /// The totals of all agents: the store's, then our batches that are not in it, then what no batch carries yet; our own
+    /// where the server is away that has a series. `None` when all of them are.
     async fn global(
         &self,
         remote: &Remote,
         ids: &[SeriesId],
         states: &[Option<State>],
-    ) -> Option<Vec<Option<Arc<Total>>>> {
+    ) -> Option<Vec<Option<(Arc<Total>, Scope)>>> {
         let snapshot =
             remote.journal.snapshot().inspect_err(|error| tracing::error!(%error, "the outbox is unreadable")).ok()?;
         let agent = remote.journal.agent().to_string();
@@ -319,10 +323,14 @@ impl View {
         let mut backlog = Backlog::new(&snapshot);
         let mut totals = Vec::with_capacity(ids.len());
         for ((id, state), stored) in ids.iter().zip(states).zip(stored) {
-            // A hash that another program spoilt is shown as this agent knows the series.
+            // A hash that another program spoilt, or that is on a server that is away, is shown as this agent knows the
+            // series.
             totals.push(match stored {
-                Ok(stored) => complete(&mut backlog, id, state.as_ref(), stored).ok()?.map(Arc::new),
-                Err(_) => self.local(id, state.as_ref()),
+                Ok(stored) => {
+                    let total = complete(&mut backlog, id, state.as_ref(), stored).ok()?;
+                    total.map(|total| (Arc::new(total), Scope::Global))
+                }
+                Err(_) => self.local(id, state.as_ref()).map(|total| (total, Scope::Local)),
             });
         }
         Some(totals)

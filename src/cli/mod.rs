@@ -83,6 +83,7 @@ impl Layers {
         let sources = Sources { file, environment: &environment, set: &self.set };
         let mut loaded = Config::load(&sources).map_err(Failure::Configuration)?;
         read_mapping(&mut loaded)?;
+        loaded.check_store().map_err(|(code, problem)| Failure::told(code, problem.to_string()))?;
         Ok(loaded)
     }
 }

@@ -366,6 +366,8 @@ fn another(key: &str, default: &Value) -> BoxedStrategy<Value> {
     }
     let either = |choices: &'static [&str]| proptest::sample::select(choices).prop_map(Value::from).boxed();
     match (key, default) {
+        ("store.redis.mode", _) => either(&["single", "sentinel", "cluster"]),
+        ("store.redis.replicas", _) => (0..9_i64).prop_map(Value::from).boxed(),
         ("store.kind", _) => either(&["memory", "embedded", "redis"]),
         ("log.level", _) => either(&["error", "warn", "info", "debug", "trace"]),
         ("protocol.name_policy", _) => either(&["etsy", "none"]),

@@ -2,8 +2,9 @@
 //!
 //! Every write is a script that compares a sequence and applies a batch in one atomic unit, so a batch counts once,
 //! however often it is sent. Every key of a script stands in one partition, whose number in braces is the hash tag that
-//! keeps them on one node of a cluster. Needs Redis 5 or later, or Valkey. Here nothing retries and nothing waits longer
-//! than `limits.redis_connect` and `limits.redis_reply`; `ship` does the one, its caller the other.
+//! keeps them on one node of a cluster. Needs Redis 5 or later, or Valkey: one server, a master under Sentinel or a
+//! cluster (`deployment`, `route`, `node`). Here nothing retries what failed and nothing waits longer than
+//! `limits.redis_connect` and `limits.redis_reply` together; `ship` does the one, its caller the other.
 //!
 //! # Layout
 //!
@@ -12,7 +13,7 @@
 //! | key | type | holds |
 //! |---|---|---|
 //! | `tallyd:{017}:s:<letter>:<key>` | hash | one series; expires `limits.store_expire` after its last update |
-//! | `tallyd:{017}:seq` | hash | for each agent `<agent>`: sequence of its last batch, `<agent>:samples`: samples in all of them, `<agent>:owner`: nonce of the process that may write it, `<agent>:seen`: the last delete it knows; `deletes`: number of the last delete |
+//! | `tallyd:{017}:seq` | hash | for each agent `<agent>`: sequence of its last batch, `<agent>:samples`: samples in all of them, `<agent>:owner`: nonce of the process that may write it, `<agent>:seen`: the last delete it knows, `<agent>:waited`: when it last waited for replicas; `deletes`: number of the last delete |
 //! | `tallyd:{017}:index` | sorted set | `<letter>:<key>` by the server's time of its last update, in ms |
 //! | `tallyd:{017}:del` | sorted set | `<letter>:<key>` by number of its last delete, which is the server's time in ms made to rise; kept 24 h |
 //!
@@ -31,63 +32,34 @@
 //! Agents may use different scales at the same time: buckets of each scale stand side by side, and the reader brings
 //! them to the coarsest. A cardinality is that of the registers with the members added to them.
 
+mod connection;
+mod deployment;
 mod durability;
 mod encode;
+mod error;
 mod fields;
+mod node;
 mod read;
+mod route;
 #[cfg(test)]
 pub(crate) mod server;
 #[cfg(test)]
 mod tests;
 
-use std::fmt;
-use std::sync::Arc;
 use std::time::Duration;
 
-use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, Client, Cmd, ErrorKind, Script, ServerErrorKind, Value};
+use redis::{Cmd, Script, Value};
 use serde::{Deserialize, Serialize};
 
-pub(super) use durability::Durability;
+pub(super) use connection::Connection;
+pub use deployment::{Config, Mode, Replicas};
+pub(super) use durability::{Durability, Stable};
+pub use error::{Error, TlsFile};
 pub use read::{Cursor, Page, RedisReader, Stored};
 
-use super::{Batch, Partition, partition};
+use super::{Partition, partition};
 use crate::sample::{Kind, SeriesKey};
-use crate::units::{Time, without_password};
-
-/// `[store.redis]`
-#[derive(Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Config {
-    /// `redis://[user][:password@]host[:port][/database]`.
-    pub url: String,
-    /// What every key begins with.
-    pub prefix: String,
-}
-
-impl fmt::Debug for Config {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let url = without_password(&self.url);
-        f.debug_struct("Config").field("url", &url).field("prefix", &self.prefix).finish()
-    }
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self { url: "redis://127.0.0.1:6379".to_owned(), prefix: "tallyd".to_owned() }
-    }
-}
-
-impl Config {
-    /// Whether it can be used.
-    ///
-    /// # Errors
-    /// [`Error::Url`] or [`Error::Prefix`].
-    pub fn check(&self) -> Result<(), Error> {
-        Client::open(self.url.as_str()).map_err(|_| Error::Url)?;
-        if self.prefix.contains(['{', '}']) { Err(Error::Prefix) } else { Ok(()) }
-    }
-}
+use crate::units::Time;
 
 /// Rows of `[limits]` that this part enforces.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -102,125 +74,6 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self { redis_connect: Time::secs(2), redis_reply: Time::secs(5) }
-    }
-}
-
-/// Why the store did not do what was asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Error {
-    /// `store.redis.url` is none.
-    Url,
-    /// A brace in `store.redis.prefix`.
-    Prefix,
-    /// Nobody answers there.
-    Connect,
-    /// The server refused user or password, or forbids a command.
-    Denied,
-    /// The connection ended.
-    Dropped,
-    /// No answer within `limits.redis_reply`.
-    Timeout,
-    /// The server is out of memory and may evict nothing.
-    OutOfMemory,
-    /// The server takes no writes now: a replica, or one that cannot save.
-    ReadOnly,
-    /// The server is loading its data.
-    Loading,
-    /// The server answered with another error.
-    Refused,
-    /// An answer, or a key in the store, that is not of our making.
-    Foreign,
-}
-
-impl Error {
-    /// All that may come while an agent runs; the other two are told at its start.
-    pub(super) const RUNNING: [Self; 9] = [
-        Self::Connect,
-        Self::Denied,
-        Self::Dropped,
-        Self::Timeout,
-        Self::OutOfMemory,
-        Self::ReadOnly,
-        Self::Loading,
-        Self::Refused,
-        Self::Foreign,
-    ];
-
-    /// The `reason` in `tallyd_store_errors_total`.
-    pub const fn reason(self) -> &'static str {
-        match self {
-            Self::Url => "url",
-            Self::Prefix => "prefix",
-            Self::Connect => "connect",
-            Self::Denied => "denied",
-            Self::Dropped => "dropped",
-            Self::Timeout => "timeout",
-            Self::OutOfMemory => "out_of_memory",
-            Self::ReadOnly => "read_only",
-            Self::Loading => "loading",
-            Self::Refused => "refused",
-            Self::Foreign => "foreign",
-        }
-    }
-}
-
-impl Error {
-    /// Whether the connection is of no more use: it ended, or an answer that comes late would be taken for another's.
-    pub(super) const fn ends_connection(self) -> bool {
-        match self {
-            Self::Url | Self::Prefix | Self::Connect | Self::Denied | Self::Dropped | Self::Timeout => true,
-            Self::ReadOnly | Self::Loading => true,
-            Self::OutOfMemory | Self::Refused | Self::Foreign => false,
-        }
-    }
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Url => "store.redis.url is no address of a Redis; write one such as \"redis://127.0.0.1:6379\"",
-            Self::Prefix => "store.redis.prefix has a brace, which would be the hash tag; leave it out",
-            Self::Connect => "no Redis answers at store.redis.url; start it, or correct the address",
-            Self::Denied => "Redis refuses the user, the password or a command; correct store.redis.url or its ACL",
-            Self::Dropped => "the connection to Redis ended",
-            Self::Timeout => "Redis did not answer within limits.redis_reply",
-            Self::OutOfMemory => "Redis is at its maxmemory; raise it",
-            Self::ReadOnly => "Redis takes no writes: it is a replica, or cannot save its data",
-            Self::Loading => "Redis is loading its data",
-            Self::Refused => "Redis answered with an error",
-            Self::Foreign => "Redis holds something at our keys that tallyd did not write",
-        })
-    }
-}
-
-impl std::error::Error for Error {}
-
-impl From<&redis::RedisError> for Error {
-    fn from(error: &redis::RedisError) -> Self {
-        match error.code() {
-            Some("OOM") => return Self::OutOfMemory,
-            Some("READONLY" | "MISCONF" | "NOREPLICAS") => return Self::ReadOnly,
-            Some("LOADING" | "MASTERDOWN") => return Self::Loading,
-            Some("NOAUTH" | "WRONGPASS" | "NOPERM") => return Self::Denied,
-            Some(_) | None => {}
-        }
-        if error.is_timeout() {
-            Self::Timeout
-        } else if error.is_connection_refusal() {
-            Self::Connect
-        } else if error.kind() == ErrorKind::AuthenticationFailed {
-            Self::Denied
-        } else if error.is_io_error() || error.is_connection_dropped() {
-            Self::Dropped
-        } else {
-            Self::Refused
-        }
-    }
-}
-
-impl From<redis::RedisError> for Error {
-    fn from(error: redis::RedisError) -> Self {
-        Self::from(&error)
     }
 }
 
@@ -287,6 +140,8 @@ pub(super) struct News {
     pub(super) expired: u64,
     /// Deletes since the last one that the agent knew, oldest first.
     pub(super) deletes: Vec<Deleted>,
+    /// The sequence of the last batch that the store has of the agent, where it was polled; other answers have it beside.
+    pub(super) sequence: Option<u64>,
 }
 
 /// Why one operation of a batch failed.
@@ -366,142 +221,6 @@ fn series_of(member: &str) -> Option<(Kind, SeriesKey)> {
     Some((Kind::from_letter(letter)?, SeriesKey::from_canonical(key)))
 }
 
-/// The scripts, ready to be called by their digest.
-#[derive(Debug)]
-struct Scripts {
-    claim: Script,
-    apply: Script,
-    poll: Script,
-    delete: Script,
-    read: Script,
-}
-
-impl Default for Scripts {
-    fn default() -> Self {
-        const COMMON: &str = include_str!("redis/common.lua");
-        let with_common = |script: &str| Script::new(&format!("{COMMON}\n{script}"));
-        Self {
-            claim: with_common(include_str!("redis/claim.lua")),
-            apply: with_common(include_str!("redis/apply.lua")),
-            poll: with_common(include_str!("redis/poll.lua")),
-            delete: with_common(include_str!("redis/delete.lua")),
-            read: Script::new(include_str!("redis/read.lua")),
-        }
-    }
-}
-
-/// A connection on which many requests may be in flight; clones share it.
-#[derive(Clone)]
-pub(super) struct Connection {
-    wire: MultiplexedConnection,
-    scripts: Arc<Scripts>,
-    names: Names,
-}
-
-impl fmt::Debug for Connection {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Connection").field("names", &self.names).finish_non_exhaustive()
-    }
-}
-
-impl Connection {
-    /// Connects and loads the scripts.
-    pub(super) async fn open(config: &Config, limits: &Limits) -> Result<Self, Error> {
-        let client = Client::open(config.url.as_str()).map_err(|_| Error::Url)?;
-        let settings = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(limits.redis_connect.0))
-            .set_response_timeout(Some(limits.redis_reply.0))
-            .set_pipeline_buffer_size(64)
-            .set_write_backpressure_boundary(256 << 10);
-        let connected = client.get_multiplexed_async_connection_with_config(&settings).await;
-        let mut wire = connected.map_err(|error| {
-            let error = Error::from(&error);
-            if matches!(error, Error::Dropped | Error::Timeout) { Error::Connect } else { error }
-        })?;
-        let scripts = Scripts::default();
-        for script in [&scripts.claim, &scripts.apply, &scripts.poll, &scripts.delete, &scripts.read] {
-            script.load_async(&mut wire).await?;
-        }
-        Ok(Self { wire, scripts: Arc::new(scripts), names: Names::new(&config.prefix) })
-    }
-
-    /// Makes the asker the owner of its sequence of a partition, where the present owner is nobody or among `known`.
-    pub(super) async fn claim(
-        &self,
-        asker: &Asker,
-        partition: Partition,
-        seen: Option<u64>,
-        known: &[String],
-    ) -> Result<Claimed, Error> {
-        let mut call = Call::new(&self.scripts.claim, self.names.common(partition));
-        call.text(&asker.agent).text(&asker.owner).number(asker.expire.as_millis());
-        call.text(&seen.map_or(String::new(), |seen| seen.to_string()));
-        known.iter().for_each(|nonce| {
-            call.text(nonce);
-        });
-        let answer = self.call(call).await?;
-        let mut answer = Answer::new(&answer)?;
-        match answer.text()? {
-            "clone" => Ok(Claimed::Clone),
-            "claimed" => {
-                let (sequence, seen, news) = (answer.number()?, answer.number()?, answer.news()?);
-                Ok(Claimed::Ours { sequence, samples: answer.number()?, seen, news })
-            }
-            _ => Err(Error::Foreign),
-        }
-    }
-
-    /// Applies a batch to a store that has `before` as our last sequence.
-    pub(super) async fn apply(&self, asker: &Asker, batch: &Batch, before: u64, seen: u64) -> Result<Applied, Error> {
-        let call = encode::apply(&self.scripts.apply, &self.names, asker, batch, before, seen);
-        let answer = self.call(call).await?;
-        let mut answer = Answer::new(&answer)?;
-        match answer.text()? {
-            "owner" => Ok(Applied::NotOwner),
-            "gap" => Ok(Applied::Gap { sequence: answer.number()?, samples: answer.number()?, news: answer.news()? }),
-            "applied" | "already" => {
-                let (sequence, _) = (answer.number()?, answer.number()?);
-                Ok(Applied::Stored { sequence, news: answer.news()?, failed: answer.failures()? })
-            }
-            _ => Err(Error::Foreign),
-        }
-    }
-
-    /// Asks for the deletes since number `seen`.
-    pub(super) async fn poll(&self, asker: &Asker, partition: Partition, seen: u64) -> Result<News, Error> {
-        let mut call = Call::new(&self.scripts.poll, self.names.common(partition));
-        call.text(&asker.agent).number(seen).number(asker.expire.as_millis());
-        let answer = self.call(call).await?;
-        Answer::new(&answer)?.news()
-    }
-
-    /// What the server says about itself, line by line.
-    pub(super) async fn info(&self) -> Result<String, Error> {
-        Ok(redis::cmd("INFO").query_async(&mut self.wire.clone()).await?)
-    }
-
-    /// A parameter of the server; `None` where it does not tell.
-    pub(super) async fn parameter(&self, name: &str) -> Result<Option<String>, Error> {
-        let answer = redis::cmd("CONFIG").arg("GET").arg(name).query_async::<Vec<String>>(&mut self.wire.clone()).await;
-        match answer {
-            Ok(pair) => Ok(pair.into_iter().nth(1)),
-            Err(error) if error.is_io_error() || error.is_timeout() => Err(error.into()),
-            Err(_) => Ok(None),
-        }
-    }
-
-    /// Calls a script, loading it again where the server has forgotten it (`SCRIPT FLUSH`).
-    async fn call(&self, call: Call<'_>) -> Result<Value, Error> {
-        let mut wire = self.wire.clone();
-        let mut answer = wire.send_packed_command(&call.command).await.and_then(Value::extract_error);
-        if answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::Server(ServerErrorKind::NoScript)) {
-            call.script.load_async(&mut wire).await?;
-            answer = wire.send_packed_command(&call.command).await.and_then(Value::extract_error);
-        }
-        Ok(answer?)
-    }
-}
-
 /// The call of a script, under way to the wire.
 struct Call<'a> {
     script: &'a Script,
@@ -564,7 +283,7 @@ impl<'a> Answer<'a> {
     }
 
     fn news(&mut self) -> Result<News, Error> {
-        Ok(News { now_ms: self.number()?, expired: self.number()?, deletes: deleted(self.list()?) })
+        Ok(News { now_ms: self.number()?, expired: self.number()?, deletes: deleted(self.list()?), sequence: None })
     }
 
     fn failures(&mut self) -> Result<Vec<(usize, Failure)>, Error> {

@@ -1,14 +1,16 @@
-//! The outbox into the store: one thread, one connection, the batches of a partition in order and many partitions at once.
+//! The outbox into the store: one thread, the batches of a partition in order and many partitions at once.
 //!
-//! Nobody waits for it. An error drops the connection; after a pause that grows to 5 s it connects, claims every partition
-//! again and sends on from where the store says it is, the same batches under the same numbers, so that a store that is
-//! away, slow, restarted or older than it was costs time and never counts twice. It decides nothing about batches: the
-//! journal numbers, keeps and merges them, the store compares.
+//! Nobody waits for it. Each partition is visited by one task at a time: it is claimed, then its batches are sent until
+//! there are no more. What fails waits, for a time that grows to 5 s: the partitions of one server together where the
+//! server is why, else the partition alone; all others go on. Then it is claimed again and goes on from where the store
+//! says it is, the same batches under the same numbers, so that a store that is away, slow, restarted, older than it was
+//! or on another server costs time and never counts twice. It decides nothing about batches: the journal numbers, keeps
+//! and merges them, the store compares.
 //!
 //! Limits: `redis_connect`, `redis_reply`. Metrics: `tallyd_store_connected`, `tallyd_store_errors_total{store="redis"}`,
 //! `tallyd_store_expired_total`, `tallyd_lost_total`.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,7 +22,9 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
 use super::journal::{self, Journal, Resequenced};
-use super::redis::{Applied, Asker, Claimed, Config, Connection, Deleted, Durability, Limits, News, backoff};
+use super::redis::{
+    Applied, Asker, Claimed, Config, Connection, Deleted, Durability, Limits, Mode, News, Stable, backoff,
+};
 use super::{Batch, Partition, redis, samples_of};
 use crate::telemetry;
 use crate::units::Time;
@@ -31,7 +35,7 @@ mod unstable;
 
 use unstable::Unstable;
 
-/// How many partitions have a request under way at a time.
+/// How many partitions of a server have a request under way at a time.
 const IN_FLIGHT: usize = 32;
 
 /// Bytes of batches that are read from the journal for one partition at a time.
@@ -43,10 +47,13 @@ const POLL: Duration = Duration::from_secs(10);
 /// How often it is asked what it would not lose any more.
 const SETTLE: Duration = Duration::from_secs(1);
 
+/// Longer than any stop: what fails while we are asked to stop is not tried again.
+const NEVER: Duration = Duration::from_secs(3_600);
+
 /// How long a store that has lost what it acknowledged is a reason not to be ready.
 const ALARM: Duration = Duration::from_secs(3_600);
 
-/// How often in a row a partition may be claimed, or found elsewhere, before the connection is given up.
+/// How often in a row a partition may be claimed, or found elsewhere, before it must wait.
 const TRIES: u32 = 4;
 
 /// Called with deletes that this agent has still to repeat on its own side. It must not block.
@@ -69,9 +76,9 @@ pub struct Parts {
 /// How the store is doing.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Status {
-    /// Whether it answers.
+    /// Whether it answers for every partition.
     pub connected: bool,
-    /// Whether it was asked and did not answer: a reader need not wait for it to find that out.
+    /// Whether it was asked and answers for none: a reader need not wait for it to find that out.
     pub away: bool,
     /// Why the agent is not ready, for a person; empty when all is well.
     pub reasons: Vec<String>,
@@ -187,7 +194,7 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// Why a connection was given up.
+/// Why a partition must wait.
 #[derive(Debug)]
 enum Problem {
     /// The store did not do what was asked.
@@ -244,17 +251,105 @@ struct Place {
     /// When the store last applied something, by its clock, in milliseconds since the epoch; 0 if nothing since the last
     /// look.
     applied_ms: u64,
+    /// Whether it is ours, and nothing has happened since that would make us ask again.
+    claimed: bool,
+    /// Whether the store is not, or may not be, the one that it was: what it applied before says nothing any more.
+    renewed: bool,
 }
 
-/// The thread's own state, from one connection to the next.
+/// What the store says that it has of us in a partition.
+#[derive(Debug, Clone, Copy)]
+struct Stored {
+    sequence: u64,
+    samples: u64,
+    now_ms: u64,
+}
+
+/// What the thread knows of a partition.
+#[derive(Debug, Default)]
+struct Slot {
+    place: Place,
+    /// A task is visiting it.
+    busy: bool,
+    /// A visit is due, or as soon as the one under way ends.
+    queued: bool,
+    /// With that visit it is asked for deletes, and for its sequence.
+    poll: bool,
+    /// Its claim could still be lost, since then.
+    claiming: Option<Instant>,
+    /// The server that it was last visited at.
+    server: Name,
+    away: Option<Away>,
+}
+
+/// Of a server; empty while none is known.
+type Name = Arc<str>;
+
+/// What the thread knows of a server.
+#[derive(Debug, Default)]
+struct Node {
+    /// How many tasks visit partitions of it.
+    visits: usize,
+    unstable: Unstable,
+    settling: bool,
+    settled: Option<Instant>,
+    eviction: Option<String>,
+    short_of_replicas: Option<(u32, u32)>,
+    away: Option<Away>,
+}
+
+impl Node {
+    /// When it is to be asked what it would not lose any more.
+    fn settles_at(&self) -> Option<Instant> {
+        let pause = if self.unstable.is_empty() { POLL } else { SETTLE };
+        self.settled.map(|settled| settled + pause)
+    }
+}
+
+/// Something that failed and waits.
+#[derive(Debug, Clone)]
+struct Away {
+    problem: String,
+    failures: u32,
+    until: Instant,
+}
+
+impl Away {
+    /// The failure after those before.
+    fn after(before: Option<&Self>, problem: &Problem, is_last: bool) -> Self {
+        let failures = before.map_or(0, |before| before.failures);
+        let wait = if is_last { NEVER } else { backoff(failures, random()) };
+        Self { problem: problem.to_string(), failures: failures + 1, until: Instant::now() + wait }
+    }
+
+    fn waits(away: Option<&Self>, now: Instant) -> bool {
+        away.is_some_and(|away| away.until > now)
+    }
+}
+
+/// What a task did.
+enum Done {
+    Visited { partition: Partition, server: Name, place: Place, outcome: Result<(), Problem> },
+    Settled { server: Name, since: Instant, outcome: Result<Durability, redis::Error> },
+}
+
+/// The thread's own state.
 struct Shipper {
     parts: Parts,
     shared: Arc<Shared>,
-    places: Vec<Place>,
-    /// The nonce of the last claims, and whether all of them were granted.
-    owner: Option<(String, bool)>,
-    unstable: Unstable,
-    eviction: Option<String>,
+    slots: Vec<Slot>,
+    nodes: BTreeMap<Name, Node>,
+    /// Partitions whose visit is due.
+    queue: VecDeque<Partition>,
+    tasks: JoinSet<Done>,
+    polled: Instant,
+    /// Nothing at all can be done.
+    away: Option<Away>,
+    /// The owner nonces before the present one are of no use any more.
+    pruned: bool,
+    /// Asked to stop, everything is tried once more at once.
+    stopping: bool,
+    connected: bool,
     rolled_back: Arc<Mutex<Option<RolledBack>>>,
 }
 
@@ -266,22 +361,20 @@ struct RolledBack {
     samples: u64,
 }
 
-/// How a connection ended.
-enum End {
-    /// There is nothing left to ship, and we were asked to stop.
-    Stopped,
-    Failed(Problem),
-}
-
 impl Shipper {
     fn new(parts: Parts, shared: Arc<Shared>) -> Self {
         Self {
             parts,
             shared,
-            places: vec![Place::default(); usize::from(Partition::MAX) + 1],
-            owner: None,
-            unstable: Unstable::default(),
-            eviction: None,
+            slots: (0..=Partition::MAX).map(|_| Slot::default()).collect(),
+            nodes: BTreeMap::new(),
+            queue: VecDeque::new(),
+            tasks: JoinSet::new(),
+            polled: Instant::now(),
+            away: None,
+            pruned: false,
+            stopping: false,
+            connected: false,
             rolled_back: Arc::default(),
         }
     }
@@ -297,36 +390,39 @@ impl Shipper {
         telemetry::STORE_CONNECTED.gauge(&["redis"]).set(0.0);
     }
 
-    /// Connects again and again.
+    /// One name in the store after the other, of which the first is the last as a rule.
     async fn work(&mut self) {
-        let mut failures = 0;
+        let connection = match Connection::new(&self.parts.config, &self.parts.limits, Duration::ZERO) {
+            Ok(connection) => connection,
+            // It was checked before the thread was started, but files may have changed since.
+            Err(error) => return self.report_only(&Problem::Store(error)),
+        };
         loop {
-            let problem = match self.connected(&mut failures).await {
-                End::Stopped => return,
-                End::Failed(problem) => problem,
+            let problem = match self.session(&connection) {
+                Ok(session) => match self.serve(&session).await {
+                    Ok(()) => return,
+                    Err(problem) => problem,
+                },
+                Err(problem) => problem,
             };
-            telemetry::STORE_ERRORS.counter(&["redis", problem.reason()]).increment(1);
-            telemetry::STORE_CONNECTED.gauge(&["redis"]).set(0.0);
-            self.report(Some(&problem.to_string()));
-            if failures == 0 {
-                tracing::warn!(%problem, "the store is away; the outbox keeps what comes");
-            }
+            self.start_over().await;
+            self.count(&problem);
             if matches!(problem, Problem::Clone) && self.rename() {
                 continue;
             }
-            if self.shared.is_stopping() && (failures > 0 || self.parts.journal.pending().is_empty()) {
-                // What is left is in the journal; a store that is away now would only hold up the stop.
+            let away = Away::after(self.away.as_ref(), &problem, false);
+            let until = away.until;
+            self.away = Some(away);
+            self.report();
+            if self.shared.is_stopping() {
                 return;
             }
-            failures += 1;
-            // Asked to stop, it tries once more at once.
-            drop(tokio::time::timeout(backoff(failures, random()), self.shared.stopping()).await);
+            drop(tokio::time::timeout_at(until.into(), self.shared.stopping()).await);
         }
     }
 
     /// Takes a new name in the store. `false` when it could not be written down.
     fn rename(&mut self) -> bool {
-        self.owner = None;
         match self.parts.journal.mint_agent() {
             Ok((agent, shared)) => {
                 tracing::error!(%agent, dropped = shared, "another agent had our name in the store, so this one has a new one");
@@ -339,67 +435,12 @@ impl Shipper {
         }
     }
 
-    /// One connection, from its first byte to its end.
-    async fn connected(&mut self, failures: &mut u32) -> End {
-        let begun = async {
-            let session = self.open().await?;
-            self.claim_all(&session).await?;
-            Ok::<_, Problem>(session)
-        };
-        let session = match begun.await {
-            Ok(session) => session,
-            Err(problem) => return End::Failed(problem),
-        };
-        *failures = 0;
-        telemetry::STORE_CONNECTED.gauge(&["redis"]).set(1.0);
-        self.report(None);
-        tracing::info!(agent = session.asker.agent, "the store is connected");
-        match self.serve(&session).await {
-            Ok(()) => End::Stopped,
-            Err(problem) => End::Failed(problem),
-        }
-    }
-
-    /// Ships what comes until asked to stop.
-    async fn serve(&mut self, session: &Session) -> Result<(), Problem> {
-        let mut polled = Instant::now();
-        let mut settled = Instant::now();
-        loop {
-            self.ship_all(session).await?;
-            if self.shared.is_stopping() && self.parts.journal.pending().is_empty() {
-                return Ok(());
-            }
-            if !self.unstable.is_empty() && settled.elapsed() >= SETTLE {
-                settled = Instant::now();
-                self.settle(session).await?;
-            }
-            if polled.elapsed() >= POLL {
-                polled = Instant::now();
-                self.settle(session).await?;
-                self.across(all(), |partition, place| session.clone().poll(partition, place)).await?;
-            }
-            self.report(None);
-            let pause = if self.unstable.is_empty() { POLL } else { SETTLE };
-            // Running into the pause is as good as being woken.
-            drop(tokio::time::timeout(pause, self.shared.wake.notified()).await);
-        }
-    }
-
-    async fn open(&mut self) -> Result<Session, Problem> {
-        let Parts { journal, config, limits, expire, on_deleted } = &self.parts;
-        let connection = Connection::open(config, limits).await?;
-        let owner = match &self.owner {
-            // Claims that were broken off may have been granted or not: with the same nonce that makes no difference.
-            Some((owner, false)) => owner.clone(),
-            Some((_, true)) | None => {
-                let owner = nonce();
-                journal.push_owner(&owner)?;
-                owner
-            }
-        };
-        self.owner = Some((owner.clone(), false));
+    fn session(&self, connection: &Connection) -> Result<Session, Problem> {
+        let Parts { journal, expire, on_deleted, .. } = &self.parts;
+        let owner = nonce();
+        journal.push_owner(&owner)?;
         Ok(Session {
-            connection,
+            connection: connection.clone(),
             asker: Arc::new(Asker { agent: journal.agent().to_string(), owner, expire: *expire }),
             known: Arc::new(journal.owners()),
             journal: Arc::clone(journal),
@@ -409,80 +450,394 @@ impl Shipper {
         })
     }
 
-    async fn claim_all(&mut self, session: &Session) -> Result<(), Problem> {
-        self.across(all(), |partition, place| session.clone().claim(partition, place)).await?;
-        if let Some((_, granted)) = &mut self.owner {
-            *granted = true;
-        }
-        self.parts.journal.prune_owners()?;
-        // What was applied on another connection counts from now on: the store may have restarted since.
-        self.unstable = Unstable::default();
-        let claimed_ms = self.places.iter().map(|place| place.applied_ms).max().unwrap_or(0);
-        let stored = self.places.iter().map(|place| place.stored);
-        self.unstable.applied(claimed_ms, (0..=Partition::MAX).zip(stored));
-        self.places.iter_mut().for_each(|place| place.applied_ms = 0);
-        self.settle(session).await
+    /// Forgets what was known under another name.
+    async fn start_over(&mut self) {
+        self.tasks.shutdown().await;
+        self.slots = (0..=Partition::MAX).map(|_| Slot::default()).collect();
+        self.nodes.clear();
+        self.queue.clear();
+        self.pruned = false;
     }
 
-    async fn ship_all(&mut self, session: &Session) -> Result<(), Problem> {
-        let pending = self.parts.journal.pending();
-        if pending.is_empty() {
-            return Ok(());
+    /// Ships what comes until asked to stop.
+    async fn serve(&mut self, session: &Session) -> Result<(), Problem> {
+        all().into_iter().for_each(|partition| self.enqueue(partition));
+        loop {
+            self.try_at_last();
+            self.begin(session);
+            self.report();
+            if self.stopping && self.is_done() {
+                return Ok(());
+            }
+            let until = self.next(session);
+            tokio::select! {
+                Some(done) = self.tasks.join_next() => self.finish(session, done)?,
+                () = self.shared.wake.notified() => self.enqueue_pending(),
+                () = tokio::time::sleep_until(until.into()) => {}
+            }
+            if self.polled.elapsed() >= POLL {
+                self.poll(session);
+            }
         }
-        self.across(pending, |partition, place| session.clone().ship(partition, place)).await?;
-        let applied: Vec<_> = all().into_iter().zip(&self.places).filter(|(_, place)| place.applied_ms > 0).collect();
-        let applied_ms = applied.iter().map(|(_, place)| place.applied_ms).max().unwrap_or(0);
-        self.unstable.applied(applied_ms, applied.into_iter().map(|(partition, place)| (partition, place.stored)));
-        self.places.iter_mut().for_each(|place| place.applied_ms = 0);
+    }
+
+    /// Once asked to stop, what waits is tried once more, and not again.
+    fn try_at_last(&mut self) {
+        if self.stopping || !self.shared.is_stopping() {
+            return;
+        }
+        self.stopping = true;
+        let now = Instant::now();
+        let slots = self.slots.iter_mut().filter_map(|slot| slot.away.as_mut());
+        let nodes = self.nodes.values_mut().filter_map(|node| node.away.as_mut());
+        slots.chain(nodes).for_each(|away| away.until = now);
+        self.enqueue_pending();
+    }
+
+    /// Whether nothing is left that can be shipped now. What is left is in the journal; a store that is away would only
+    /// hold up the stop.
+    fn is_done(&self) -> bool {
+        let now = Instant::now();
+        self.parts.journal.pending().into_iter().all(|partition| {
+            let slot = &self.slots[usize::from(partition)];
+            !slot.busy && self.waits(slot, now)
+        })
+    }
+
+    fn waits(&self, slot: &Slot, now: Instant) -> bool {
+        let node = self.nodes.get(&slot.server).and_then(|node| node.away.as_ref());
+        Away::waits(slot.away.as_ref(), now) || Away::waits(node, now)
+    }
+
+    fn enqueue(&mut self, partition: Partition) {
+        let slot = &mut self.slots[usize::from(partition)];
+        if !slot.queued {
+            slot.queued = true;
+            self.queue.push_back(partition);
+        }
+    }
+
+    fn enqueue_pending(&mut self) {
+        self.parts.journal.pending().into_iter().for_each(|partition| self.enqueue(partition));
+    }
+
+    /// Has every partition asked for deletes and its sequence, and who has which.
+    fn poll(&mut self, session: &Session) {
+        self.polled = Instant::now();
+        if self.parts.config.mode == Mode::Cluster {
+            session.connection.look_again();
+        }
+        for partition in all() {
+            self.slots[usize::from(partition)].poll = true;
+            self.enqueue(partition);
+        }
+    }
+
+    /// When something is due that nobody wakes us for.
+    fn next(&self, session: &Session) -> Instant {
+        let now = Instant::now();
+        let queued = self.queue.iter().map(|partition| &self.slots[usize::from(*partition)]);
+        let slots = queued.filter_map(|slot| slot.away.as_ref());
+        let nodes = self.nodes.values().filter_map(|node| node.away.as_ref());
+        let waits = slots.chain(nodes).map(|away| away.until).filter(|until| *until > now);
+        // Those that are asked; a server without partitions is not, and one that is away when that has passed.
+        let servers = session.connection.servers();
+        let asked = servers.iter().filter_map(|server| self.nodes.get(server.name()));
+        let asked = asked.filter(|node| !node.settling && !Away::waits(node.away.as_ref(), now));
+        waits.chain(asked.filter_map(Node::settles_at)).chain([self.polled + POLL]).min().unwrap_or(now)
+    }
+
+    /// Starts what is due.
+    fn begin(&mut self, session: &Session) {
+        let now = Instant::now();
+        for _ in 0..self.queue.len() {
+            let Some(partition) = self.queue.pop_front() else { break };
+            let server = session.connection.place(partition).unwrap_or_default();
+            let slot = &mut self.slots[usize::from(partition)];
+            slot.server = Arc::clone(&server);
+            let node = self.nodes.entry(Arc::clone(&server)).or_default();
+            let waits = Away::waits(slot.away.as_ref(), now) || Away::waits(node.away.as_ref(), now);
+            if slot.busy || waits || node.visits >= IN_FLIGHT {
+                self.queue.push_back(partition);
+                continue;
+            }
+            (slot.busy, slot.queued) = (true, false);
+            node.visits += 1;
+            let poll = std::mem::take(&mut slot.poll);
+            self.tasks.spawn(session.clone().visit(partition, server, slot.place, poll));
+        }
+        self.begin_to_settle(session, now);
+    }
+
+    /// Asks the servers for which it is time what they would not lose any more.
+    fn begin_to_settle(&mut self, session: &Session, now: Instant) {
+        let mut asked = false;
+        for server in session.connection.servers() {
+            let Some(node) = self.nodes.get_mut(server.name()) else { continue };
+            let due = node.settles_at().is_none_or(|at| at <= now);
+            if node.settling || !due || Away::waits(node.away.as_ref(), now) {
+                continue;
+            }
+            (node.settling, node.settled, asked) = (true, Some(now), true);
+            let unstable: Vec<_> = node.unstable.partitions().into_iter().collect();
+            let (replicas, asker) = (self.parts.config.replicas, Arc::clone(&session.asker));
+            self.tasks.spawn(async move {
+                let outcome = Durability::ask(&server, &asker.agent, replicas, &unstable).await;
+                Done::Settled { server: Arc::clone(server.name()), since: now, outcome }
+            });
+        }
+        if asked && self.parts.config.mode == Mode::Sentinel {
+            // A master that was deposed takes writes for some seconds more, and then forgets them.
+            session.connection.look_again();
+        }
+    }
+
+    fn finish(&mut self, session: &Session, done: Result<Done, tokio::task::JoinError>) -> Result<(), Problem> {
+        match done {
+            Ok(Done::Visited { partition, server, place, outcome }) => {
+                self.visited(session, partition, &server, place);
+                match outcome {
+                    Ok(()) => self.went_well(partition, &server)?,
+                    Err(problem) => self.failed(partition, &server, problem)?,
+                }
+                self.settle_down(partition)
+            }
+            Ok(Done::Settled { server, since, outcome }) => self.settled(&server, since, outcome),
+            // It panicked, which the panic has reported.
+            Err(_) => Err(Problem::Restless),
+        }
+    }
+
+    /// Takes over what a visit found out.
+    fn visited(&mut self, session: &Session, partition: Partition, server: &Name, place: Place) {
+        if let Some(node) = self.nodes.get_mut(server) {
+            node.visits = node.visits.saturating_sub(1);
+        }
+        let now_at = session.connection.place(partition).unwrap_or_default();
+        let slot = &mut self.slots[usize::from(partition)];
+        let claimed = place.claimed && !slot.place.claimed;
+        if claimed && place.stored > 0 {
+            slot.claiming = Some(Instant::now());
+        }
+        let moved = now_at != slot.server;
+        slot.server = Arc::clone(&now_at);
+        (slot.busy, slot.place) = (false, Place { applied_ms: 0, renewed: false, ..place });
+        if place.renewed || moved {
+            // What was applied elsewhere, or before, counts from now on.
+            self.nodes.values_mut().for_each(|node| node.unstable.stable_upto(partition, u64::MAX));
+        }
+        if place.applied_ms > 0 {
+            self.nodes.entry(now_at).or_default().unstable.applied(place.applied_ms, partition, place.stored);
+        }
+    }
+
+    fn went_well(&mut self, partition: Partition, server: &Name) -> Result<(), Problem> {
+        self.away = None;
+        self.slots[usize::from(partition)].away = None;
+        if let Some(node) = self.nodes.get_mut(server)
+            && node.away.take().is_some()
+        {
+            tracing::info!(%server, "the store answers again");
+        }
         Ok(())
+    }
+
+    fn failed(&mut self, partition: Partition, server: &Name, problem: Problem) -> Result<(), Problem> {
+        self.enqueue(partition);
+        match problem {
+            Problem::Store(error) if error.concerns_node() => self.server_failed(server, error),
+            Problem::Store(_) | Problem::Restless => {
+                self.count(&problem);
+                let is_last = self.stopping;
+                let slot = &mut self.slots[usize::from(partition)];
+                tracing::warn!(partition, %problem, "the store did not take what it was sent; it is sent again");
+                slot.away = Some(Away::after(slot.away.as_ref(), &problem, is_last));
+                slot.place.claimed = false;
+            }
+            Problem::Journal(_) | Problem::Clone => return Err(problem),
+        }
+        Ok(())
+    }
+
+    /// Lets all partitions of a server wait. Each of its requests that was under way fails; that is one failure.
+    fn server_failed(&mut self, server: &Name, error: redis::Error) {
+        let is_last = self.stopping;
+        let node = self.nodes.entry(Arc::clone(server)).or_default();
+        if !Away::waits(node.away.as_ref(), Instant::now()) {
+            let problem = Problem::Store(error);
+            if node.away.is_none() {
+                tracing::warn!(%server, %problem, "the store is away; the outbox keeps what comes");
+            }
+            node.away = Some(Away::after(node.away.as_ref(), &problem, is_last));
+            self.count(&problem);
+        }
+        if error.ends_connection() {
+            for partition in all() {
+                let slot = &mut self.slots[usize::from(partition)];
+                if slot.server == *server {
+                    slot.place.claimed = false;
+                    self.enqueue(partition);
+                }
+            }
+        }
+    }
+
+    fn settled(
+        &mut self,
+        server: &Name,
+        since: Instant,
+        outcome: Result<Durability, redis::Error>,
+    ) -> Result<(), Problem> {
+        let Some(node) = self.nodes.get_mut(server) else { return Ok(()) };
+        node.settling = false;
+        let durability = match outcome {
+            Ok(durability) => durability,
+            Err(error) if error.concerns_node() => {
+                self.server_failed(server, error);
+                return Ok(());
+            }
+            Err(error) => {
+                tracing::warn!(%server, %error, "the store did not say what it would not lose");
+                self.count(&Problem::Store(error));
+                return Ok(());
+            }
+        };
+        (node.eviction, node.short_of_replicas) = (durability.eviction, durability.short_of_replicas);
+        let there: BTreeMap<_, _> = durability.sequences.into_iter().collect();
+        let stable = match durability.stable {
+            Stable::Nothing => Vec::new(),
+            Stable::All => there.iter().map(|(partition, sequence)| (*partition, *sequence)).collect(),
+            // What is not there any more is found again by a visit.
+            Stable::Before(time_ms) => {
+                let old = node.unstable.stable_before(time_ms).into_iter();
+                old.filter(|(partition, sequence)| there.get(partition).is_some_and(|there| there >= sequence))
+                    .collect()
+            }
+        };
+        for (partition, sequence) in stable {
+            self.stable(partition, sequence, since);
+        }
+        for (partition, sequence) in there {
+            self.look_for_loss(partition, sequence);
+        }
+        self.prune()
     }
 
     /// Lets the journal drop what the store would not lose.
-    async fn settle(&mut self, session: &Session) -> Result<(), Problem> {
-        let Durability { stable_before_ms, eviction } = Durability::ask(&session.connection).await?;
-        for (partition, sequence) in self.unstable.stable_before(stable_before_ms) {
-            self.parts.journal.stable(partition, sequence);
+    fn stable(&mut self, partition: Partition, sequence: u64, since: Instant) {
+        self.parts.journal.stable(partition, sequence);
+        self.nodes.values_mut().for_each(|node| node.unstable.stable_upto(partition, sequence));
+        let slot = &mut self.slots[usize::from(partition)];
+        if slot.claiming.is_some_and(|claimed| claimed < since) {
+            slot.claiming = None;
         }
-        self.eviction = eviction;
+    }
+
+    /// Has a partition visited whose store has less of us than it said it had. A visit that is under way finds out itself.
+    fn look_for_loss(&mut self, partition: Partition, sequence: u64) {
+        let slot = &mut self.slots[usize::from(partition)];
+        if slot.place.claimed && !slot.busy && sequence < slot.place.stored {
+            slot.poll = true;
+            self.enqueue(partition);
+        }
+    }
+
+    fn settle_down(&mut self, partition: Partition) -> Result<(), Problem> {
+        if self.slots[usize::from(partition)].place.claimed { self.prune() } else { Ok(()) }
+    }
+
+    /// Forgets the nonces of earlier processes once every partition has been claimed for good with the present one: one
+    /// whose claim a failover took back is still ours.
+    fn prune(&mut self) -> Result<(), Problem> {
+        if !self.pruned && self.slots.iter().all(|slot| slot.place.claimed && slot.claiming.is_none()) {
+            self.parts.journal.prune_owners()?;
+            self.pruned = true;
+        }
         Ok(())
     }
 
-    /// Does a task for partitions, some at a time. The first problem ends them all.
-    async fn across<F>(
-        &mut self,
-        partitions: Vec<Partition>,
-        task: impl Fn(Partition, Place) -> F,
-    ) -> Result<(), Problem>
-    where
-        F: Future<Output = Result<(Partition, Place), Problem>> + Send + 'static,
-    {
-        let mut waiting = partitions.into_iter();
-        let mut under_way = JoinSet::new();
-        loop {
-            while under_way.len() < IN_FLIGHT
-                && let Some(partition) = waiting.next()
-            {
-                under_way.spawn(task(partition, self.places[usize::from(partition)]));
-            }
-            match under_way.join_next().await {
-                None => return Ok(()),
-                Some(Ok(done)) => {
-                    let (partition, place) = done?;
-                    self.places[usize::from(partition)] = place;
-                }
-                // It panicked, which the panic has reported.
-                Some(Err(_)) => return Err(Problem::Restless),
-            }
-        }
+    fn count(&self, problem: &Problem) {
+        telemetry::STORE_ERRORS.counter(&["redis", problem.reason()]).increment(1);
     }
 
     /// Publishes how things stand.
-    fn report(&self, problem: Option<&str>) {
-        let mut reasons: Vec<_> = problem.map(|problem| format!("store: {problem}")).into_iter().collect();
-        if let Some(policy) = &self.eviction {
-            reasons.push(format!(
-                "store: Redis throws series away when memory is short (maxmemory-policy {policy}); set noeviction"
-            ));
+    fn report(&mut self) {
+        let claimed = self.slots.iter().filter(|slot| slot.place.claimed).count();
+        let connected = claimed == self.slots.len() && self.away.is_none();
+        if connected != self.connected {
+            self.connected = connected;
+            telemetry::STORE_CONNECTED.gauge(&["redis"]).set(if connected { 1.0 } else { 0.0 });
+            if connected {
+                tracing::info!(agent = %self.parts.journal.agent(), "the store is connected");
+            }
+        }
+        let mut reasons = self.problems();
+        if reasons.is_empty() && !connected {
+            // It is being asked; what was said before still holds.
+            return;
+        }
+        let away = claimed == 0 && !reasons.is_empty();
+        reasons.extend(self.warnings());
+        self.publish(Status { connected, away, reasons });
+    }
+
+    fn report_only(&self, problem: &Problem) {
+        self.count(problem);
+        self.publish(Status { connected: false, away: true, reasons: vec![format!("store: {problem}")] });
+    }
+
+    fn publish(&self, status: Status) {
+        if **self.shared.status.load() != status {
+            self.shared.status.store(Arc::new(status));
+        }
+    }
+
+    /// What fails at present.
+    fn problems(&self) -> Vec<String> {
+        let mut problems: Vec<_> = self.away.iter().map(|away| format!("store: {}", away.problem)).collect();
+        for (server, node) in &self.nodes {
+            let count = self.slots.iter().filter(|slot| slot.server == *server).count();
+            if let Some(away) = node.away.as_ref().filter(|_| count > 0) {
+                problems.push(format!("store: {}{}", self.share(server, count), away.problem));
+            }
+        }
+        let alone: Vec<_> = self.slots.iter().enumerate().filter(|(_, slot)| slot.away.is_some()).collect();
+        if let Some((partition, slot)) = alone.first()
+            && let Some(away) = &slot.away
+        {
+            let others = if alone.len() > 1 { format!(" and {} others", alone.len() - 1) } else { String::new() };
+            problems.push(format!("store: partition {partition:03}{others}: {}", away.problem));
+        }
+        problems
+    }
+
+    /// Which server, where there are several, and how much of the store it is.
+    fn share(&self, server: &Name, count: usize) -> String {
+        match self.parts.config.mode {
+            Mode::Cluster if !server.is_empty() => format!("{server} ({count} of {} partitions): ", self.slots.len()),
+            Mode::Single | Mode::Sentinel | Mode::Cluster => String::new(),
+        }
+    }
+
+    /// What works, and yet will not do.
+    fn warnings(&self) -> Vec<String> {
+        let mut reasons = Vec::new();
+        for (server, node) in &self.nodes {
+            let count = self.slots.iter().filter(|slot| slot.server == *server).count();
+            if count == 0 {
+                continue;
+            }
+            let share = self.share(server, count);
+            if let Some(policy) = &node.eviction {
+                reasons.push(format!(
+                    "store: {share}Redis throws series away when memory is short (maxmemory-policy {policy}); set noeviction"
+                ));
+            }
+            if let Some((has, wanted)) = node.short_of_replicas {
+                reasons.push(format!(
+                    "store: {share}Redis has {has} of the {wanted} replicas that store.redis.replicas asks for; the outbox keeps all until they are there"
+                ));
+            }
         }
         if let Some(RolledBack { since, batches, samples }) = &*locked(&self.rolled_back)
             && since.elapsed() < ALARM
@@ -491,10 +846,7 @@ impl Shipper {
                 "store: Redis lost {batches} batches with {samples} samples that it had acknowledged and that are kept nowhere else"
             ));
         }
-        let status = Status { connected: problem.is_none(), away: problem.is_some(), reasons };
-        if **self.shared.status.load() != status {
-            self.shared.status.store(Arc::new(status));
-        }
+        reasons
     }
 }
 
@@ -521,7 +873,7 @@ impl Shared {
     }
 }
 
-/// What the tasks of one connection need.
+/// What the tasks need.
 #[derive(Clone)]
 struct Session {
     connection: Connection,
@@ -535,27 +887,42 @@ struct Session {
 }
 
 impl Session {
-    /// Makes a partition ours and finds out where it stands.
-    async fn claim(self, partition: Partition, mut place: Place) -> Result<(Partition, Place), Problem> {
-        self.claim_at(partition, &mut place).await?;
-        Ok((partition, place))
+    /// Does what there is to do for a partition. Where it stands then holds also after a problem.
+    async fn visit(self, partition: Partition, server: Name, mut place: Place, poll: bool) -> Done {
+        let outcome = self.attend(partition, &mut place, poll).await;
+        place.claimed = outcome.is_ok();
+        Done::Visited { partition, server, place, outcome }
     }
 
-    async fn claim_at(&self, partition: Partition, place: &mut Place) -> Result<(), Problem> {
+    async fn attend(&self, partition: Partition, place: &mut Place, poll: bool) -> Result<(), Problem> {
+        if !place.claimed {
+            self.claim(partition, place).await?;
+        }
+        self.ship(partition, place).await?;
+        if poll {
+            self.poll(partition, place).await?;
+            self.ship(partition, place).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes a partition ours and finds out where it stands.
+    async fn claim(&self, partition: Partition, place: &mut Place) -> Result<(), Problem> {
         match self.connection.claim(&self.asker, partition, place.seen, &self.known).await? {
             Claimed::Ours { sequence, samples, seen, news } => {
                 place.seen = Some(seen);
-                place.applied_ms = news.now_ms;
+                let now_ms = news.now_ms;
                 self.hear(place, news);
-                self.resume(partition, place, sequence, samples).await
+                self.resume(partition, place, Stored { sequence, samples, now_ms }).await
             }
             Claimed::Clone => Err(Problem::Clone),
         }
     }
 
     /// Goes on from the sequence that the store has.
-    async fn resume(&self, partition: Partition, place: &mut Place, stored: u64, samples: u64) -> Result<(), Problem> {
-        place.stored = stored;
+    async fn resume(&self, partition: Partition, place: &mut Place, stored: Stored) -> Result<(), Problem> {
+        let Stored { sequence: stored, samples, now_ms } = stored;
+        (place.stored, place.applied_ms, place.renewed) = (stored, now_ms, true);
         match self.journal.resequence(partition, stored, samples)? {
             Resequenced::Continues => Ok(()),
             Resequenced::JournalBehind => {
@@ -569,6 +936,9 @@ impl Session {
     /// Brings a store that lost batches that nobody has any more to where the outbox begins.
     async fn leap(&self, partition: Partition, place: &mut Place, lost: u64, samples: u64) -> Result<(), Problem> {
         let sequence = place.stored + lost;
+        // Counted before it is so: an answer that does not come must not hide it, and counts nothing twice.
+        let lost = self.journal.write_off(partition, place.stored, samples);
+        self.count_lost(partition, lost, samples);
         let empty = Batch { partition, sequence, flush: 0, samples: 0, operations: Vec::new() };
         match self.connection.apply(&self.asker, &empty, place.stored, place.seen.unwrap_or(0)).await? {
             Applied::Stored { sequence, news, .. } => {
@@ -577,7 +947,14 @@ impl Session {
             }
             Applied::Gap { .. } | Applied::NotOwner => return Err(Problem::Restless),
         }
-        self.journal.write_off(partition, samples);
+        Ok(())
+    }
+
+    /// Counts what the store lost.
+    fn count_lost(&self, partition: Partition, lost: u64, samples: u64) {
+        if (lost, samples) == (0, 0) {
+            return;
+        }
         telemetry::LOST.counter(&[ROLLED_BACK]).increment(lost);
         telemetry::LOST_SAMPLES.counter(&[ROLLED_BACK]).increment(samples);
         tracing::error!(
@@ -590,19 +967,18 @@ impl Session {
         let before = rolled_back.filter(|before| before.since.elapsed() < ALARM);
         let (batches, before) = before.map_or((0, 0), |before| (before.batches, before.samples));
         *rolled_back = Some(RolledBack { since: Instant::now(), batches: batches + lost, samples: before + samples });
-        Ok(())
     }
 
     /// Sends a partition's batches, one after the other, until there are no more.
-    async fn ship(self, partition: Partition, mut place: Place) -> Result<(Partition, Place), Problem> {
+    async fn ship(&self, partition: Partition, place: &mut Place) -> Result<(), Problem> {
         let mut tries = 0;
         loop {
             let batches = self.journal.outbox(partition, place.stored, READ_BYTES)?;
             if batches.is_empty() {
-                return Ok((partition, place));
+                return Ok(());
             }
             for batch in &batches {
-                if self.send(batch, &mut place).await? {
+                if self.send(batch, place).await? {
                     tries = 0;
                 } else {
                     tries += 1;
@@ -640,22 +1016,27 @@ impl Session {
                 Ok(true)
             }
             Applied::Gap { sequence, samples, news } => {
+                let now_ms = news.now_ms;
                 self.hear(place, news);
-                self.resume(batch.partition, place, sequence, samples).await?;
+                self.resume(batch.partition, place, Stored { sequence, samples, now_ms }).await?;
                 Ok(false)
             }
             Applied::NotOwner => {
-                self.claim_at(batch.partition, place).await?;
+                self.claim(batch.partition, place).await?;
                 Ok(false)
             }
         }
     }
 
-    /// Asks for deletes.
-    async fn poll(self, partition: Partition, mut place: Place) -> Result<(Partition, Place), Problem> {
+    /// Asks for deletes, and whether the store still has what it had: a failover may have lost what it acknowledged.
+    async fn poll(&self, partition: Partition, place: &mut Place) -> Result<(), Problem> {
         let news = self.connection.poll(&self.asker, partition, place.seen.unwrap_or(0)).await?;
-        self.hear(&mut place, news);
-        Ok((partition, place))
+        let sequence = news.sequence;
+        self.hear(place, news);
+        match sequence {
+            Some(sequence) if sequence != place.stored => self.claim(partition, place).await,
+            Some(_) | None => Ok(()),
+        }
     }
 
     fn hear(&self, place: &mut Place, news: News) {

@@ -31,13 +31,19 @@ pub fn tallyd() -> Command {
 
 /// Waits until `check` gives something.
 #[track_caller]
-pub fn until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+pub fn until<T>(what: &str, check: impl FnMut() -> Option<T>) -> T {
+    until_within(PATIENCE, what, check)
+}
+
+/// Waits longer than for most things.
+#[track_caller]
+pub fn until_within<T>(patience: Duration, what: &str, mut check: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + patience;
     loop {
         if let Some(found) = check() {
             return found;
         }
-        assert!(Instant::now() < deadline, "waited {PATIENCE:?} for {what}");
+        assert!(Instant::now() < deadline, "waited {patience:?} for {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
 }

@@ -13,6 +13,7 @@
 mod agent;
 mod http;
 mod net;
+mod redis_servers;
 
 mod accounting;
 mod addresses;
@@ -29,6 +30,7 @@ mod mapping;
 mod prometheus;
 mod readme;
 mod redis;
+mod redis_modes;
 mod sources;
 mod stress;
 mod unix;

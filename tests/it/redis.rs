@@ -108,11 +108,21 @@ fn a_delete_resets_every_agent() {
     a.wait_for("both", "value", 1);
 }
 
+/// Ends a load with the scope, also where that panics.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Counts `key` up by one request after the other while `fault` happens; answers how many were acknowledged.
-fn under_load(agent: &Agent, key: &str, fault: impl FnOnce()) -> u64 {
+pub fn under_load(agent: &Agent, key: &str, fault: impl FnOnce()) -> u64 {
     let (ended, acknowledged) = (AtomicBool::new(false), AtomicU64::new(0));
     let record = format!(r#"{{"name":"{key}","type":"COUNTER","value":1}}"#);
     std::thread::scope(|scope| {
+        let _ends = Ends(&ended);
         scope.spawn(|| {
             while !ended.load(Ordering::Relaxed) {
                 assert_eq!(agent.ingest(&record).status, 200);

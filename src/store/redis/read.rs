@@ -1,24 +1,21 @@
-//! Reads for the JSON API, on a connection of their own: one series or many with the sequence of our last batch that is
+//! Reads for the JSON API, on connections of their own: one series or many with the sequence of our last batch that is
 //! in them, a list of what there is, and the delete.
 //!
-//! Reads write nothing and wait for no flush. After a failure the store counts as away for a second, so that callers who
+//! Reads write nothing and wait for no flush. After a failure a server counts as away for a second, so that callers who
 //! can answer from the ledger do so at once instead of waiting for a connection each.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use redis::Value;
-use tokio::sync::Mutex;
-
-use super::{Call, Config, Connection, Deleted, Error, Limits, deleted, fields, list, number, series_of, text};
+use super::connection::Placed;
+use super::{Config, Connection, Deleted, Error, Limits, list, number, series_of, text};
 use crate::aggregate::ledger::Total;
 use crate::sample::{Kind, SeriesKey};
 use crate::store::{Partition, partition};
 
-/// How long the store counts as away after a failure.
+/// How long a server counts as away after a failure.
 const AWAY: Duration = Duration::from_secs(1);
 
 /// How many series one script reads: a bound on how long the server does nothing else.
@@ -75,18 +72,10 @@ pub struct Page {
     pub next: Option<Cursor>,
 }
 
-/// Reads from the store; clones share one connection.
+/// Reads from the store; clones share its connections.
 #[derive(Debug, Clone)]
 pub struct RedisReader {
-    config: Config,
-    limits: Limits,
-    link: Arc<Mutex<Link>>,
-}
-
-#[derive(Debug, Default)]
-struct Link {
-    connection: Option<Connection>,
-    away: Option<(Instant, Error)>,
+    connection: Connection,
 }
 
 impl RedisReader {
@@ -95,8 +84,7 @@ impl RedisReader {
     /// # Errors
     /// When the configuration can't be used.
     pub fn new(config: &Config, limits: &Limits) -> Result<Self, Error> {
-        config.check()?;
-        Ok(Self { config: config.clone(), limits: limits.clone(), link: Arc::default() })
+        Ok(Self { connection: Connection::new(config, limits, AWAY)? })
     }
 
     /// One series, at one moment with the sequence of `agent`.
@@ -108,15 +96,13 @@ impl RedisReader {
         totals.pop().unwrap_or(Err(Error::Foreign))
     }
 
-    /// Many series, in the order asked for; those of one partition at one moment. What does not read is an error of its
-    /// own.
+    /// Many series, in the order asked for; those of one partition at one moment. What does not read, or is on a server
+    /// that is away, is an error of its own.
     ///
     /// # Errors
-    /// When the store is away.
+    /// When all of them are away.
     pub async fn totals(&self, series: &[(Kind, SeriesKey)], agent: &str) -> Result<Vec<Result<Stored, Error>>, Error> {
-        let connection = self.connection().await?;
-        let answer = totals(connection, series, agent).await;
-        self.mind(answer).await
+        totals(&self.connection, series, agent).await
     }
 
     /// Up to `limit` series behind a cursor that begin with `prefix` and that `accept` takes.
@@ -130,9 +116,7 @@ impl RedisReader {
         accept: impl Fn(Kind, &SeriesKey) -> bool,
         limit: usize,
     ) -> Result<Page, Error> {
-        let connection = self.connection().await?;
-        let answer = page(connection, from, prefix, accept, limit).await;
-        self.mind(answer).await
+        page(&self.connection, from, prefix, accept, limit).await
     }
 
     /// Removes a key's series of these kinds for all agents. Answers those that were there; what comes after them
@@ -141,52 +125,12 @@ impl RedisReader {
     /// # Errors
     /// When the store is away. Whether it removed anything is then unknown.
     pub async fn delete(&self, key: &SeriesKey, kinds: &[Kind]) -> Result<Vec<Deleted>, Error> {
-        let connection = self.connection().await?;
-        let names = &connection.names;
-        let keys = names.common(partition(key)).into_iter().chain(kinds.iter().map(|kind| names.series(*kind, key)));
-        let call = Call::new(&connection.scripts.delete, keys.collect::<Vec<_>>());
-        let answer = connection.call(call).await;
-        let answer = self.mind(answer).await?;
-        list(&answer).map(deleted).ok_or(Error::Foreign)
-    }
-
-    async fn connection(&self) -> Result<Connection, Error> {
-        let mut link = self.link.lock().await;
-        if let Some(connection) = &link.connection {
-            return Ok(connection.clone());
-        }
-        if let Some((since, error)) = link.away
-            && since.elapsed() < AWAY
-        {
-            return Err(error);
-        }
-        match Connection::open(&self.config, &self.limits).await {
-            Ok(connection) => {
-                link.connection = Some(connection.clone());
-                Ok(connection)
-            }
-            Err(error) => {
-                link.away = Some((Instant::now(), error));
-                Err(error)
-            }
-        }
-    }
-
-    /// Drops the connection where the answer says that it is of no use any more.
-    async fn mind<T>(&self, answer: Result<T, Error>) -> Result<T, Error> {
-        if let Err(error) = &answer
-            && error.ends_connection()
-        {
-            let mut link = self.link.lock().await;
-            link.connection = None;
-            link.away = Some((Instant::now(), *error));
-        }
-        answer
+        self.connection.delete(key, kinds).await
     }
 }
 
 async fn totals(
-    connection: Connection,
+    connection: &Connection,
     series: &[(Kind, SeriesKey)],
     agent: &str,
 ) -> Result<Vec<Result<Stored, Error>>, Error> {
@@ -201,41 +145,37 @@ async fn totals(
             requests.spawn(read(connection.clone(), *partition, asked, agent.to_owned()));
         }
     }
-    let mut stored: Vec<_> = series.iter().map(|_| Err(Error::Foreign)).collect();
+    let mut stored: Vec<_> = series.iter().map(|_| Err(Error::Dropped)).collect();
+    let (mut any, mut problem) = (requests.is_empty(), Error::Dropped);
     while let Some(answer) = requests.join_next().await {
-        for (place, total) in answer.map_err(|_| Error::Dropped)?? {
-            stored[place] = total;
+        let (asked, answer) = answer.map_err(|_| Error::Dropped)?;
+        match answer {
+            Ok(totals) => {
+                any = true;
+                totals.into_iter().for_each(|(place, total)| stored[place] = total);
+            }
+            Err(error) => {
+                problem = error;
+                asked.into_iter().for_each(|place| stored[place] = Err(error));
+            }
         }
     }
-    Ok(stored)
+    if any { Ok(stored) } else { Err(problem) }
 }
 
-/// Series of one partition, each with its place in the question.
-type Placed<T> = Vec<(usize, T)>;
-
+/// The answer, with the places that were asked for.
 async fn read(
     connection: Connection,
     partition: Partition,
     series: Placed<(Kind, SeriesKey)>,
     agent: String,
-) -> Result<Placed<Result<Stored, Error>>, Error> {
-    let names = &connection.names;
-    let hashes = series.iter().map(|(_, (kind, key))| names.series(*kind, key));
-    let keys: Vec<_> = std::iter::once(names.of(partition, "seq")).chain(hashes).collect();
-    let mut call = Call::new(&connection.scripts.read, keys);
-    call.text(&agent);
-    let answer = connection.call(call).await?;
-    let [sequence, hashes @ ..] = list(&answer).ok_or(Error::Foreign)? else { return Err(Error::Foreign) };
-    let sequence = number(sequence).ok_or(Error::Foreign)?;
-    let total = |kind, hash| {
-        let total = list(hash).ok_or(Error::Foreign).and_then(|elements| fields::total(kind, elements));
-        total.map(|total| Stored { total, sequence })
-    };
-    Ok(series.iter().zip(hashes).map(|((place, (kind, _)), hash)| (*place, total(*kind, hash))).collect())
+) -> (Vec<usize>, Result<Placed<Result<Stored, Error>>, Error>) {
+    let answer = connection.read(partition, &series, &agent).await;
+    (series.into_iter().map(|(place, _)| place).collect(), answer)
 }
 
 async fn page(
-    mut connection: Connection,
+    connection: &Connection,
     from: Option<&Cursor>,
     prefix: &str,
     accept: impl Fn(Kind, &SeriesKey) -> bool,
@@ -245,7 +185,7 @@ async fn page(
     let first = from.map_or(0, |cursor| cursor.partition);
     for partition in first..=Partition::MAX {
         let after = from.filter(|cursor| cursor.partition == partition).map_or("", |cursor| cursor.after.as_str());
-        let mut members = index(&mut connection, partition, prefix).await?;
+        let mut members = index(connection, partition, prefix).await?;
         members.retain(|member| member.as_str() > after);
         members.sort_unstable();
         members.dedup();
@@ -265,17 +205,12 @@ async fn page(
 }
 
 /// All entries of a partition's index that may begin with a prefix, some perhaps twice. The server does little at a time.
-async fn index(connection: &mut Connection, partition: Partition, prefix: &str) -> Result<Vec<String>, Error> {
-    let pattern = format!("*:{}*", escaped(prefix));
+async fn index(connection: &Connection, partition: Partition, prefix: &str) -> Result<Vec<String>, Error> {
+    let pattern = (!prefix.is_empty()).then(|| format!("*:{}*", escaped(prefix)));
     let mut members = Vec::new();
     let mut cursor = 0;
     loop {
-        let mut command = redis::cmd("ZSCAN");
-        command.arg(connection.names.of(partition, "index")).arg(cursor).arg("COUNT").arg(SCAN_AT_ONCE);
-        if !prefix.is_empty() {
-            command.arg("MATCH").arg(&pattern);
-        }
-        let answer: Value = command.query_async(&mut connection.wire).await?;
+        let answer = connection.scan(partition, cursor, pattern.as_deref(), SCAN_AT_ONCE).await?;
         let Some([next, entries]) = list(&answer) else { return Err(Error::Foreign) };
         let entries = list(entries).ok_or(Error::Foreign)?;
         members.extend(entries.iter().step_by(2).filter_map(text).map(str::to_owned));

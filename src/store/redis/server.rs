@@ -54,8 +54,8 @@ impl Server {
         Config { url: format!("redis://127.0.0.1:{}", self.port), ..Config::default() }
     }
 
-    pub(in crate::store) async fn connection(&self) -> Connection {
-        Connection::open(&self.config(), &Limits::default()).await.unwrap()
+    pub(in crate::store) fn connection(&self) -> Connection {
+        Connection::new(&self.config(), &Limits::default(), Duration::ZERO).unwrap()
     }
 
     /// Runs one command; `None` when it fails.

@@ -12,7 +12,7 @@ use crate::aggregate::ledger::Total;
 use crate::aggregate::meter::Rates;
 use crate::aggregate::set::Members;
 use crate::aggregate::{Aggregate, Sum};
-use crate::store::Operation;
+use crate::store::{Batch, Operation};
 
 fn run<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
@@ -147,7 +147,7 @@ fn batches(steps: &[Step], keys: &[SeriesKey]) -> Vec<Vec<Batch>> {
 async fn replay(server: &Server, steps: &[Step]) -> (Model, Model) {
     let keys = keys(3);
     server.ask(&["FLUSHALL"]).unwrap();
-    let connection = server.connection().await;
+    let connection = server.connection();
     let agents = batches(steps, &keys);
     let askers: Vec<_> = (0..3).map(|agent| asker(&format!("agent{agent}"), "owner")).collect();
     for asker in &askers {
@@ -207,7 +207,7 @@ async fn apply(connection: &Connection, sequence: u64, operations: Vec<Operation
 }
 
 async fn claimed(server: &Server) -> Connection {
-    let connection = server.connection().await;
+    let connection = server.connection();
     let claimed = connection.claim(&asker("a", "o"), 17, None, &[]).await.unwrap();
     assert!(matches!(claimed, Claimed::Ours { sequence: 0, .. }));
     connection
@@ -311,7 +311,7 @@ fn only_the_last_claimer_writes() {
     let server = Server::start(&[]);
     run(async {
         let key = &keys(1)[0];
-        let connection = server.connection().await;
+        let connection = server.connection();
         let send = async |owner: &str, sequence: u64| {
             let batch = batch(sequence, vec![counter(key, 1.0)]);
             connection.apply(&asker("a", owner), &batch, sequence - 1, 0).await.unwrap()
@@ -440,7 +440,7 @@ fn rates_of_agents_decay_and_add_up() {
     let server = Server::start(&[]);
     run(async {
         let key = &keys(1)[0];
-        let connection = server.connection().await;
+        let connection = server.connection();
         let (mut first, mut second) = (Rates::new(0), Rates::new(0));
         (0..24).for_each(|at| assert!(first.mark(10.0, at * 5_000)));
         (0..36).for_each(|at| assert!(second.mark(30.0, at * 5_000)));
@@ -463,7 +463,7 @@ fn rates_of_agents_decay_and_add_up() {
 fn a_script_that_the_server_forgot_is_loaded_again() {
     let server = Server::start(&[]);
     run(async {
-        let connection = server.connection().await;
+        let connection = server.connection();
         server.ask(&["SCRIPT", "FLUSH"]).unwrap();
         let claimed = connection.claim(&asker("a", "o"), 17, None, &[]).await.unwrap();
         assert!(matches!(claimed, Claimed::Ours { sequence: 0, .. }));
@@ -475,7 +475,7 @@ fn series_expire_and_leave_the_list() {
     let server = Server::start(&[]);
     run(async {
         let key = &keys(1)[0];
-        let connection = server.connection().await;
+        let connection = server.connection();
         let asker = Asker { expire: Time::millis(30), ..asker("a", "o") };
         connection.claim(&asker, 17, None, &[]).await.unwrap();
         connection.apply(&asker, &batch(1, vec![counter(key, 1.0)]), 0, 0).await.unwrap();

@@ -328,6 +328,41 @@ fn a_store_emptied_under_way_gets_all_that_is_kept() {
 }
 
 #[test]
+fn a_store_emptied_while_nothing_is_sent_gets_all_that_is_kept() {
+    let server = Server::start(&[]);
+    let dir = TempDir::new().unwrap();
+    let agent = Agent::start(dir.path(), server.config());
+    agent.flush(0..300, 1.0);
+    wait_for("all is shipped", || agent.is_shipped());
+    // No batch comes that would find out, and no connection ends.
+    server.ask(&["FLUSHALL"]).unwrap();
+    wait_for("all is there again", || stored(&server).len() == 300);
+    all_are(&server, 300, 1.0);
+}
+
+#[test]
+fn one_partition_that_fails_holds_up_no_other() {
+    let server = Server::start(&[]);
+    let dir = TempDir::new().unwrap();
+    let agent = Agent::start(dir.path(), server.config());
+    wait_for("it is connected", || agent.handle().status().connected);
+    let spoilt = super::super::partition(&key(0));
+    server.ask(&["DEL", &format!("tallyd:{{{spoilt:03}}}:seq")]).unwrap();
+    server.ask(&["SET", &format!("tallyd:{{{spoilt:03}}}:seq"), "text"]).unwrap();
+    agent.flush(0..300, 1.0);
+    let others = (0..300).filter(|number| super::super::partition(&key(*number)) != spoilt).count();
+    wait_for("all others are shipped", || agent.journal.pending() == [spoilt]);
+    all_are(&server, others, 1.0);
+    wait_for("the status says so", || {
+        agent.handle().status().reasons.iter().any(|reason| reason.contains(&format!("partition {spoilt:03}")))
+    });
+    assert!(!agent.handle().status().away);
+    server.ask(&["DEL", &format!("tallyd:{{{spoilt:03}}}:seq")]).unwrap();
+    wait_for("all is shipped", || agent.is_shipped() && agent.handle().status().connected);
+    all_are(&server, 300, 1.0);
+}
+
+#[test]
 fn a_store_that_lost_what_nobody_has_any_more_is_an_alarm() {
     let server = Server::start(&[]);
     let dir = TempDir::new().unwrap();
