@@ -249,7 +249,7 @@ impl Journal {
     }
 
     /// The batches after a sequence that may be handed out, with the mark raised where it is needed. All partitions are
-    /// marked at once, so that a round through them costs one transaction.
+    /// marked at once that were claimed, so that a round through them costs one transaction.
     fn marked(&self, partition: Partition, after: u64) -> Result<RangeInclusive<u64>, Error> {
         let place = usize::from(partition);
         if let Some(marked) = locked(&self.state).queues[place].marked(after) {
@@ -262,7 +262,8 @@ impl Journal {
         };
         for (at, queue) in queues.iter_mut().enumerate() {
             let from = if at == place { after.max(queue.dropped) } else { queue.acknowledged };
-            if at == place || queue.unsent() > 0 {
+            // One that the store has not named a sequence for may get new numbers yet, so none of it is marked.
+            if at == place || queue.claimed && queue.unsent() > 0 {
                 queue.sent = queue.mark_from(from).max(queue.sent);
             }
         }
