@@ -262,22 +262,26 @@ impl View {
 
     /// The figures of those of these series that there are.
     async fn figures(&self, ids: &[SeriesId], scope: Scope) -> Vec<Metric> {
-        // In this order: what the ledger does not know yet as committed is in the snapshot or newer, and what the snapshot
-        // does not hold any more is in the store.
-        let series: Vec<_> = ids.iter().map(|id| self.ledger.get(id).map(|series| series.state())).collect();
-        let totals = match self.shared(scope) {
-            Some(remote) => self.global(remote, ids, &series).await,
-            None => None,
-        };
+        let mut series = self.states(ids);
+        let mut totals = None;
+        if let Some(remote) = self.shared(scope) {
+            let mut answer = self.global(remote, ids, &series).await;
+            if matches!(answer, Err(Shortfall::Outbox)) {
+                series = self.states(ids);
+                answer = self.global(remote, ids, &series).await;
+            }
+            totals = answer.ok();
+        }
         let scope = if self.remote.is_some() { Scope::Local } else { scope };
         let local = |(id, state): (&SeriesId, &Option<State>)| Some((self.local(id, state.as_ref())?, scope));
         let totals = totals.unwrap_or_else(|| ids.iter().zip(&series).map(local).collect());
         let found = ids.iter().zip(series).zip(totals);
-        let metric = |((id, state), total): ((&SeriesId, Option<State>), _)| {
-            let (total, scope): (Arc<Total>, Scope) = Option::from(total)?;
-            Some(self.metric(id, state.as_ref(), total, scope))
-        };
-        found.filter_map(metric).collect()
+        let found = found.filter_map(|(series, total)| Some((series, total?)));
+        found.map(|((id, state), (total, scope))| self.metric(id, state.as_ref(), total, scope)).collect()
+    }
+
+    fn states(&self, ids: &[SeriesId]) -> Vec<Option<State>> {
+        ids.iter().map(|id| self.ledger.get(id).map(|series| series.state())).collect()
     }
 
     /// The store, where a reader wants its figures and it is not known to be away.
@@ -308,18 +312,24 @@ impl View {
     }
 
     /// The totals of all agents: the store's, then our batches that are not in it, then what no batch carries yet; our own
-    /// where the server is away that has a series. `None` when all of them are.
+    /// where the server is away that has a series.
+    ///
+    /// The order matters: first `states`, then the store, then the journal. What the ledger has no more as unshipped is
+    /// then in the journal or the store, and what the store has is in the journal or dropped from it: so the flush of the
+    /// snapshot and the sequence of the store tell of every delta where it is, and it counts once.
     async fn global(
         &self,
         remote: &Remote,
         ids: &[SeriesId],
         states: &[Option<State>],
-    ) -> Option<Vec<Option<(Arc<Total>, Scope)>>> {
-        let snapshot =
-            remote.journal.snapshot().inspect_err(|error| tracing::error!(%error, "the outbox is unreadable")).ok()?;
+    ) -> Result<Vec<Option<(Arc<Total>, Scope)>>, Shortfall> {
         let agent = remote.journal.agent().to_string();
         let series: Vec<_> = ids.iter().map(|id| (id.kind, id.key.clone())).collect();
-        let stored = remote.reader.totals(&series, &agent).await.ok()?;
+        let stored = remote.reader.totals(&series, &agent).await.map_err(|_| Shortfall::Store)?;
+        let snapshot = remote.journal.snapshot().map_err(|error| {
+            tracing::error!(%error, "the outbox is unreadable");
+            Shortfall::Outbox
+        })?;
         let mut backlog = Backlog::new(&snapshot);
         let mut totals = Vec::with_capacity(ids.len());
         for ((id, state), stored) in ids.iter().zip(states).zip(stored) {
@@ -327,13 +337,13 @@ impl View {
             // series.
             totals.push(match stored {
                 Ok(stored) => {
-                    let total = complete(&mut backlog, id, state.as_ref(), stored).ok()?;
+                    let total = complete(&mut backlog, id, state.as_ref(), stored)?;
                     total.map(|total| (Arc::new(total), Scope::Global))
                 }
                 Err(_) => self.local(id, state.as_ref()).map(|total| (total, Scope::Local)),
             });
         }
-        Some(totals)
+        Ok(totals)
     }
 
     /// The first ids behind a place, in order, without sorting more of them than are shown.
@@ -400,13 +410,13 @@ impl<'s> Backlog<'s> {
     }
 
     /// What came to a series after a sequence of its partition.
-    fn of(&mut self, id: &SeriesId, after: u64) -> Result<impl Iterator<Item = &Operation>, Incomplete> {
+    fn of(&mut self, id: &SeriesId, after: u64) -> Result<impl Iterator<Item = &Operation>, Shortfall> {
         let partition = partition(&id.key);
         let batches = match self.read.entry((partition, after)) {
             Entry::Occupied(read) => read.into_mut(),
             Entry::Vacant(place) => {
                 let batches = self.snapshot.batches(partition, after, &mut self.room);
-                place.insert(batches.map_err(|_| Incomplete)?.ok_or(Incomplete)?)
+                place.insert(batches.map_err(|_| Shortfall::Outbox)?.ok_or(Shortfall::Outbox)?)
             }
         };
         let operations = batches.iter().flat_map(|batch| &batch.operations);
@@ -420,7 +430,7 @@ fn complete(
     id: &SeriesId,
     state: Option<&State>,
     stored: Stored,
-) -> Result<Option<Total>, Incomplete> {
+) -> Result<Option<Total>, Shortfall> {
     let mut total = stored.total;
     for operation in backlog.of(id, stored.sequence)? {
         let total = total.get_or_insert_with(|| Total::new(id.kind, operation.start_ms));
@@ -434,8 +444,14 @@ fn complete(
     Ok(total)
 }
 
-/// The outbox could not be read, or is too large, or the store is older than it.
-struct Incomplete;
+/// Why the figures of all agents can't be told.
+#[derive(Debug)]
+enum Shortfall {
+    /// The store is away.
+    Store,
+    /// Batches that the store did not have when it was asked are gone since, are too large, or can't be read.
+    Outbox,
+}
 
 /// Why a change through a view failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,10 +1,11 @@
 //! Redis as the place that many agents share: the layout, the scripts and the connection to it.
 //!
 //! Every write is a script that compares a sequence and applies a batch in one atomic unit, so a batch counts once,
-//! however often it is sent. Every key of a script stands in one partition, whose number in braces is the hash tag that
-//! keeps them on one node of a cluster. Needs Redis 5 or later, or Valkey: one server, a master under Sentinel or a
-//! cluster (`deployment`, `route`, `node`). Here nothing retries what failed and nothing waits longer than
-//! `limits.redis_connect` and `limits.redis_reply` together; `ship` does the one, its caller the other.
+//! however often it is sent. Where a server forbids scripts, `transaction` does the same. Every key of a script stands in
+//! one partition, whose number in braces is the hash tag that keeps them on one node of a cluster. Needs Redis 5 or
+//! later, or Valkey: one server, a master under Sentinel or a cluster (`deployment`, `route`, `node`). Here nothing
+//! retries what failed and nothing waits longer than `limits.redis_connect` and `limits.redis_reply` together; `ship` does
+//! the one, its caller the other.
 //!
 //! # Layout
 //!
@@ -45,10 +46,11 @@ mod route;
 pub(crate) mod server;
 #[cfg(test)]
 mod tests;
+mod transaction;
 
 use std::time::Duration;
 
-use redis::{Cmd, Script, Value};
+use redis::{Arg, Cmd, Script, Value};
 use serde::{Deserialize, Serialize};
 
 pub(super) use connection::Connection;
@@ -56,6 +58,7 @@ pub use deployment::{Config, Mode, Replicas};
 pub(super) use durability::{Durability, Stable};
 pub use error::{Error, TlsFile};
 pub use read::{Cursor, Page, RedisReader, Stored};
+use transaction::What;
 
 use super::{Partition, partition};
 use crate::sample::{Kind, SeriesKey};
@@ -131,6 +134,17 @@ pub(super) enum Applied {
     NotOwner,
 }
 
+/// What a script said to a poll.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Polled {
+    /// The sequence of the last batch that the store has of us.
+    pub(super) sequence: u64,
+    /// The samples in all our batches up to that one.
+    pub(super) samples: u64,
+    /// What else the answer carried.
+    pub(super) news: News,
+}
+
 /// What every answer carries beside the matter.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct News {
@@ -140,8 +154,6 @@ pub(super) struct News {
     pub(super) expired: u64,
     /// Deletes since the last one that the agent knew, oldest first.
     pub(super) deletes: Vec<Deleted>,
-    /// The sequence of the last batch that the store has of the agent, where it was polled; other answers have it beside.
-    pub(super) sequence: Option<u64>,
 }
 
 /// Why one operation of a batch failed.
@@ -221,31 +233,46 @@ fn series_of(member: &str) -> Option<(Kind, SeriesKey)> {
     Some((Kind::from_letter(letter)?, SeriesKey::from_canonical(key)))
 }
 
+/// A script, and what it does.
+#[derive(Debug)]
+struct Named {
+    what: What,
+    script: Script,
+}
+
 /// The call of a script, under way to the wire.
 struct Call<'a> {
-    script: &'a Script,
+    named: &'a Named,
     command: Cmd,
+    keys: usize,
 }
 
 impl<'a> Call<'a> {
-    fn new<K: AsRef<str>>(script: &'a Script, keys: impl IntoIterator<Item = K, IntoIter: ExactSizeIterator>) -> Self {
-        Self::sized(script, keys, 0, 256)
+    fn new<K: AsRef<str>>(named: &'a Named, keys: impl IntoIterator<Item = K, IntoIter: ExactSizeIterator>) -> Self {
+        Self::sized(named, keys, 0, 256)
     }
 
     /// With room for so many arguments and bytes.
     fn sized<K: AsRef<str>>(
-        script: &'a Script,
+        named: &'a Named,
         keys: impl IntoIterator<Item = K, IntoIter: ExactSizeIterator>,
         arguments: usize,
         bytes: usize,
     ) -> Self {
         let keys = keys.into_iter();
-        let mut command = Cmd::with_capacity(3 + keys.len() + arguments, bytes);
-        command.arg("EVALSHA").arg(script.get_hash()).arg(keys.len());
+        let count = keys.len();
+        let mut command = Cmd::with_capacity(3 + count + arguments, bytes);
+        command.arg("EVALSHA").arg(named.script.get_hash()).arg(count);
         keys.for_each(|key| {
             command.arg(key.as_ref());
         });
-        Self { script, command }
+        Self { named, command, keys: count }
+    }
+
+    /// Its keys and then its arguments.
+    fn words(&self) -> Option<Vec<&str>> {
+        let text = |word| if let Arg::Simple(bytes) = word { std::str::from_utf8(bytes).ok() } else { None };
+        self.command.args_iter().skip(3).map(text).collect()
     }
 
     fn text(&mut self, text: &str) -> &mut Self {
@@ -283,7 +310,7 @@ impl<'a> Answer<'a> {
     }
 
     fn news(&mut self) -> Result<News, Error> {
-        Ok(News { now_ms: self.number()?, expired: self.number()?, deletes: deleted(self.list()?), sequence: None })
+        Ok(News { now_ms: self.number()?, expired: self.number()?, deletes: deleted(self.list()?) })
     }
 
     fn failures(&mut self) -> Result<Vec<(usize, Failure)>, Error> {

@@ -23,7 +23,7 @@ use tokio::task::JoinSet;
 
 use super::journal::{self, Journal, Resequenced};
 use super::redis::{
-    Applied, Asker, Claimed, Config, Connection, Deleted, Durability, Limits, Mode, News, Stable, backoff,
+    Applied, Asker, Claimed, Config, Connection, Deleted, Durability, Limits, Mode, News, Polled, Stable, backoff,
 };
 use super::{Batch, Partition, redis, samples_of};
 use crate::telemetry;
@@ -1030,13 +1030,14 @@ impl Session {
 
     /// Asks for deletes, and whether the store still has what it had: a failover may have lost what it acknowledged.
     async fn poll(&self, partition: Partition, place: &mut Place) -> Result<(), Problem> {
-        let news = self.connection.poll(&self.asker, partition, place.seen.unwrap_or(0)).await?;
-        let sequence = news.sequence;
+        let Polled { sequence, news, .. } =
+            self.connection.poll(&self.asker, partition, place.seen.unwrap_or(0)).await?;
         self.hear(place, news);
-        match sequence {
-            Some(sequence) if sequence != place.stored => self.claim(partition, place).await,
-            Some(_) | None => Ok(()),
+        if sequence == place.stored {
+            return Ok(());
         }
+        // It may not be ours any more either.
+        self.claim(partition, place).await
     }
 
     fn hear(&self, place: &mut Place, news: News) {

@@ -21,6 +21,7 @@ mod aggregation;
 mod config;
 mod faults;
 mod flood;
+mod global;
 mod idle;
 mod ingest;
 mod lifecycle;

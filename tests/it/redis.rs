@@ -1,6 +1,9 @@
 //! A real Redis as the store: many agents share it, it may go away, nothing is lost or counted twice.
 
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -43,12 +46,78 @@ fn two_agents_share_one_total() {
 }
 
 #[test]
+fn agents_share_one_total_where_scripts_are_forbidden() {
+    let redis = Redis::start();
+    redis.cli(&["ACL", "SETUSER", "default", "-@scripting"]);
+    let (mut a, b) = (agent(&redis), agent(&redis));
+    for (agent, count) in [(&a, 5), (&b, 7)] {
+        agent.datagram(format!("shared:{count}|c\nt:{count}|ms\nu:{count}|s\nu:x|s\ng:{count}|g\nm:{count}|m"));
+        agent.wait_for("g", "value", count);
+    }
+    for reader in [&a, &b] {
+        reader.wait_for("shared", "value", 12);
+        reader.wait_for("t", "sum", 12);
+        reader.wait_for("u", "value", 3);
+        reader.wait_for("m", "count", 12);
+    }
+    until("the store to hold it", || (stored(&redis, "shared") == 12.0).then_some(()));
+    a = a.restart_after("KILL");
+    a.datagram("shared:1|c");
+    b.wait_for("shared", "value", 13);
+    assert_eq!(b.delete("/data/metrics/shared").status, 200);
+    until("the other agent to reset", || a.get("/data/metrics/shared?scope=local").status.eq(&404).then_some(()));
+}
+
+#[test]
 fn a_sample_is_in_the_next_global_read() {
     let redis = Redis::start();
     let agent = agent(&redis);
     for i in 1..=100 {
         agent.ingest(r#"{"name":"seen","type":"COUNTER","value":1}"#);
-        assert!(same(&agent.metric("seen").unwrap()["value"], &json!(i)), "after {i}");
+        let read = agent.metric("seen").unwrap();
+        assert!(same(&read["value"], &json!(i)), "after {i}: {read}");
+    }
+}
+
+/// A way to a Redis on which all that is asked on the second connection and later ones takes a while: an agent ships on
+/// its first one and reads on its second.
+fn with_slow_reads(redis: &Redis) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("store.redis.url=redis://{}", listener.local_addr().unwrap());
+    let port = redis.port;
+    std::thread::spawn(move || {
+        for (number, agent) in listener.incoming().map_while(Result::ok).enumerate() {
+            let server = TcpStream::connect(("127.0.0.1", port)).unwrap();
+            let delay = Duration::from_millis(if number == 0 { 0 } else { 300 });
+            let (from, to) = (server.try_clone().unwrap(), agent.try_clone().unwrap());
+            std::thread::spawn(move || pass(from, to, Duration::ZERO));
+            std::thread::spawn(move || pass(agent, server, delay));
+        }
+    });
+    url
+}
+
+fn pass(mut from: TcpStream, mut to: TcpStream, delay: Duration) {
+    let mut bytes = vec![0; 1 << 16];
+    while let Ok(count @ 1..) = from.read(&mut bytes) {
+        std::thread::sleep(delay);
+        if to.write_all(&bytes[..count]).is_err() {
+            break;
+        }
+    }
+    // It may have ended already.
+    drop(to.shutdown(Shutdown::Both));
+}
+
+#[test]
+fn a_batch_that_arrives_while_the_store_is_read_counts_once() {
+    let redis = Redis::start();
+    let agent =
+        Agent::start(&["store.kind=redis", &with_slow_reads(&redis), "flush.interval=100ms", "flush.window=1s"]);
+    for i in 1..=10 {
+        agent.ingest(r#"{"name":"slow","type":"COUNTER","value":1}"#);
+        let read = agent.metric("slow").unwrap();
+        assert!(same(&read["value"], &json!(i)) && read["scope"] != "local", "after {i}: {read}");
     }
 }
 

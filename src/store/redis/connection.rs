@@ -15,9 +15,10 @@ use super::deployment::Deployment;
 use super::node::{Node, Opener, Wire};
 use super::read::Stored;
 use super::route::Route;
+use super::transaction::{Problem, What};
 use super::{
-    Answer, Applied, Asker, Call, Claimed, Config, Deleted, Error, Limits, Names, News, Stable, deleted, encode,
-    fields, list, number,
+    Answer, Applied, Asker, Call, Claimed, Config, Deleted, Error, Limits, Named, Names, Polled, Stable, deleted,
+    encode, fields, list, number,
 };
 use crate::sample::{Kind, SeriesKey};
 use crate::store::{Batch, Partition, partition};
@@ -34,11 +35,11 @@ pub(super) type Placed<T> = Vec<(usize, T)>;
 /// The scripts, ready to be called by their digest.
 #[derive(Debug)]
 struct Scripts {
-    claim: Script,
-    apply: Script,
-    poll: Script,
-    delete: Script,
-    read: Script,
+    claim: Named,
+    apply: Named,
+    poll: Named,
+    delete: Named,
+    read: Named,
     /// What loads them all.
     load: Pipeline,
 }
@@ -47,15 +48,17 @@ impl Default for Scripts {
     fn default() -> Self {
         const COMMON: &str = include_str!("common.lua");
         let mut load = Pipeline::new();
-        let mut script = |text: &str| {
+        let mut script = |what, text: &str| {
             load.cmd("SCRIPT").arg("LOAD").arg(text);
-            Script::new(text)
+            Named { what, script: Script::new(text) }
         };
-        let claim = script(&format!("{COMMON}\n{}", include_str!("claim.lua")));
-        let apply = script(&format!("{COMMON}\n{}", include_str!("apply.lua")));
-        let poll = script(&format!("{COMMON}\n{}", include_str!("poll.lua")));
-        let delete = script(&format!("{COMMON}\n{}", include_str!("delete.lua")));
-        let read = script(include_str!("read.lua"));
+        let claim = script(What::Claim, &format!("{COMMON}\n{}", include_str!("claim.lua")));
+        let apply = script(What::Apply, &format!("{COMMON}\n{}", include_str!("apply.lua")));
+        let poll = script(What::Poll, &format!("{COMMON}\n{}", include_str!("poll.lua")));
+        let delete = script(What::Delete, &format!("{COMMON}\n{}", include_str!("delete.lua")));
+        let read = script(What::Read, include_str!("read.lua"));
+        // Who may load a script may perhaps not call it.
+        load.cmd("EVALSHA").arg(read.script.get_hash()).arg(0);
         Self { claim, apply, poll, delete, read, load }
     }
 }
@@ -134,13 +137,12 @@ impl Connection {
     }
 
     /// Asks for the deletes since number `seen`, and for our sequence.
-    pub(in crate::store) async fn poll(&self, asker: &Asker, partition: Partition, seen: u64) -> Result<News, Error> {
+    pub(in crate::store) async fn poll(&self, asker: &Asker, partition: Partition, seen: u64) -> Result<Polled, Error> {
         let mut call = Call::new(&self.scripts.poll, self.names.common(partition));
         call.text(&asker.agent).number(seen).number(asker.expire.as_millis());
         let answer = self.call(partition, &call).await?;
         let mut answer = Answer::new(&answer)?;
-        let sequence = Some(answer.number()?);
-        Ok(News { sequence, ..answer.news()? })
+        Ok(Polled { sequence: answer.number()?, samples: answer.number()?, news: answer.news()? })
     }
 
     /// Removes a key's series of these kinds. Answers those that were there.
@@ -205,34 +207,46 @@ impl Connection {
         self.route.look_again();
     }
 
+    /// Whether the server that has the first partition allows scripts.
+    #[cfg(test)]
+    pub(super) async fn calls_scripts(&self) -> bool {
+        let node = self.route.node(0).await.unwrap();
+        node.wire(&self.route.opener).await.unwrap().scripts
+    }
+
     async fn call(&self, partition: Partition, call: &Call<'_>) -> Result<Value, Error> {
-        self.request(partition, &call.command, Some(call.script)).await
+        self.request(partition, &call.command, Some(call)).await
     }
 
     /// A request about keys of one partition, to whoever has it. In all it takes no longer than one connection and one
     /// reply may take.
-    async fn request(&self, partition: Partition, command: &Cmd, script: Option<&Script>) -> Result<Value, Error> {
-        let answer = tokio::time::timeout(self.route.opener.whole(), self.follow(partition, command, script)).await;
+    async fn request(&self, partition: Partition, command: &Cmd, call: Option<&Call<'_>>) -> Result<Value, Error> {
+        let answer = tokio::time::timeout(self.route.opener.whole(), self.follow(partition, command, call)).await;
         answer.unwrap_or_else(|_| {
             self.route.doubt();
             Err(Error::Timeout)
         })
     }
 
-    async fn follow(&self, partition: Partition, command: &Cmd, script: Option<&Script>) -> Result<Value, Error> {
+    async fn follow(&self, partition: Partition, command: &Cmd, call: Option<&Call<'_>>) -> Result<Value, Error> {
         let mut node = self.route.node(partition).await?;
         let mut asking = false;
         for _ in 0..REDIRECTS {
             let mut wire = node.wire(&self.route.opener).await.inspect_err(|_| self.route.doubt())?;
-            let error = match wire.send(command, asking).await {
+            let answer = match call {
+                Some(call) if !wire.scripts => node.transact(&self.route.opener, call, asking).await,
+                Some(_) | None => wire.send(command, asking).await.map_err(Problem::Redis),
+            };
+            let error = match answer {
                 Ok(answer) => return Ok(answer),
-                Err(error) => error,
+                Err(Problem::Ours(error)) => return Err(error),
+                Err(Problem::Redis(error)) => error,
             };
             if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript)
-                && let Some(script) = script
+                && let Some(call) = call
             {
                 // Restarted, promoted, or `SCRIPT FLUSH`.
-                wire.load(script).await?;
+                wire.load(&call.named.script).await?;
             } else if let Some((to, name)) = redirection(&error) {
                 node = self.route.named(name, &node).ok_or(Error::Moving)?;
                 asking = to == ServerErrorKind::Ask;

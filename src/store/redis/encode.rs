@@ -4,9 +4,7 @@
 
 use std::fmt::Write;
 
-use redis::Script;
-
-use super::{Asker, Call, Names};
+use super::{Asker, Call, Named, Names};
 use crate::aggregate::histogram::Histogram;
 use crate::aggregate::meter::{Parts, Rates};
 use crate::aggregate::set::{self, Members};
@@ -18,7 +16,7 @@ const OPERATION_BYTES: usize = 384;
 
 /// The call that applies a batch after the sequence `before`.
 pub(super) fn apply<'a>(
-    script: &'a Script,
+    named: &'a Named,
     names: &Names,
     asker: &Asker,
     batch: &Batch,
@@ -28,7 +26,7 @@ pub(super) fn apply<'a>(
     let series = batch.operations.iter().map(|operation| names.series(operation.kind, &operation.key));
     let keys: Vec<String> = names.common(batch.partition).into_iter().chain(series).collect();
     let count = batch.operations.len();
-    let mut call = Call::sized(script, &keys, 16 * count + 7, OPERATION_BYTES * count + 512);
+    let mut call = Call::sized(named, &keys, 16 * count + 7, OPERATION_BYTES * count + 512);
     call.text(&asker.agent).text(&asker.owner).number(batch.sequence).number(before).number(seen);
     call.number(asker.expire.as_millis()).number(batch.samples);
     let mut words = Words::default();

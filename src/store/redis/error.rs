@@ -85,13 +85,15 @@ pub enum Error {
     Moving,
     /// The server answered with another error.
     Refused,
+    /// Others changed what a transaction reads, again and again.
+    Contended,
     /// An answer, or a key in the store, that is not of our making.
     Foreign,
 }
 
 impl Error {
     /// All that may come while an agent runs; the others are told at its start.
-    pub(in crate::store) const RUNNING: [Self; 15] = [
+    pub(in crate::store) const RUNNING: [Self; 16] = [
         Self::Connect,
         Self::Tls,
         Self::Sentinels,
@@ -106,6 +108,7 @@ impl Error {
         Self::ClusterDown,
         Self::Moving,
         Self::Refused,
+        Self::Contended,
         Self::Foreign,
     ];
 
@@ -129,6 +132,7 @@ impl Error {
             Self::ClusterDown => "cluster_down",
             Self::Moving => "moving",
             Self::Refused => "refused",
+            Self::Contended => "contended",
             Self::Foreign => "foreign",
         }
     }
@@ -142,7 +146,8 @@ impl Error {
             Self::Url | Self::Insecure | Self::Socket | Self::ClusterDatabase => "store.redis.url",
             Self::Connect | Self::Tls | Self::Sentinels | Self::MasterUnknown | Self::Denied => "store.redis.url",
             Self::Dropped | Self::Timeout | Self::OutOfMemory | Self::ReadOnly | Self::Loading => "store.redis.url",
-            Self::Busy | Self::ClusterDown | Self::Moving | Self::Refused | Self::Foreign => "store.redis.url",
+            Self::Busy | Self::ClusterDown | Self::Moving | Self::Refused => "store.redis.url",
+            Self::Contended | Self::Foreign => "store.redis.url",
         }
     }
 
@@ -167,7 +172,8 @@ impl Error {
             Self::FileUnused(_) | Self::HalfCertificate(_) | Self::File(..) | Self::Pem(_) => true,
             Self::Connect | Self::Tls | Self::Sentinels | Self::MasterUnknown | Self::Denied => true,
             Self::Dropped | Self::Timeout | Self::ReadOnly | Self::Loading => true,
-            Self::OutOfMemory | Self::Busy | Self::ClusterDown | Self::Moving | Self::Refused | Self::Foreign => false,
+            Self::OutOfMemory | Self::Busy | Self::ClusterDown | Self::Moving => false,
+            Self::Refused | Self::Contended | Self::Foreign => false,
         }
     }
 
@@ -227,6 +233,7 @@ impl fmt::Display for Error {
             Self::ClusterDown => "the cluster has no master for a part of the keys",
             Self::Moving => "the cluster is moving a part of the keys",
             Self::Refused => "Redis answered with an error",
+            Self::Contended => "Redis is changed by others faster than a transaction can follow",
             Self::Foreign => "Redis holds something at our keys that tallyd did not write",
         };
         f.write_str(text)

@@ -12,7 +12,8 @@ use redis::{AsyncConnectionConfig, Cmd, ConnectionInfo, Pipeline, RedisError, Re
 use tokio::sync::Mutex;
 
 use super::deployment::{Deployment, Mode};
-use super::{Error, Limits};
+use super::transaction::{Problem, Transactions};
+use super::{Call, Error, Limits};
 
 /// What a request may need: how to open a wire, and what to do first on it.
 #[derive(Debug)]
@@ -21,7 +22,8 @@ pub(super) struct Opener {
     limits: Limits,
     /// How long nobody tries again after a failure. A reader would rather have the answer at once.
     patience: Duration,
-    /// `SCRIPT LOAD` of each script.
+    /// `SCRIPT LOAD` of each script, and behind them a call of one without keys, which fails but tells whether scripts may
+    /// be called.
     load: Pipeline,
 }
 
@@ -49,18 +51,22 @@ impl Opener {
             .set_pipeline_buffer_size(64)
             .set_write_backpressure_boundary(256 << 10);
         let connected = client.get_multiplexed_async_connection_with_config(&settings).await;
-        connected.inspect_err(|error| tracing::debug!(%error, "no connection to a Redis")).map_err(|error| {
-            match Error::from(&error) {
-                Error::Dropped | Error::Timeout => Error::Connect,
-                // Its own word for certificates that it can't use.
-                Error::Refused if error.kind() == redis::ErrorKind::InvalidClientConfig => Error::Tls,
-                other => other,
+        connected.map_err(|error| {
+            tracing::debug!(%error, "no connection to a Redis");
+            let known = Error::from(&error);
+            // Its own word for certificates that it can't use.
+            if known == Error::Refused && error.kind() == redis::ErrorKind::InvalidClientConfig {
+                Error::Tls
+            } else if matches!(known, Error::Dropped | Error::Timeout) {
+                Error::Connect
+            } else {
+                known
             }
         })
     }
 
-    /// A connection for requests, to a server that takes writes.
-    async fn open_for_requests(&self, info: ConnectionInfo) -> Result<MultiplexedConnection, Error> {
+    /// A connection for requests, to a server that takes writes, and whether it allows scripts.
+    async fn open_for_requests(&self, info: ConnectionInfo) -> Result<(MultiplexedConnection, bool), Error> {
         let mut redis = self.open(info).await?;
         if self.deployment.mode == Mode::Sentinel {
             // A sentinel may name a server that is no master any more.
@@ -70,9 +76,19 @@ impl Opener {
                 return Err(Error::ReadOnly);
             }
         }
-        self.load.exec_async(&mut redis).await?;
-        Ok(redis)
+        let mut answers = redis.send_packed_commands(&self.load, 0, self.load.len()).await?.into_iter();
+        let called = answers.next_back().and_then(|answer| answer.extract_error().err());
+        let refusals: Vec<_> = answers.filter_map(|answer| answer.extract_error().err()).collect();
+        if refusals.iter().chain(&called).any(is_forbidden) {
+            return Ok((redis, false));
+        }
+        refusals.into_iter().next().map_or(Ok((redis, true)), |error| Err(error.into()))
     }
+}
+
+/// Whether the server has a command but not for this user, or does not have it.
+fn is_forbidden(error: &RedisError) -> bool {
+    error.code() == Some("NOPERM") || error.detail().is_some_and(|detail| detail.starts_with("unknown command"))
 }
 
 /// A server.
@@ -82,6 +98,7 @@ pub(super) struct Node {
     info: ConnectionInfo,
     requests: Line,
     waits: Line,
+    transactions: Transactions,
 }
 
 impl fmt::Debug for Node {
@@ -106,6 +123,8 @@ struct Opened {
 #[derive(Clone)]
 pub(super) struct Wire {
     redis: MultiplexedConnection,
+    /// Whether the server allows scripts.
+    pub(super) scripts: bool,
     count: u64,
 }
 
@@ -135,7 +154,8 @@ impl Wire {
 
 impl Node {
     pub(super) fn new(info: ConnectionInfo) -> Self {
-        Self { name: info.addr().to_string().into(), info, requests: Line::default(), waits: Line::default() }
+        let name = info.addr().to_string().into();
+        Self { name, info, requests: Line::default(), waits: Line::default(), transactions: Transactions::default() }
     }
 
     /// The host that it was reached by.
@@ -145,12 +165,21 @@ impl Node {
 
     /// The wire for requests.
     pub(super) async fn wire(&self, opener: &Opener) -> Result<Wire, Error> {
-        self.requests.wire(opener, || opener.open_for_requests(self.info.clone())).await
+        self.requests.wire(opener, async || opener.open_for_requests(self.info.clone()).await).await
     }
 
     /// The wire for requests that wait, so that they hold up nothing else.
     pub(super) async fn waiting_wire(&self, opener: &Opener) -> Result<Wire, Error> {
-        self.waits.wire(opener, || opener.open(self.info.clone())).await
+        self.waits.wire(opener, async || Ok((opener.open(self.info.clone()).await?, true))).await
+    }
+
+    /// Does what a script would do, on a wire of its own.
+    pub(super) async fn transact(&self, opener: &Opener, call: &Call<'_>, asking: bool) -> Result<Value, Problem> {
+        if asking {
+            // Every command of a transaction would have to ask; the partition is soon at its place.
+            return Err(Problem::Ours(Error::Moving));
+        }
+        self.transactions.run(call, || opener.open(self.info.clone())).await
     }
 
     /// Ends the wire for requests.
@@ -165,10 +194,11 @@ impl Node {
 }
 
 impl Line {
-    async fn wire<F>(&self, opener: &Opener, open: impl FnOnce() -> F) -> Result<Wire, Error>
-    where
-        F: Future<Output = Result<MultiplexedConnection, Error>>,
-    {
+    async fn wire(
+        &self,
+        opener: &Opener,
+        open: impl AsyncFnOnce() -> Result<(MultiplexedConnection, bool), Error>,
+    ) -> Result<Wire, Error> {
         let asked = Instant::now();
         let mut opened = self.0.lock().await;
         if let Some(wire) = &opened.wire {
@@ -180,9 +210,9 @@ impl Line {
             return Err(error);
         }
         match open().await {
-            Ok(redis) => {
+            Ok((redis, scripts)) => {
                 opened.count += 1;
-                let wire = Wire { redis, count: opened.count };
+                let wire = Wire { redis, scripts, count: opened.count };
                 opened.wire = Some(wire.clone());
                 opened.failed = None;
                 Ok(wire)

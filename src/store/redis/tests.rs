@@ -33,7 +33,7 @@ fn operation(kind: Kind, key: &SeriesKey, at_ms: u64, delta: Aggregate) -> Opera
 }
 
 fn batch(sequence: u64, operations: Vec<Operation>) -> Batch {
-    Batch { partition: 17, sequence, flush: sequence, samples: 0, operations }
+    Batch { partition: 17, sequence, flush: sequence, samples: operations.len() as u64, operations }
 }
 
 fn counter(key: &SeriesKey, number: f64) -> Operation {
@@ -188,15 +188,33 @@ async fn replay(server: &Server, steps: &[Step]) -> (Model, Model) {
     (model, read)
 }
 
+/// Every hash of a series and of sequences, and what stands in it.
+fn hashes(server: &Server) -> BTreeMap<String, BTreeMap<String, String>> {
+    let words = |value: Option<Value>| redis::from_redis_value::<Vec<String>>(value.unwrap()).unwrap();
+    let names = words(server.ask(&["KEYS", "*"]));
+    let hashes = names.into_iter().filter(|name| name.contains(":s:") || name.ends_with(":seq"));
+    let fields = |name: &str| {
+        let pairs = words(server.ask(&["HGETALL", name]));
+        pairs.chunks_exact(2).map(|pair| (pair[0].clone(), pair[1].clone())).collect()
+    };
+    hashes.map(|name| (name.clone(), fields(&name))).collect()
+}
+
 #[test]
 fn each_batch_counts_once_whatever_is_sent() {
     let server = Server::start(&[]);
     let mut runner =
         TestRunner::new(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() });
     let law = |steps: Vec<Step>| {
-        let (model, read) = run(replay(&server, &steps));
         let show = |model: &Model| model.iter().map(|(id, total)| (id.clone(), figures(total))).collect::<Vec<_>>();
-        prop_assert_eq!(show(&read), show(&model));
+        let mut held = Vec::new();
+        for rights in ["+@scripting", "-@scripting"] {
+            server.ask(&["ACL", "SETUSER", "default", rights]).unwrap();
+            let (model, read) = run(replay(&server, &steps));
+            prop_assert_eq!(show(&read), show(&model));
+            held.push(hashes(&server));
+        }
+        prop_assert_eq!(&held[0], &held[1], "with and without scripts");
         Ok(())
     };
     runner.run(&steps(), law).unwrap();
@@ -211,6 +229,18 @@ async fn claimed(server: &Server) -> Connection {
     let claimed = connection.claim(&asker("a", "o"), 17, None, &[]).await.unwrap();
     assert!(matches!(claimed, Claimed::Ours { sequence: 0, .. }));
     connection
+}
+
+/// Does a test with scripts and where they are forbidden.
+fn both(test: &impl AsyncFn(&Server)) {
+    for rights in ["+@scripting", "-@scripting"] {
+        let server = Server::start(&[]);
+        server.ask(&["ACL", "SETUSER", "default", rights]).unwrap();
+        run(async {
+            assert_eq!(server.connection().calls_scripts().await, rights.starts_with('+'));
+            test(&server).await;
+        });
+    }
 }
 
 fn reader(server: &Server) -> RedisReader {
@@ -230,30 +260,28 @@ fn increments(total: Option<Total>) -> Sum {
 
 #[test]
 fn whole_numbers_beyond_floats_add_up_exactly() {
-    let server = Server::start(&[]);
-    run(async {
+    both(&async |server| {
         let key = &keys(1)[0];
-        let connection = claimed(&server).await;
+        let connection = claimed(server).await;
         let large = (1_u64 << 53) as f64;
         for sequence in 1..=3 {
             apply(&connection, sequence, vec![counter(key, large + 2.0 * sequence as f64)]).await;
         }
         apply(&connection, 4, vec![counter(key, 1.0)]).await;
-        let sum = increments(total(&server, Kind::Counter, key).await.unwrap());
+        let sum = increments(total(server, Kind::Counter, key).await.unwrap());
         assert_eq!(sum.split(), (3 * (1 << 53) + 2 + 4 + 6 + 1, 0.0));
     });
 }
 
 #[test]
 fn a_sum_beyond_64_bits_goes_on_as_a_float() {
-    let server = Server::start(&[]);
-    run(async {
+    both(&async |server| {
         let key = &keys(1)[0];
-        let connection = claimed(&server).await;
+        let connection = claimed(server).await;
         for (sequence, number) in [(1, 9e18), (2, 9e18), (3, 1e300), (4, 1.5)] {
             let answer = apply(&connection, sequence, vec![counter(key, number)]).await;
             assert!(matches!(&answer, Applied::Stored { failed, .. } if failed.is_empty()), "{answer:?}");
-            let sum = increments(total(&server, Kind::Counter, key).await.unwrap()).value();
+            let sum = increments(total(server, Kind::Counter, key).await.unwrap()).value();
             let model = [9e18, 18e18, 1e300, 1e300][sequence as usize - 1];
             assert!((sum - model).abs() <= model * 1e-15, "{sum} is not {model}");
         }
@@ -262,19 +290,18 @@ fn a_sum_beyond_64_bits_goes_on_as_a_float() {
 
 #[test]
 fn a_spoilt_key_spoils_only_itself() {
-    let server = Server::start(&[]);
-    run(async {
+    both(&async |server| {
         let keys = keys(3);
-        let connection = claimed(&server).await;
+        let connection = claimed(server).await;
         let names = Names::new("tallyd");
         server.ask(&["SET", &names.series(Kind::Counter, &keys[0]), "text"]).unwrap();
         server.ask(&["HSET", &names.series(Kind::Counter, &keys[1]), "increments", "text"]).unwrap();
         let answer = apply(&connection, 1, keys.iter().map(|key| counter(key, 5.0)).collect()).await;
         let Applied::Stored { sequence: 1, failed, .. } = answer else { panic!("{answer:?}") };
         assert_eq!(failed, [(0, Failure::WrongType), (1, Failure::NotANumber)]);
-        assert_eq!(total(&server, Kind::Counter, &keys[0]).await, Err(Error::Foreign));
-        assert_eq!(total(&server, Kind::Counter, &keys[1]).await, Err(Error::Foreign));
-        assert_eq!(increments(total(&server, Kind::Counter, &keys[2]).await.unwrap()).value(), 5.0);
+        assert_eq!(total(server, Kind::Counter, &keys[0]).await, Err(Error::Foreign));
+        assert_eq!(total(server, Kind::Counter, &keys[1]).await, Err(Error::Foreign));
+        assert_eq!(increments(total(server, Kind::Counter, &keys[2]).await.unwrap()).value(), 5.0);
         // A spoilt index and a spoilt log hold up no batch either.
         for key in [names.of(17, "index"), names.of(17, "del")] {
             server.ask(&["DEL", &key]).unwrap();
@@ -282,16 +309,15 @@ fn a_spoilt_key_spoils_only_itself() {
         }
         let answer = apply(&connection, 2, vec![counter(&keys[2], 5.0)]).await;
         assert!(matches!(&answer, Applied::Stored { sequence: 2, failed, .. } if failed.is_empty()), "{answer:?}");
-        assert_eq!(increments(total(&server, Kind::Counter, &keys[2]).await.unwrap()).value(), 10.0);
+        assert_eq!(increments(total(server, Kind::Counter, &keys[2]).await.unwrap()).value(), 10.0);
     });
 }
 
 #[test]
 fn members_that_share_a_register_raise_it_together() {
-    let server = Server::start(&[]);
-    run(async {
+    both(&async |server| {
         let key = &keys(1)[0];
-        let connection = claimed(&server).await;
+        let connection = claimed(server).await;
         let exact: Members = (0..1_024).collect();
         // The same register: the upper 15 bits. The first of two has the higher rank, the second is there already.
         let hashes = [(1 << 49) | (1 << 20), (1 << 49) | (1 << 40), (1 << 49) | (1 << 30)];
@@ -308,8 +334,7 @@ fn members_that_share_a_register_raise_it_together() {
 
 #[test]
 fn only_the_last_claimer_writes() {
-    let server = Server::start(&[]);
-    run(async {
+    both(&async |server| {
         let key = &keys(1)[0];
         let connection = server.connection();
         let send = async |owner: &str, sequence: u64| {
@@ -327,44 +352,77 @@ fn only_the_last_claimer_writes() {
         assert_eq!(send("one", 2).await, Applied::NotOwner);
         assert_eq!(claim("three", &["one"]).await, Claimed::Clone);
         assert!(matches!(send("two", 2).await, Applied::Stored { sequence: 2, .. }));
-        assert_eq!(increments(total(&server, Kind::Counter, key).await.unwrap()).value(), 2.0);
+        assert_eq!(increments(total(server, Kind::Counter, key).await.unwrap()).value(), 2.0);
+    });
+}
+
+#[test]
+fn agents_that_meet_in_a_partition_count_each_other_in() {
+    both(&async |server| {
+        let keys = keys(2);
+        let mut agents = tokio::task::JoinSet::new();
+        for agent in 0..6 {
+            let (connection, asker, keys) = (server.connection(), asker(&format!("agent{agent}"), "o"), keys.clone());
+            agents.spawn(async move {
+                connection.claim(&asker, 17, None, &[]).await.unwrap();
+                for sequence in 1..=30 {
+                    let operations = keys.iter().map(|key| counter(key, 1.0)).collect();
+                    let answer = connection.apply(&asker, &batch(sequence, operations), sequence - 1, 0).await.unwrap();
+                    assert!(matches!(&answer, Applied::Stored { failed, .. } if failed.is_empty()), "{answer:?}");
+                }
+            });
+        }
+        agents.join_all().await;
+        for key in &keys {
+            assert_eq!(increments(total(server, Kind::Counter, key).await.unwrap()).value(), 180.0);
+        }
+    });
+}
+
+#[test]
+fn a_server_without_the_commands_for_scripts_applies_batches() {
+    let server = Server::start(&["--rename-command", "EVALSHA", ""]);
+    run(async {
+        let key = &keys(1)[0];
+        let connection = claimed(&server).await;
+        assert!(!connection.calls_scripts().await);
+        apply(&connection, 1, vec![counter(key, 5.0)]).await;
+        assert_eq!(increments(total(&server, Kind::Counter, key).await.unwrap()).value(), 5.0);
     });
 }
 
 #[test]
 fn a_hole_that_a_merge_left_is_no_gap() {
-    let server = Server::start(&[]);
-    run(async {
+    both(&async |server| {
         let key = &keys(1)[0];
-        let connection = claimed(&server).await;
+        let connection = claimed(server).await;
         let merged = batch(9, vec![counter(key, 9.0)]);
         let answer = connection.apply(&asker("a", "o"), &merged, 0, 0).await.unwrap();
         assert!(matches!(answer, Applied::Stored { sequence: 9, .. }));
         let answer = connection.apply(&asker("a", "o"), &merged, 0, 0).await.unwrap();
         assert!(matches!(answer, Applied::Stored { sequence: 9, .. }));
         assert!(matches!(apply(&connection, 11, vec![counter(key, 1.0)]).await, Applied::Gap { sequence: 9, .. }));
-        assert_eq!(increments(total(&server, Kind::Counter, key).await.unwrap()).value(), 9.0);
+        assert_eq!(increments(total(server, Kind::Counter, key).await.unwrap()).value(), 9.0);
     });
 }
 
 #[test]
 fn a_delete_reaches_every_agent_once() {
-    let server = Server::start(&[]);
-    run(async {
+    both(&async |server| {
         let keys = keys(2);
-        let connection = claimed(&server).await;
-        let reader = reader(&server);
+        let connection = claimed(server).await;
+        let reader = reader(server);
         apply(&connection, 1, keys.iter().map(|key| counter(key, 5.0)).collect()).await;
         let deleted = reader.delete(&keys[0], &Kind::ALL).await.unwrap();
         assert_eq!(deleted.iter().map(|one| (one.kind, &one.key)).collect::<Vec<_>>(), [(Kind::Counter, &keys[0])]);
-        assert_eq!(total(&server, Kind::Counter, &keys[0]).await, Ok(None));
+        assert_eq!(total(server, Kind::Counter, &keys[0]).await, Ok(None));
         assert_eq!(reader.delete(&keys[0], &Kind::ALL).await, Ok(vec![]));
         // The agent hears of it with its next batch, which counts as after it, and when it claims and asks.
         let answer = apply(&connection, 2, vec![counter(&keys[0], 1.0)]).await;
         let Applied::Stored { news, .. } = answer else { panic!("{answer:?}") };
         assert_eq!(news.deletes, deleted);
-        assert_eq!(connection.poll(&asker("a", "o"), 17, 0).await.unwrap().deletes, deleted);
-        assert_eq!(increments(total(&server, Kind::Counter, &keys[0]).await.unwrap()).value(), 1.0);
+        assert_eq!(connection.poll(&asker("a", "o"), 17, 0).await.unwrap().news.deletes, deleted);
+        assert_eq!(increments(total(server, Kind::Counter, &keys[0]).await.unwrap()).value(), 1.0);
         // Until it says that it knows, also after a restart; an agent that is new has nothing to forget.
         let heard = async |agent: &str, seen| match connection.claim(&asker(agent, "o"), 17, seen, &[]).await.unwrap() {
             Claimed::Ours { news, .. } => news.deletes,
@@ -373,7 +431,7 @@ fn a_delete_reaches_every_agent_once() {
         assert_eq!(heard("a", None).await, deleted);
         assert_eq!(heard("new", None).await, []);
         let seen = deleted[0].number;
-        assert_eq!(connection.poll(&asker("a", "o"), 17, seen).await.unwrap().deletes, []);
+        assert_eq!(connection.poll(&asker("a", "o"), 17, seen).await.unwrap().news.deletes, []);
         assert_eq!(heard("a", None).await, []);
         // A later delete of the same key has a larger number.
         assert!(reader.delete(&keys[0], &[Kind::Counter]).await.unwrap()[0].number > seen);
@@ -383,12 +441,11 @@ fn a_delete_reaches_every_agent_once() {
 
 #[test]
 fn a_list_is_the_same_in_pages_of_any_size() {
-    let server = Server::start(&[]);
-    run(async {
-        let connection = claimed(&server).await;
+    both(&async |server| {
+        let connection = claimed(server).await;
         let all = keys(25);
         apply(&connection, 1, all.iter().map(|key| counter(key, 1.0)).collect()).await;
-        let reader = reader(&server);
+        let reader = reader(server);
         let whole = reader.list(None, "", |_, _| true, 1_000).await.unwrap();
         assert_eq!((whole.series.len(), &whole.next), (25, &None));
         for limit in [1, 7, 24, 25] {
@@ -414,10 +471,9 @@ fn a_list_is_the_same_in_pages_of_any_size() {
 
 #[test]
 fn a_gauge_whose_agent_was_ahead_of_its_time_goes_on() {
-    let server = Server::start(&[]);
-    run(async {
+    both(&async |server| {
         let key = &keys(1)[0];
-        let connection = claimed(&server).await;
+        let connection = claimed(server).await;
         let far_ms = 1_900_000_000_000;
         for (sequence, at_ms, numbers, value) in [
             (1, far_ms, [16, 9].as_slice(), 25.0),
@@ -428,7 +484,7 @@ fn a_gauge_whose_agent_was_ahead_of_its_time_goes_on() {
         ] {
             apply(&connection, sequence, vec![operation(Kind::Gauge, key, at_ms, delta(Kind::Gauge, at_ms, numbers))])
                 .await;
-            let total = total(&server, Kind::Gauge, key).await.unwrap().unwrap();
+            let total = total(server, Kind::Gauge, key).await.unwrap().unwrap();
             let Aggregate::Gauge(gauge) = total.aggregate else { unreachable!() };
             assert_eq!(gauge.value() * 8.0, value, "after batch {sequence}");
         }
@@ -437,8 +493,7 @@ fn a_gauge_whose_agent_was_ahead_of_its_time_goes_on() {
 
 #[test]
 fn rates_of_agents_decay_and_add_up() {
-    let server = Server::start(&[]);
-    run(async {
+    both(&async |server| {
         let key = &keys(1)[0];
         let connection = server.connection();
         let (mut first, mut second) = (Rates::new(0), Rates::new(0));
@@ -450,7 +505,7 @@ fn rates_of_agents_decay_and_add_up() {
             operation.rates = Some(rates.clone());
             connection.apply(&asker(agent, "o"), &batch(1, vec![operation]), 0, 0).await.unwrap();
         }
-        let read = total(&server, Kind::Meter, key).await.unwrap().unwrap().rates.unwrap();
+        let read = total(server, Kind::Meter, key).await.unwrap().unwrap().rates.unwrap();
         let model = [first.at(600_000), second.at(600_000)];
         for (period, rate) in read.at(600_000).into_iter().enumerate() {
             let sum = model[0][period] + model[1][period];
@@ -472,8 +527,7 @@ fn a_script_that_the_server_forgot_is_loaded_again() {
 
 #[test]
 fn series_expire_and_leave_the_list() {
-    let server = Server::start(&[]);
-    run(async {
+    both(&async |server| {
         let key = &keys(1)[0];
         let connection = server.connection();
         let asker = Asker { expire: Time::millis(30), ..asker("a", "o") };
@@ -482,7 +536,7 @@ fn series_expire_and_leave_the_list() {
         let name = Names::new("tallyd").series(Kind::Counter, key);
         server::wait_for("the hash expires", || server.ask(&["EXISTS", &name]) == Some(Value::Int(0)));
         let deadline = std::time::Instant::now() + Duration::from_secs(5);
-        while connection.poll(&asker, 17, 0).await.unwrap().expired == 0 {
+        while connection.poll(&asker, 17, 0).await.unwrap().news.expired == 0 {
             assert!(std::time::Instant::now() < deadline);
         }
         assert_eq!(server.ask(&["EXISTS", &Names::new("tallyd").of(17, "index")]), Some(Value::Int(0)));
