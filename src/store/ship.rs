@@ -257,6 +257,14 @@ struct Place {
     renewed: bool,
 }
 
+/// What the store says that it has of us in a partition.
+#[derive(Debug, Clone, Copy)]
+struct Stored {
+    sequence: u64,
+    samples: u64,
+    now_ms: u64,
+}
+
 /// What the thread knows of a partition.
 #[derive(Debug, Default)]
 struct Slot {
@@ -905,21 +913,15 @@ impl Session {
                 place.seen = Some(seen);
                 let now_ms = news.now_ms;
                 self.hear(place, news);
-                self.resume(partition, place, sequence, samples, now_ms).await
+                self.resume(partition, place, Stored { sequence, samples, now_ms }).await
             }
             Claimed::Clone => Err(Problem::Clone),
         }
     }
 
     /// Goes on from the sequence that the store has.
-    async fn resume(
-        &self,
-        partition: Partition,
-        place: &mut Place,
-        stored: u64,
-        samples: u64,
-        now_ms: u64,
-    ) -> Result<(), Problem> {
+    async fn resume(&self, partition: Partition, place: &mut Place, stored: Stored) -> Result<(), Problem> {
+        let Stored { sequence: stored, samples, now_ms } = stored;
         (place.stored, place.applied_ms, place.renewed) = (stored, now_ms, true);
         match self.journal.resequence(partition, stored, samples)? {
             Resequenced::Continues => Ok(()),
@@ -934,6 +936,9 @@ impl Session {
     /// Brings a store that lost batches that nobody has any more to where the outbox begins.
     async fn leap(&self, partition: Partition, place: &mut Place, lost: u64, samples: u64) -> Result<(), Problem> {
         let sequence = place.stored + lost;
+        // Counted before it is so: an answer that does not come must not hide it, and counts nothing twice.
+        let lost = self.journal.write_off(partition, place.stored, samples);
+        self.count_lost(partition, lost, samples);
         let empty = Batch { partition, sequence, flush: 0, samples: 0, operations: Vec::new() };
         match self.connection.apply(&self.asker, &empty, place.stored, place.seen.unwrap_or(0)).await? {
             Applied::Stored { sequence, news, .. } => {
@@ -942,7 +947,14 @@ impl Session {
             }
             Applied::Gap { .. } | Applied::NotOwner => return Err(Problem::Restless),
         }
-        self.journal.write_off(partition, samples);
+        Ok(())
+    }
+
+    /// Counts what the store lost.
+    fn count_lost(&self, partition: Partition, lost: u64, samples: u64) {
+        if (lost, samples) == (0, 0) {
+            return;
+        }
         telemetry::LOST.counter(&[ROLLED_BACK]).increment(lost);
         telemetry::LOST_SAMPLES.counter(&[ROLLED_BACK]).increment(samples);
         tracing::error!(
@@ -955,7 +967,6 @@ impl Session {
         let before = rolled_back.filter(|before| before.since.elapsed() < ALARM);
         let (batches, before) = before.map_or((0, 0), |before| (before.batches, before.samples));
         *rolled_back = Some(RolledBack { since: Instant::now(), batches: batches + lost, samples: before + samples });
-        Ok(())
     }
 
     /// Sends a partition's batches, one after the other, until there are no more.
@@ -1007,7 +1018,7 @@ impl Session {
             Applied::Gap { sequence, samples, news } => {
                 let now_ms = news.now_ms;
                 self.hear(place, news);
-                self.resume(batch.partition, place, sequence, samples, now_ms).await?;
+                self.resume(batch.partition, place, Stored { sequence, samples, now_ms }).await?;
                 Ok(false)
             }
             Applied::NotOwner => {
@@ -1019,14 +1030,14 @@ impl Session {
 
     /// Asks for deletes, and whether the store still has what it had: a failover may have lost what it acknowledged.
     async fn poll(&self, partition: Partition, place: &mut Place) -> Result<(), Problem> {
-        let polled = self.connection.poll(&self.asker, partition, place.seen.unwrap_or(0)).await?;
-        let Polled { sequence, samples, news } = polled;
-        let now_ms = news.now_ms;
+        let Polled { sequence, news, .. } =
+            self.connection.poll(&self.asker, partition, place.seen.unwrap_or(0)).await?;
         self.hear(place, news);
         if sequence == place.stored {
             return Ok(());
         }
-        self.resume(partition, place, sequence, samples, now_ms).await
+        // It may not be ours any more either.
+        self.claim(partition, place).await
     }
 
     fn hear(&self, place: &mut Place, news: News) {

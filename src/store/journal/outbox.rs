@@ -38,6 +38,8 @@ pub(super) struct Queue {
     pub(super) dropped: u64,
     /// The samples in those that are gone, under the agent's present name, but for those that the store lost since.
     pub(super) gone_samples: u64,
+    /// Up to here what the store lost is counted as lost, in this process.
+    pub(super) written_off: u64,
     /// Each record from `dropped + 1` on; zeros for one that is damaged or missing.
     pub(super) sizes: VecDeque<Size>,
     /// The store has applied up to here. This and `stable` are told at any time; all else changes by transactions.
@@ -191,13 +193,17 @@ impl Journal {
         queue.acknowledged = queue.acknowledged.max(queue.stable);
     }
 
-    /// The store lost so many samples of batches that are gone, which is counted: it can't lose them again.
-    pub fn write_off(&self, partition: Partition, samples: u64) {
+    /// The store, which has batches up to `stored`, lost those from there to the first that is kept, with so many samples:
+    /// it can't lose them again. Answers how many batches were not yet known to be lost.
+    pub fn write_off(&self, partition: Partition, stored: u64, samples: u64) -> u64 {
         // A commit under way would take it back.
         let writing = locked(&self.writing);
         let queue = &mut locked(&self.state).queues[usize::from(partition)];
         queue.gone_samples = queue.gone_samples.saturating_sub(samples);
+        let lost = queue.dropped.saturating_sub(stored.max(queue.written_off));
+        queue.written_off = queue.dropped;
         drop(writing);
+        lost
     }
 
     /// The partitions that hold batches the store has not acknowledged.
@@ -243,7 +249,7 @@ impl Journal {
     }
 
     /// The batches after a sequence that may be handed out, with the mark raised where it is needed. All partitions are
-    /// marked at once, so that a round through them costs one transaction.
+    /// marked at once that were claimed, so that a round through them costs one transaction.
     fn marked(&self, partition: Partition, after: u64) -> Result<RangeInclusive<u64>, Error> {
         let place = usize::from(partition);
         if let Some(marked) = locked(&self.state).queues[place].marked(after) {
@@ -256,7 +262,8 @@ impl Journal {
         };
         for (at, queue) in queues.iter_mut().enumerate() {
             let from = if at == place { after.max(queue.dropped) } else { queue.acknowledged };
-            if at == place || queue.unsent() > 0 {
+            // One that the store has not named a sequence for may get new numbers yet, so none of it is marked.
+            if at == place || queue.claimed && queue.unsent() > 0 {
                 queue.sent = queue.mark_from(from).max(queue.sent);
             }
         }

@@ -753,3 +753,21 @@ fn shipping_beside_flushes_and_merges_loses_and_doubles_nothing() {
     let shipped: u64 = (1..=FLUSHES).map(|flush| 1 + flush % 20).sum();
     assert_eq!(remote.sums.values().sum::<f64>(), shipped as f64);
 }
+
+/// Two processes with one journal: what one of them made before it knew where the store is must not pass for what the
+/// other has sent under the same numbers.
+#[test]
+fn nothing_is_marked_as_sent_before_the_store_was_asked() {
+    let dir = scratch();
+    let (journal, _) = open(dir.path());
+    let numbers: Vec<_> = (0..64).collect();
+    let changes: Vec<_> = numbers.iter().map(|number| changed(*number, 1.0, Some(1.0))).collect();
+    journal.commit(1, &changes, &[], NOW).unwrap();
+    let first = partition(&key(0));
+    journal.resequence(first, 0, 0).unwrap();
+    journal.outbox(first, 0, usize::MAX).unwrap();
+    let other = numbers.iter().map(|number| partition(&key(*number))).find(|other| *other != first).unwrap();
+    // The copy has shipped one batch of its own there.
+    assert_eq!(journal.resequence(other, 1, 1).unwrap(), Resequenced::JournalBehind);
+    assert_eq!(journal.outbox(other, 1, usize::MAX).unwrap()[0].sequence, 2);
+}
