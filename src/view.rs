@@ -272,12 +272,8 @@ impl View {
         let scope = if self.remote.is_some() { Scope::Local } else { scope };
         let local = |(id, state): (&SeriesId, &Option<State>)| Some((self.local(id, state.as_ref())?, scope));
         let totals = totals.unwrap_or_else(|| ids.iter().zip(&series).map(local).collect());
-        let found = ids.iter().zip(series).zip(totals);
-        let metric = |((id, state), total): ((&SeriesId, Option<State>), _)| {
-            let (total, scope): (Arc<Total>, Scope) = Option::from(total)?;
-            Some(self.metric(id, state.as_ref(), total, scope))
-        };
-        found.filter_map(metric).collect()
+        let found = ids.iter().zip(series).zip(totals).filter_map(|(of, total)| Some((of, total?)));
+        found.map(|((id, state), (total, scope))| self.metric(id, state.as_ref(), total, scope)).collect()
     }
 
     /// The store, where a reader wants its figures and it is not known to be away.

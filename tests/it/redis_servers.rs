@@ -21,7 +21,7 @@ pub struct Server {
     child: Child,
     pub port: u16,
     arguments: Vec<String>,
-    pub directory: TempDir,
+    directory: TempDir,
 }
 
 impl Server {

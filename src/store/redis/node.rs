@@ -49,12 +49,16 @@ impl Opener {
             .set_pipeline_buffer_size(64)
             .set_write_backpressure_boundary(256 << 10);
         let connected = client.get_multiplexed_async_connection_with_config(&settings).await;
-        connected.inspect_err(|error| tracing::debug!(%error, "no connection to a Redis")).map_err(|error| {
-            match Error::from(&error) {
-                Error::Dropped | Error::Timeout => Error::Connect,
-                // Its own word for certificates that it can't use.
-                Error::Refused if error.kind() == redis::ErrorKind::InvalidClientConfig => Error::Tls,
-                other => other,
+        connected.map_err(|error| {
+            tracing::debug!(%error, "no connection to a Redis");
+            let kind = Error::from(&error);
+            if matches!(kind, Error::Dropped | Error::Timeout) {
+                Error::Connect
+            } else if error.kind() == redis::ErrorKind::InvalidClientConfig {
+                // Its word for certificates that it can't use.
+                Error::Tls
+            } else {
+                kind
             }
         })
     }
