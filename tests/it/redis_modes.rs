@@ -47,7 +47,11 @@ fn stored(cluster: &Cluster, series: &str, field: &str) -> f64 {
 fn a_cluster_is_one_store() {
     let cluster = Cluster::start(3, 3);
     assert_eq!((cluster.len(), cluster.masters()), (6, vec![0, 1, 2]));
-    let (a, b) = (agent(&cluster.settings()), agent(&cluster.settings()));
+    let nodes = || (0..cluster.len()).map(|at| cluster.node(at));
+    nodes().for_each(|node| drop(grant(node, &["+cluster|slots", "+asking", "+wait"])));
+    let user = format!("store.redis.url=redis://tallyd:secret@{}", cluster.node(0).address());
+    let settings = [cluster.settings(), vec![user]].concat();
+    let (a, b) = (agent(&settings), agent(&settings));
     for number in 0..200 {
         for agent in [&a, &b] {
             agent.datagram(format!("many.{number:03}:{}|c", number + 1));
@@ -78,6 +82,7 @@ fn a_cluster_is_one_store() {
     }
     pages(&b);
     deletes(&a, &b);
+    nodes().for_each(|node| assert!(!refused(node).contains("tallyd"), "{}", refused(node)));
     assert_eq!(a.get("/-/ready").status, 200, "{}", a.get("/-/ready").text());
 }
 
@@ -210,7 +215,9 @@ fn a_master_that_dies_is_replaced_though_a_sentinel_stands_still() {
 #[test]
 fn batches_stay_in_the_outbox_until_the_replicas_have_them() {
     let sentinels = Sentinels::start(1, 1);
-    let agent = agent(&[sentinels.settings(), vec!["store.redis.replicas=1".to_owned()]].concat());
+    (0..2).for_each(|at| drop(grant(sentinels.server(at), &["+wait", "+role", "+select"])));
+    let more = ["store.redis.replicas=1", "store.redis.url=redis://tallyd:secret@any/5"].map(str::to_owned);
+    let agent = agent(&[sentinels.settings(), more.to_vec()].concat());
     let kept = || agent.own("tallyd_outbox_batches", "");
     agent.datagram("kept:1|c");
     agent.wait_for("kept", "value", 1);
@@ -218,8 +225,8 @@ fn batches_stay_in_the_outbox_until_the_replicas_have_them() {
     sentinels.server(1).signal("STOP");
     agent.datagram("kept:1|c");
     until("the master to have it", || {
-        let name = sentinels.server(0).cli(&["--scan", "--pattern", "tallyd:*:s:c:kept"]);
-        (sentinels.server(0).cli(&["HGET", name.trim(), "increments"]).trim() == "2").then_some(())
+        let name = sentinels.server(0).cli(&["-n", "5", "--scan", "--pattern", "tallyd:*:s:c:kept"]);
+        (sentinels.server(0).cli(&["-n", "5", "HGET", name.trim(), "increments"]).trim() == "2").then_some(())
     });
     // Each second it is asked whether the replica has it; several answers must not have dropped it.
     let calls = || {
@@ -230,6 +237,7 @@ fn batches_stay_in_the_outbox_until_the_replicas_have_them() {
     let before = calls();
     until("it to be asked again", || (calls() >= before + 3).then_some(()));
     assert!(kept() >= 1.0);
+    assert_eq!(refused(sentinels.server(0)).trim(), "");
     sentinels.server(1).signal("CONT");
     until("the replica to have it as well", || (kept() == 0.0).then_some(()));
 }
@@ -239,7 +247,7 @@ fn a_unix_socket_and_a_database_number_are_used() {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("redis.sock");
     let server = Server::start(&["--unixsocket", socket.to_str().unwrap()]);
-    let urls = [format!("unix://{}?db=3", socket.display()), format!("redis://{}/4", server.address())];
+    let urls = [format!("unix://{}?db=3&protocol=3", socket.display()), format!("redis://{}/4", server.address())];
     for (url, database) in urls.iter().zip(["3", "4"]) {
         let agent = single(url, &[]);
         agent.datagram("there:5|c");
@@ -253,23 +261,28 @@ fn a_unix_socket_and_a_database_number_are_used() {
     assert_eq!(server.cli(&["-n", "0", "DBSIZE"]).trim(), "0");
 }
 
-/// The rights that README lists, as `ACL SETUSER` takes them.
-fn rights() -> Vec<String> {
+/// The rights that README lists, as `ACL SETUSER` takes them, with some for a deployment.
+fn grant(server: &Server, others: &[&str]) -> Vec<String> {
     let readme = include_str!("../../README.md");
     let line = readme.lines().find(|line| line.starts_with("ACL SETUSER tallyd ")).expect("README lists the rights");
-    line.split(' ').map(str::to_owned).collect()
+    let words: Vec<_> = line.split(' ').chain(others.iter().copied()).collect();
+    assert_eq!(server.cli(&words).trim(), "OK");
+    others.iter().for_each(|right| assert!(readme.contains(&format!("{right}")), "README lacks {right}"));
+    words.iter().filter_map(|word| word.strip_prefix('+')).map(str::to_owned).collect()
+}
+
+/// Whether a user was refused something.
+fn refused(server: &Server) -> String {
+    server.cli(&["ACL", "LOG"])
 }
 
 #[test]
 fn a_user_needs_the_rights_that_are_documented_and_no_more() {
     let server = Server::start(&[]);
-    let rights = rights();
-    let words: Vec<_> = rights.iter().map(String::as_str).collect();
-    assert_eq!(server.cli(&words).trim(), "OK");
-    let url = format!("redis://tallyd:secret@{}", server.address());
-    let agent = single(&url, &[]);
-    agent.datagram("may:5|c\nt:1:2|ms\nu:x|s\ng:5|g\ng:+1|g\nm:3|m");
-    for (key, field, value) in [("may", "value", 5), ("t", "sum", 3), ("u", "value", 1), ("g", "value", 6)] {
+    let rights = grant(&server, &[]);
+    let agent = single(&format!("redis://tallyd:secret@{}", server.address()), &[]);
+    agent.datagram("may:5|c\nt:1:2|ms\nu:x|s\ng:5|g\nm:3|m");
+    for (key, field, value) in [("may", "value", 5), ("t", "sum", 3), ("u", "value", 1), ("g", "value", 5)] {
         agent.wait_for(key, field, value);
     }
     until("all to be stored", || {
@@ -278,13 +291,26 @@ fn a_user_needs_the_rights_that_are_documented_and_no_more() {
     assert_eq!(agent.get("/data/metrics").json().as_array().unwrap().len(), 5);
     assert_eq!(agent.delete("/data/metrics/may").status, 200);
     until("the agent to be ready", || (agent.get("/-/ready").status == 200).then_some(()));
-    assert!(!server.cli(&["ACL", "LOG"]).contains("tallyd"), "{}", server.cli(&["ACL", "LOG"]));
+    for right in &rights {
+        until(&format!("{right} to be used"), || {
+            // A set after a change is what a gauge needs most rights for.
+            agent.datagram("g:+1|g\nt:0.5|ms");
+            agent.datagram("g:7|g");
+            server.cli(&["INFO", "commandstats"]).contains(&format!("cmdstat_{right}:calls=")).then_some(())
+        });
+    }
+    assert!(!refused(&server).contains("tallyd"), "{}", refused(&server));
     drop(agent);
     // A wrong password is told, and not shown.
-    let wrong = single(&format!("redis://tallyd:wrong@{}", server.address()), &[]);
-    let ready =
-        until("the agent to say so", || Some(wrong.get("/-/ready")).filter(|ready| ready.text().contains("refuses")));
-    assert!(!ready.text().contains("wrong") && !wrong.stderr().contains("wrong@"), "{}", ready.text());
+    let wrong = single(&format!("redis://tallyd:hunter2@{}", server.address()), &[]);
+    let told = |agent: &Agent| Some(agent.get("/-/ready").text()).filter(|ready| ready.contains("refuses the user"));
+    let ready = until("the agent to say so", || told(&wrong));
+    assert!(!ready.contains("hunter2") && !wrong.stderr().contains("hunter2"), "{ready}");
+    // So is a right that is missing.
+    server.cli(&["ACL", "SETUSER", "tallyd", "-hset"]);
+    let lacks = single(&format!("redis://tallyd:secret@{}", server.address()), &[]);
+    lacks.datagram("may:1|c");
+    until("the agent to say so", || told(&lacks));
 }
 
 /// Certificates of an authority of a test: PEM files.

@@ -280,6 +280,13 @@ impl Server {
         redis::from_redis_value(answer).map_err(|_| Error::Foreign)
     }
 
+    /// The server's clock, in milliseconds since the epoch.
+    pub(super) async fn now_ms(&self) -> Result<u64, Error> {
+        let answer = self.ask(redis::cmd("TIME")).await?;
+        let seconds = list(&answer).and_then(|time| number(time.first()?));
+        Ok(seconds.ok_or(Error::Foreign)? * 1_000)
+    }
+
     /// A parameter of the server; `None` where it does not tell.
     pub(super) async fn parameter(&self, name: &str) -> Result<Option<String>, Error> {
         let mut command = redis::cmd("CONFIG");
@@ -358,14 +365,11 @@ impl Server {
 
     async fn ask(&self, command: Cmd) -> Result<Value, Error> {
         let mut wire = self.node.wire(&self.route.opener).await?;
-        let answer = wire.send(&command, false).await;
-        match answer.map_err(Error::from) {
-            Err(error @ (Error::Dropped | Error::Timeout)) => {
-                self.node.give_up(&wire, error).await;
-                Err(error)
-            }
-            answer => answer,
+        let answer = wire.send(&command, false).await.map_err(Error::from);
+        if let Err(error @ (Error::Dropped | Error::Timeout)) = answer {
+            self.node.give_up(&wire, error).await;
         }
+        answer
     }
 }
 

@@ -245,6 +245,10 @@ impl From<&RedisError> for Error {
             Some("CLUSTERDOWN") => return Self::ClusterDown,
             Some("TRYAGAIN" | "MOVED" | "ASK") => return Self::Moving,
             Some("NOAUTH" | "WRONGPASS" | "NOPERM") => return Self::Denied,
+            // What a script may not do has no code of its own.
+            Some(_) if error.detail().is_some_and(|detail| detail.contains("user executing the script can't")) => {
+                return Self::Denied;
+            }
             Some(_) | None => {}
         }
         if is_tls(error) {
