@@ -175,6 +175,30 @@ fn a_replica_that_takes_over_has_all_in_the_end() {
     assert_eq!(agent.own("tallyd_lost_total", ""), 0.0);
 }
 
+#[test]
+fn a_partition_that_moves_under_load_is_followed() {
+    let cluster = Cluster::start(2, 0);
+    let agent = agent(&cluster.settings());
+    agent.datagram("moves:1|c");
+    until("it to be stored", || (stored(&cluster, "c:moves", "increments") == 1.0).then_some(()));
+    let (from, name) = cluster.scan("tallyd:*:s:c:moves")[0].clone();
+    let (to, slot) = (1 - from, cluster.slot(&name));
+    let sum = 1 + under_load(&agent, "moves", || {
+        cluster.begin_to_move(slot, from, to);
+        // Some keys are here and some there: it must wait, and others go on.
+        cluster.move_keys(slot, from, to, 1);
+        agent.datagram("others.1:1|c\nothers.2:1|c\nothers.3:1|c\nothers.4:1|c");
+        until("the others to be stored", || (cluster.scan("tallyd:*:s:c:others.*").len() >= 3).then_some(()));
+        cluster.move_keys(slot, from, to, 1_000);
+        cluster.end_move(slot, from, to);
+    });
+    until("the store to hold all", || (stored(&cluster, "c:moves", "increments") == sum as f64).then_some(()));
+    assert_eq!(cluster.scan("tallyd:*:s:c:moves")[0].0, to);
+    agent.wait_for("moves", "value", sum);
+    until("the agent to be ready", || (agent.get("/-/ready").status == 200).then_some(()));
+    assert_eq!(agent.own("tallyd_lost_total", ""), 0.0);
+}
+
 /// What a server under Sentinel has of a counter.
 fn watched(sentinels: &Sentinels, at: usize, key: &str) -> u64 {
     let server = sentinels.server(at);
@@ -267,7 +291,7 @@ fn grant(server: &Server, others: &[&str]) -> Vec<String> {
     let line = readme.lines().find(|line| line.starts_with("ACL SETUSER tallyd ")).expect("README lists the rights");
     let words: Vec<_> = line.split(' ').chain(others.iter().copied()).collect();
     assert_eq!(server.cli(&words).trim(), "OK");
-    others.iter().for_each(|right| assert!(readme.contains(&format!("{right}")), "README lacks {right}"));
+    others.iter().for_each(|right| assert!(readme.contains(*right), "README lacks {right}"));
     words.iter().filter_map(|word| word.strip_prefix('+')).map(str::to_owned).collect()
 }
 
