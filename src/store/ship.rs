@@ -534,6 +534,7 @@ impl Shipper {
     /// Starts what is due.
     fn begin(&mut self, session: &Session) {
         let now = Instant::now();
+        let one_server = self.parts.config.mode != Mode::Cluster;
         for _ in 0..self.queue.len() {
             let Some(partition) = self.queue.pop_front() else { break };
             let server = session.connection.place(partition).unwrap_or_default();
@@ -545,6 +546,10 @@ impl Shipper {
             }
             let node = self.nodes.entry(Arc::clone(&server)).or_default();
             let waits = Away::waits(slot.away.as_ref(), now) || Away::waits(node.away.as_ref(), now);
+            if one_server && node.visits >= IN_FLIGHT {
+                self.queue.push_front(partition);
+                break;
+            }
             if slot.busy || waits || node.visits >= IN_FLIGHT {
                 self.queue.push_back(partition);
                 continue;

@@ -411,6 +411,21 @@ fn tls_is_spoken_with_whom_the_own_authority_knows() {
 }
 
 #[test]
+fn a_mode_that_is_not_the_servers_is_told() {
+    let cluster = Cluster::start(2, 0);
+    let plain = Server::start(&[]);
+    let url = |server: &Server| format!("store.redis.url=redis://{}", server.address());
+    let as_cluster = ["store.kind=redis", "store.redis.mode=cluster"].map(str::to_owned);
+    for (settings, told) in [
+        (vec!["store.kind=redis".to_owned(), url(cluster.node(0))], "set store.redis.mode = \\\"cluster\\\""),
+        ([&as_cluster[..], &[url(&plain)]].concat(), "but this Redis is none"),
+    ] {
+        let agent = agent(&settings);
+        until("the agent to say so", || agent.get("/-/ready").text().contains(told).then_some(()));
+    }
+}
+
+#[test]
 fn what_is_wrong_is_told_at_the_start() {
     for (settings, code, part) in [
         (&["store.redis.mode=cluster", "store.redis.url=redis://h/3"][..], 78, "store.redis.url = \"redis://h/3\": "),

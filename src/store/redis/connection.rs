@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use redis::{Cmd, ErrorKind, Pipeline, RedisError, Script, ServerErrorKind, Value};
 
-use super::deployment::Deployment;
+use super::deployment::{Deployment, Mode};
 use super::node::{Node, Opener, Wire};
 use super::read::Stored;
 use super::route::Route;
@@ -230,6 +230,9 @@ impl Connection {
                 // Restarted, promoted, or `SCRIPT FLUSH`.
                 wire.load(script).await?;
             } else if let Some((to, name)) = redirection(&error) {
+                if self.route.opener.deployment.mode == Mode::Single {
+                    return Err(Error::IsCluster);
+                }
                 node = self.route.named(name, &node).ok_or(Error::Moving)?;
                 asking = to == ServerErrorKind::Ask;
                 if !asking {
