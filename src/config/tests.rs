@@ -399,7 +399,7 @@ fn another(key: &str, default: &Value) -> BoxedStrategy<Value> {
     }
     let either = |choices: &'static [&str]| proptest::sample::select(choices).prop_map(Value::from).boxed();
     match (key, default) {
-        ("store.kind", _) if crate::kafka::BUILT => either(&["memory", "embedded", "redis", "kafka"]),
+        ("store.kind", _) if kafka::BUILT => either(&["memory", "embedded", "redis", "kafka"]),
         ("store.kind", _) => either(&["memory", "embedded", "redis"]),
         ("kafka.topic", _) => "[A-Za-z0-9_-]{1,20}".prop_map(Value::from).boxed(),
         ("store.kafka.topic", _) => "[A-Za-z0-9_-]{21,30}".prop_map(Value::from).boxed(),
@@ -432,6 +432,8 @@ fn another(key: &str, default: &Value) -> BoxedStrategy<Value> {
                 .boxed()
         }
         ("limits.buckets", _) => (320..=2_048_i64).prop_map(Value::from).boxed(),
+        ("ingest.forward", _) if kafka::BUILT => either(&["none", "kafka"]),
+        ("ingest.forward", _) => either(&["none"]),
         // A build without Kafka refuses it.
         ("listen.kafka", _) => Just(Value::from(false)).boxed(),
         ("listen.unix_mode", _) => (0..=0o777_u32).prop_map(|mode| Value::from(Mode(mode).to_string())).boxed(),

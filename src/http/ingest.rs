@@ -6,6 +6,7 @@
 //! `idempotency_keys`.
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashSet;
 use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -20,6 +21,7 @@ use serde_json::json;
 use tokio::time::timeout;
 
 use super::Limits;
+use super::forward::{Forwarder, Undelivered};
 use super::health;
 use super::idempotency::Answers;
 use super::problem::Problem;
@@ -37,6 +39,9 @@ const EMPTY_INPUT: &str = "ERROR: empty input";
 /// The ingest server's part behind the routes.
 pub(super) struct Ingest {
     worker: Rc<RefCell<Worker>>,
+    forwarder: Option<Forwarder>,
+    /// The keys of requests that are being forwarded.
+    under_way: RefCell<HashSet<Box<[u8]>>>,
     answers: RefCell<Answers>,
     held: Rc<Cell<usize>>,
     bytes: Counter,
@@ -45,10 +50,12 @@ pub(super) struct Ingest {
 }
 
 impl Ingest {
-    pub(super) fn new(worker: Rc<RefCell<Worker>>, limits: &Limits) -> Self {
+    pub(super) fn new(worker: Rc<RefCell<Worker>>, forwarder: Option<Forwarder>, limits: &Limits) -> Self {
         ingest::begin(Listener::Http);
         Self {
             worker,
+            forwarder,
+            under_way: RefCell::default(),
             answers: RefCell::new(Answers::new(limits.idempotency_keys)),
             held: Rc::default(),
             bytes: telemetry::RECEIVED_BYTES.counter(&[Listener::Http.name()]),
@@ -68,24 +75,50 @@ impl Ingest {
         self.bytes.increment(body.len() as u64);
         self.received(body.len(), source);
         let body = coding.inflate(body, self.limits.inflated.bytes(), &mut held)?;
-        // From here on nothing waits.
+        // From here on nothing waits, but for a delivery.
         let now = self.clock.monotonic();
         if let Some(first) = key.as_ref().and_then(|key| self.answers.borrow_mut().get(key, now)) {
             return Ok(ok(first.media_type, first.text));
         }
-        let mut worker = self.worker.borrow_mut();
-        worker.stamp();
-        let answer = match media {
-            Media::Json => worker.body(&body, source),
-            Media::Lines => worker.body_of_lines(&body, source),
+        let answer = match &self.forwarder {
+            Some(forwarder) => self.forward(forwarder, &body, media, source, key.as_deref()).await?,
+            None => self.count(&body, media, source),
         };
-        drop(worker);
         let (media_type, text) = tell(&answer, &body, media)?;
         let text = Bytes::from(text);
         if let Some(key) = key {
             self.answers.borrow_mut().put(key, media_type, text.clone(), now);
         }
         Ok(ok(media_type, text))
+    }
+
+    fn count(&self, body: &[u8], media: Media, source: Source) -> Answer {
+        let mut worker = self.worker.borrow_mut();
+        worker.stamp();
+        match media {
+            Media::Json => worker.body(body, source),
+            Media::Lines => worker.body_of_lines(body, source),
+        }
+    }
+
+    /// Delivers the good records of a body. A request with the key of one that is still under way is told to wait, since
+    /// what becomes of that one is not known yet.
+    async fn forward(
+        &self,
+        forwarder: &Forwarder,
+        body: &[u8],
+        media: Media,
+        source: Source,
+        key: Option<&[u8]>,
+    ) -> Result<Answer, Problem> {
+        let _under_way = key.map(|key| UnderWay::new(&self.under_way, key)).transpose()?;
+        let (answer, sorted) = {
+            let mut worker = self.worker.borrow_mut();
+            worker.stamp();
+            worker.sort(body, media == Media::Lines, source)
+        };
+        forwarder.deliver(&sorted).await.map_err(undelivered)?;
+        Ok(answer)
     }
 
     fn received(&self, bytes: usize, source: Source) {
@@ -116,6 +149,34 @@ impl Site for Ingest {
             | Endpoint::Unmapped
             | Endpoint::Scrape => Err(Problem::new(StatusCode::NOT_FOUND, "this stands on the API's listeners")),
         }
+    }
+}
+
+fn undelivered(error: Undelivered) -> Problem {
+    Problem::busy(match error {
+        Undelivered::Full => "as many records wait for Kafka as may; try again",
+        Undelivered::Away => "Kafka did not acknowledge all records; try again",
+    })
+}
+
+/// The key of a request that is being forwarded, until it is dropped.
+struct UnderWay<'a> {
+    keys: &'a RefCell<HashSet<Box<[u8]>>>,
+    key: &'a [u8],
+}
+
+impl<'a> UnderWay<'a> {
+    fn new(keys: &'a RefCell<HashSet<Box<[u8]>>>, key: &'a [u8]) -> Result<Self, Problem> {
+        if keys.borrow_mut().insert(key.into()) {
+            return Ok(Self { keys, key });
+        }
+        Err(Problem::busy("a request with this Idempotency-Key is under way; try again"))
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.keys.borrow_mut().remove(self.key);
     }
 }
 

@@ -25,6 +25,7 @@ use crate::view::View;
 
 mod connection;
 pub mod data;
+pub mod forward;
 pub mod health;
 mod idempotency;
 pub mod ingest;
@@ -35,6 +36,7 @@ pub mod server;
 #[cfg(test)]
 mod tests;
 
+use forward::Forwarder;
 pub use health::{Health, Reload};
 pub use server::{Body, Server};
 
@@ -227,15 +229,16 @@ pub struct Api {
     pub exporter: telemetry::Exporter,
 }
 
-/// Takes samples on these listeners into the worker's shard. To be called inside a `LocalSet` on the worker's thread; the
+/// Takes samples on these listeners into the worker's shard, or by it to where they are forwarded. To be called inside a `LocalSet` on the worker's thread; the
 /// worker is borrowed only while a body is parsed, never across an await.
 pub fn start_ingest(
     listeners: Vec<TcpListener>,
     worker: Rc<RefCell<Worker>>,
+    forwarder: Option<Forwarder>,
     config: &Config,
     limits: &Limits,
 ) -> Result<Server, Error> {
-    let site = Rc::new(ingest::Ingest::new(worker, limits));
+    let site = Rc::new(ingest::Ingest::new(worker, forwarder, limits));
     let mut server = Server::new(config, limits);
     server.listen(listeners, &site)?;
     Ok(server)

@@ -102,7 +102,7 @@ impl Agent {
                 let percentiles = vec![90.0];
                 let (mapper, exporter) = (Arc::default(), exporter());
                 let api_of = Api { view, percentiles, health: shared, reload, prometheus, mapper, exporter };
-                let ingest = start_ingest(vec![ingest], worker, &config, &limits).unwrap();
+                let ingest = start_ingest(vec![ingest], worker, None, &config, &limits).unwrap();
                 let api = start_api(vec![api], vec![scrape], api_of, &config, &limits).unwrap();
                 let grace = stopped.await.unwrap_or_default();
                 tokio::join!(ingest.stop(grace), api.stop(grace));
