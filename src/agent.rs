@@ -23,6 +23,7 @@ use crate::aggregate::ledger::Ledger;
 use crate::aggregate::shard::{Budget, SeriesId};
 use crate::config::{Config, Kind};
 use crate::flush::{self, Parts, Running};
+use crate::http::forward::{Forward, Forwarder};
 use crate::http::scrape::Mapper;
 use crate::http::{self, Api, Health, Keeping, Reload};
 use crate::ingest::{Rejects, Settings, Sources, Times, Worker, Workers};
@@ -204,7 +205,7 @@ impl Agent {
         };
         let HttpSockets { ingest, api: api_sockets, scrape } = sockets;
         let api = start_api(api_sockets, scrape, api, config)?;
-        let listeners = start_listeners(ingest, config, &workers, keeping)?;
+        let listeners = start_listeners(ingest, config, &workers, keeping, start_forwarder(config)?)?;
         #[cfg(feature = "kafka")]
         let input = start_input(config, kept, &workers, &bells)?;
         for (listener, address) in listeners.bound() {
@@ -537,17 +538,29 @@ fn start_api(
     }
 }
 
+/// What forwards records that come by HTTP, if they are to be forwarded.
+fn start_forwarder(config: &Config) -> Result<Option<Forwarder>, Error> {
+    match config.ingest.forward {
+        Forward::None => Ok(None),
+        #[cfg(feature = "kafka")]
+        Forward::Kafka => {
+            Forwarder::new(&config.kafka).map(Some).map_err(|error| Error::Kafka(kafka::Error::Config(error)))
+        }
+    }
+}
+
 /// Starts the listeners for lines, and HTTP ingest beside them on the stream worker's thread.
 fn start_listeners(
     ingest: Vec<TcpListener>,
     config: &Config,
     workers: &Arc<Workers>,
     keeping: Keeping,
+    forwarder: Option<Forwarder>,
 ) -> Result<Listeners, Error> {
     let (http, limits) = (config.http.clone(), config.limits.http.clone());
     let (started, outcome) = std::sync::mpsc::channel();
     let beside = move |worker: Rc<RefCell<Worker>>, mut ends: watch::Receiver<bool>| async move {
-        match http::start_ingest(ingest, worker, keeping, &http, &limits) {
+        match http::start_ingest(ingest, worker, keeping, forwarder, &http, &limits) {
             Ok(server) => {
                 drop(started.send(Ok(())));
                 // An error means that the listeners are gone, which is an end as well.

@@ -40,6 +40,8 @@ pub struct Config {
     pub listen: listen::Config,
     /// Where requests come in.
     pub http: http::Config,
+    /// What becomes of records that come by HTTP.
+    pub ingest: http::forward::Config,
     /// How a line is read.
     pub protocol: protocol::Config,
     /// When shards are sealed, and the figures of a window.
@@ -64,6 +66,7 @@ impl Default for Config {
             state_dir: PathBuf::from("tallyd-data"),
             listen: listen::Config::default(),
             http: http::Config::default(),
+            ingest: http::forward::Config::default(),
             protocol: protocol::Config::default(),
             flush: flush::Config::default(),
             store: Store::default(),
@@ -233,6 +236,9 @@ keys! {
     "http.scrape", Restart, "/metrics on a listener of its own, usually \":9102\" of an address that Prometheus reaches.";
     "http.hosts", Restart, "Host names by which a loopback listener may be asked, besides localhost and loopback addresses.";
     "http.insecure", Restart, "true: ingest and api may listen beyond loopback though whoever reaches them may write.";
+
+    "ingest", Restart, "What becomes of records that come by HTTP.";
+    "ingest.forward", Restart, "\"none\": they are counted here; \"kafka\": they go to kafka.topic, and the answer comes once they are there.";
 
     "protocol", Now, "How a line is read.";
     "protocol.name_policy", Now, "\"etsy\": blanks to _, / to -, other characters outside A-Za-z0-9_.- dropped; \"none\": as sent.";

@@ -9,6 +9,7 @@
 mod events;
 mod group;
 mod rejects;
+mod sort;
 pub mod sources;
 mod tally;
 
@@ -22,6 +23,8 @@ use arc_swap::ArcSwap;
 pub use events::{Events, KeptCheck, KeptEvent, Received};
 use group::{Group, Room};
 pub use rejects::{Limits, Rejected, Rejects};
+pub use sort::Sorted;
+use sort::Sorting;
 pub use sources::{Address, Sources};
 use sources::{Coming, Table};
 use tally::Tally;
@@ -438,6 +441,20 @@ impl Worker {
     /// Lets a receipt go with the samples of the body that was read last.
     pub fn receipt(&mut self, receipt: Receipt) {
         self.core.receipts.push(receipt);
+    }
+
+    /// Reads an HTTP body whose records are to go elsewhere: counted and rejected as by [`Worker::body`], or if they are
+    /// one a line as by [`Worker::body_of_lines`], but of those that are accepted nothing is kept here.
+    pub fn sort(&mut self, body: &[u8], are_lines: bool, source: Source) -> (Answer, Vec<Sorted>) {
+        let mut sorted = Vec::new();
+        let answer = self.answered(source, |parser, core| {
+            let mut sorting = Sorting { core, sorted: Vec::new() };
+            let form =
+                if are_lines { parser.body_of_lines(body, &mut sorting) } else { parser.body(body, &mut sorting) };
+            sorted = sorting.sorted;
+            form
+        });
+        (answer, sorted)
     }
 
     fn answered(&mut self, source: Source, read: impl FnOnce(&mut Parser, &mut Core) -> Body) -> Answer {

@@ -94,6 +94,7 @@ table! {
     OUTBOX_UNSENT_SAMPLES = "tallyd_outbox_unsent_samples", Gauge, [], "Samples in these batches.";
     OUTBOX_MERGED = "tallyd_outbox_merged_total", Counter, [], "Batches never sent that went into others because the outbox was past its limit.";
     KAFKA_PRODUCED = "tallyd_kafka_produced_total", Counter, ["what"], "Records that Kafka acknowledged; state: totals of series, deletes and what is gone, record: JSON that was forwarded.";
+    KAFKA_FAILED = "tallyd_kafka_failed_total", Counter, ["reason"], "Records to be forwarded that Kafka did not acknowledge; their requests were told 503.";
     KAFKA_PARTITIONS = "tallyd_kafka_partitions", Gauge, [], "Partitions of kafka.topic that this agent reads.";
     KAFKA_TABLE_SERIES = "tallyd_kafka_table_series", Gauge, [], "Series of which agents have totals in the topic of the store.";
     KAFKA_TABLE_BYTES = "tallyd_kafka_table_bytes", Gauge, [], "Memory that they take, in bytes.";

@@ -434,6 +434,8 @@ fn another(key: &str, default: &Value) -> BoxedStrategy<Value> {
                 .boxed()
         }
         ("limits.buckets", _) => (320..=2_048_i64).prop_map(Value::from).boxed(),
+        ("ingest.forward", _) if kafka::BUILT => either(&["none", "kafka"]),
+        ("ingest.forward", _) => either(&["none"]),
         // A build without Kafka refuses it.
         ("listen.kafka", _) => Just(Value::from(false)).boxed(),
         ("listen.unix_mode", _) => (0..=0o777_u32).prop_map(|mode| Value::from(Mode(mode).to_string())).boxed(),

@@ -68,11 +68,10 @@ impl Config {
 
 /// librdkafka's words, without the value, which may be a password.
 pub(super) fn refused(error: KafkaError) -> Error {
-    match error {
-        KafkaError::ClientConfig(_, words, name, _) => Error::Option(name, words),
-        KafkaError::ClientCreation(words) => Error::Client(words),
-        other => Error::Client(other.to_string()),
+    if let KafkaError::ClientConfig(_, words, name, _) = error {
+        return Error::Option(name, words);
     }
+    if let KafkaError::ClientCreation(words) = error { Error::Client(words) } else { Error::Client(error.to_string()) }
 }
 
 /// Makes clients, and knows whether all brokers are gone.

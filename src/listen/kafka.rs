@@ -191,20 +191,31 @@ struct Rebalances {
     asked: Mutex<Vec<Asked>>,
     /// Nobody looks at what is asked any more: the consumer is being closed, and that waits for it to be done.
     closing: AtomicBool,
+    /// Something else than a record was taken from the queue, so a poll that brought none does not say that it is empty.
+    stirred: AtomicBool,
+}
+
+impl Rebalances {
+    fn stir(&self) {
+        self.stirred.store(true, Ordering::Release);
+    }
 }
 
 impl ClientContext for Rebalances {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
+        self.stir();
         Quiet::line(level, facility, text);
     }
 
     fn error(&self, error: KafkaError, text: &str) {
+        self.stir();
         self.quiet.failed(&error, text);
     }
 }
 
 impl ConsumerContext for Rebalances {
     fn rebalance(&self, consumer: &BaseConsumer<Self>, code: RDKafkaRespErr, partitions: &mut TopicPartitionList) {
+        self.stir();
         if self.closing.load(Ordering::Acquire) {
             if let Err(error) = consumer.unassign() {
                 tracing::debug!(%error, "partitions were not given back");
@@ -217,6 +228,7 @@ impl ConsumerContext for Rebalances {
     }
 
     fn commit_callback(&self, result: rdkafka::error::KafkaResult<()>, _: &TopicPartitionList) {
+        self.stir();
         if let Err(error) = result {
             // It is committed with what comes next; the journal knows better anyway.
             tracing::debug!(%error, "offsets were not committed");
@@ -240,7 +252,8 @@ fn consumer(
         ("queued.max.messages.kbytes", "16384"),
     ];
     properties.extend(member.map(|member| ("group.instance.id", member)));
-    let context = Rebalances { quiet: link.context(), asked: Mutex::default(), closing: AtomicBool::new(false) };
+    let (closing, stirred) = (AtomicBool::new(false), AtomicBool::new(false));
+    let context = Rebalances { quiet: link.context(), asked: Mutex::default(), closing, stirred };
     let mut consumer: BaseConsumer<Rebalances> = link.make_with(&properties, context)?;
     let shared = Arc::clone(shared);
     consumer.set_nonempty_callback(move || shared.tell(|_| {}));
@@ -332,6 +345,7 @@ impl Reading {
         self.worker.stamp();
         for _ in 0..BURST {
             match consumer.poll(Duration::ZERO) {
+                None if consumer.context().stirred.swap(false, Ordering::AcqRel) => {}
                 None => return Ok(true),
                 Some(Ok(message)) => self.record(&message),
                 Some(Err(error @ KafkaError::MessageConsumptionFatal(_))) => return Err(error),
@@ -368,6 +382,9 @@ impl Reading {
     /// Does what the group asked for.
     fn rebalance(&mut self, consumer: &BaseConsumer<Rebalances>) {
         let asked = std::mem::take(&mut *consumer.context().asked.lock().unwrap_or_else(PoisonError::into_inner));
+        if asked.is_empty() {
+            return;
+        }
         let is_cooperative = matches!(consumer.rebalance_protocol(), RebalanceProtocol::Cooperative);
         let mut left = asked.into_iter();
         for asked in left.by_ref() {

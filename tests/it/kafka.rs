@@ -19,6 +19,7 @@ use rdkafka::{Offset, TopicPartitionList};
 use serde_json::{Value, json};
 
 use crate::agent::{Agent, same, tallyd, until};
+use crate::http;
 
 /// Brokers of a test, with topics of its own.
 pub struct Kafka {
@@ -80,6 +81,10 @@ impl Kafka {
             "flush.interval=100ms".to_owned(),
             "flush.window=1s".to_owned(),
         ];
+        if self.mock.is_some() {
+            // It has no static members, so one that was killed is waited for.
+            all.push("kafka.options={ 'session.timeout.ms' = '4500', 'heartbeat.interval.ms' = '300' }".to_owned());
+        }
         all.extend(settings.iter().map(|setting| (*setting).to_owned()));
         all
     }
@@ -557,4 +562,54 @@ fn what_can_not_work_is_refused_at_the_start() {
         assert_eq!(output.status.code(), Some(code), "{setting}: {text}");
         assert!(text.lines().last().unwrap().contains(said), "{setting}: {text}");
     }
+}
+
+/// The three services of the system that tallyd replaces: one takes records and forwards them, one counts them, one shows
+/// what was counted.
+#[test]
+fn one_agent_forwards_another_counts_and_a_third_reads() {
+    let kafka = Kafka::start();
+    let all = kafka.settings(&["ingest.forward=kafka", "store.kind=memory"]);
+    let taking = Agent::start(&all.iter().map(String::as_str).collect::<Vec<_>>());
+    let counting = kafka.agent(&["listen.kafka=true", "http.ingest=[]"]);
+    let reading = kafka.agent(&["listen.udp=[]", "listen.tcp=[]", "http.ingest=[]"]);
+    let answer = taking.ingest(r#"{"level":"application","name":"server.get.timer","type":"TIMER","value":1}"#);
+    assert_eq!((answer.status, answer.text().as_str()), (200, "Record server.get.timer UPDATED"));
+    let many = r#"[{"name":"a","type":"COUNTER","value":2},{"name":"","type":"COUNTER","value":1},{"name":"b","type":"SET","value":"x"}]"#;
+    let answer = taking.ingest(many);
+    let want = json!({"accepted": 2, "rejected": 1, "errors": [{"index": 1, "reason": "empty_name"}]});
+    assert_eq!((answer.status, answer.json()), (200, want));
+    let answer = taking.ingest("{");
+    assert_eq!((answer.status, &answer.json()["reason"]), (400, &json!("bad_json")));
+    assert_eq!(taking.ingest("[]").status, 200);
+    for agent in [&counting, &reading] {
+        agent.wait_for("application.server.get.timer", "count", 1);
+        agent.wait_for("a", "value", 2);
+        agent.wait_for("b", "value", 1);
+    }
+    assert_eq!(taking.metric("a"), None, "it is counted elsewhere");
+    let table = kafka.table(&kafka.topic("records"));
+    assert!(table.contains_key("application.server.get.timer"), "{:?}", table.keys());
+    assert_eq!(taking.own("tallyd_kafka_produced_total", "record"), 3.0);
+    assert_eq!(taking.own("tallyd_lines_rejected_total", "http"), 2.0);
+}
+
+#[test]
+fn a_key_is_forwarded_once_and_brokers_that_are_away_are_a_503() {
+    let kafka = Kafka::start();
+    let all = kafka.settings(&["ingest.forward=kafka"]);
+    let agent = Agent::start(&all.iter().map(String::as_str).collect::<Vec<_>>());
+    let headers = [("Content-Type", "application/json"), ("Idempotency-Key", "k")];
+    for _ in 0..2 {
+        let answer =
+            http::request(agent.address("ingest"), "POST", "/ingest/metrics", &headers, one("once").as_bytes());
+        assert_eq!(answer.status, 200);
+    }
+    assert_eq!(agent.own("tallyd_kafka_produced_total", "record"), 1.0);
+    kafka.away();
+    let answer = agent.ingest(one("lost"));
+    assert_eq!(answer.status, 503);
+    assert!(answer.header("retry-after").is_some());
+    kafka.back();
+    until("the brokers", || (agent.ingest(one("there")).status == 200).then_some(()));
 }

@@ -158,7 +158,8 @@ impl Follower {
             assignment.add_partition_offset(&topic, number, Offset::Beginning)?;
         }
         self.shared.table_mut().clear();
-        (self.deletes.clear(), self.ended.clear());
+        self.deletes.clear();
+        self.ended.clear();
         consumer.assign(&assignment)?;
         self.shared.learn(|facts| (facts.partitions, facts.loaded) = (Some(count), false));
         Ok(())

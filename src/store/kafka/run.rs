@@ -305,7 +305,8 @@ impl Shared {
     pub(super) fn rest(&self, patience: Duration) {
         let work = locked(&self.work);
         let was_away = !self.facts().connected;
-        let wait = |_: &mut Work| !self.is_stopping() && !(was_away && self.facts().connected);
+        let is_over = || self.is_stopping() || (was_away && self.facts().connected);
+        let wait = |_: &mut Work| !is_over();
         drop(self.wake.wait_timeout_while(work, patience, wait));
     }
 
