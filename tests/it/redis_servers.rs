@@ -21,7 +21,7 @@ pub struct Server {
     child: Child,
     pub port: u16,
     arguments: Vec<String>,
-    pub directory: TempDir,
+    directory: TempDir,
 }
 
 impl Server {
@@ -247,6 +247,42 @@ impl Cluster {
             names.lines().map(|name| (at, name.to_owned())).collect::<Vec<_>>()
         };
         self.masters().into_iter().flat_map(on).collect()
+    }
+}
+
+/// Slots on their way from one master to another.
+impl Cluster {
+    /// The slot of a key.
+    pub fn slot(&self, key: &str) -> u16 {
+        self.nodes[0].cli(&["CLUSTER", "KEYSLOT", key]).trim().parse().unwrap()
+    }
+
+    /// From now on keys of a slot that are not there are asked for at another node.
+    pub fn begin_to_move(&self, slot: u16, from: usize, to: usize) {
+        let slot = slot.to_string();
+        assert_eq!(self.cli(to, &["CLUSTER", "SETSLOT", &slot, "IMPORTING", &self.id(from)]).trim(), "OK");
+        assert_eq!(self.cli(from, &["CLUSTER", "SETSLOT", &slot, "MIGRATING", &self.id(to)]).trim(), "OK");
+    }
+
+    /// Moves up to so many keys of the slot.
+    pub fn move_keys(&self, slot: u16, from: usize, to: usize, count: usize) {
+        let keys = self.cli(from, &["CLUSTER", "GETKEYSINSLOT", &slot.to_string(), &count.to_string()]);
+        let port = self.nodes[to].port.to_string();
+        for key in keys.lines().filter(|key| !key.is_empty()) {
+            assert_eq!(self.cli(from, &["MIGRATE", "127.0.0.1", &port, key, "0", "5000"]).trim(), "OK", "{key}");
+        }
+    }
+
+    /// Gives the slot, which must be empty, to the other node for good.
+    pub fn end_move(&self, slot: u16, from: usize, to: usize) {
+        let id = self.id(to);
+        for at in [to, from] {
+            until("the slot to be there", || {
+                // Keys that came meanwhile go first.
+                self.move_keys(slot, from, to, 1_000);
+                self.nodes[at].says(&["CLUSTER", "SETSLOT", &slot.to_string(), "NODE", &id], "OK").then_some(())
+            });
+        }
     }
 }
 
