@@ -105,7 +105,7 @@ impl Agent {
             interval,
             journal: Some(Arc::clone(&journal)),
             is_remote,
-            on_commit: Box::new(on_commit),
+            on_commit: Box::new(move |written| on_commit(written.flush)),
             ..Setup::default()
         });
         let interval_ms = interval.as_millis();

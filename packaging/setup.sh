@@ -4,8 +4,8 @@
 # Says nothing when nothing is missing. Needs root only then.
 set -euo pipefail
 
-# program that shows whether it is there : package that brings it
-build=(cc:build-essential)
+# program, or file, that shows whether it is there : package that brings it. librdkafka is built with the feature kafka alone.
+build=(cc:build-essential pkg-config:pkg-config /usr/include/openssl/ssl.h:libssl-dev /usr/include/zlib.h:zlib1g-dev)
 tests=(redis-server:redis-server prometheus:prometheus promtool:prometheus nc:netcat-openbsd curl:curl python3:python3 jq:jq)
 peers=(node:nodejs npm:npm taskset:util-linux)
 
@@ -17,7 +17,7 @@ esac
 
 missing=()
 for pair in "${wanted[@]}"; do
-  command -v "${pair%%:*}" >/dev/null 2>&1 || missing+=("${pair##*:}")
+  command -v "${pair%%:*}" >/dev/null 2>&1 || [ -e "${pair%%:*}" ] || missing+=("${pair##*:}")
 done
 [ ${#missing[@]} -gt 0 ] || exit 0
 

@@ -23,15 +23,22 @@ use crate::aggregate::ledger::Ledger;
 use crate::aggregate::shard::{Budget, SeriesId};
 use crate::config::{Config, Kind};
 use crate::flush::{self, Parts, Running};
+use crate::http::forward::{Forward, Forwarder};
 use crate::http::scrape::Mapper;
 use crate::http::{self, Api, Health, Keeping, Reload};
 use crate::ingest::{Rejects, Settings, Sources, Times, Worker, Workers};
+#[cfg(feature = "kafka")]
+use crate::listen::kafka::{Input, Kept};
 use crate::listen::{self, Listeners};
+#[cfg(feature = "kafka")]
+use crate::sample::Marks;
 use crate::store::journal::{self, Damage, Journal, Opened};
+#[cfg(feature = "kafka")]
+use crate::store::kafka;
 use crate::store::redis::{Deleted, RedisReader};
 use crate::store::ship;
 use crate::telemetry;
-use crate::view::{Remote, View};
+use crate::view::{Batched, Remote, View};
 
 /// Why an agent could not start.
 #[derive(Debug)]
@@ -46,6 +53,12 @@ pub enum Error {
     Flush(flush::Error),
     /// The store.
     Ship(ship::Error),
+    /// The store, or an input from the same brokers.
+    #[cfg(feature = "kafka")]
+    Kafka(kafka::Error),
+    /// The topic of JSON records.
+    #[cfg(feature = "kafka")]
+    Input(listen::kafka::Error),
     /// Our own metrics.
     Telemetry(telemetry::Error),
     /// A thread, a runtime or a signal.
@@ -60,6 +73,10 @@ impl Error {
             Self::Http(error) => error.exit_code(),
             Self::Journal(error) | Self::Flush(flush::Error::Journal(error)) => error.exit_code(),
             Self::Ship(ship::Error::Config(error)) => error.exit_code(),
+            #[cfg(feature = "kafka")]
+            Self::Kafka(error) => error.exit_code(),
+            #[cfg(feature = "kafka")]
+            Self::Input(error) => error.exit_code(),
             Self::Ship(ship::Error::Thread(_))
             | Self::Flush(flush::Error::Thread(_))
             | Self::Telemetry(_)
@@ -75,6 +92,10 @@ impl fmt::Display for Error {
             Self::Http(error) => error.fmt(f),
             Self::Journal(error) | Self::Flush(flush::Error::Journal(error)) => error.fmt(f),
             Self::Ship(error) => error.fmt(f),
+            #[cfg(feature = "kafka")]
+            Self::Kafka(error) => error.fmt(f),
+            #[cfg(feature = "kafka")]
+            Self::Input(error) => error.fmt(f),
             Self::Telemetry(error) => error.fmt(f),
             Self::Flush(flush::Error::Thread(error)) | Self::System(error) => {
                 write!(f, "{error}; raise the limit of threads or open files")
@@ -126,9 +147,11 @@ pub mod limits {
 struct Agent {
     workers: Arc<Workers>,
     running: Running,
-    ship: Option<ship::Handle>,
+    ship: Option<Ship>,
     api: Thread,
     listeners: Listeners,
+    #[cfg(feature = "kafka")]
+    input: Option<Input>,
     health: Arc<Health>,
     mapper: Arc<Mapper>,
     exporter: telemetry::Exporter,
@@ -149,7 +172,7 @@ impl Agent {
         let sources = Sources::new(&config.limits.sources, config.limits.flush.idle);
         let (workers, deliveries) =
             Workers::telling_apart(sources, settings(config), Arc::clone(&budget), Arc::clone(&rejects), times);
-        let bell = Arc::new(OnceLock::new());
+        let bells = Arc::new(Bells::default());
         let parts = Parts {
             workers: Arc::clone(&workers),
             deliveries,
@@ -157,12 +180,15 @@ impl Agent {
             budget,
             journal: journal.clone(),
             remote: is_remote,
-            on_commit: ring(&bell),
+            exact: config.listen.kafka,
+            on_commit: ring(&bells),
         };
         let running = Running::start(parts, &config.flush, &config.limits.flush).map_err(Error::Flush)?;
         let keeping = keeping(journal.as_ref(), &running)?;
         let ship = start_ship(config, journal.as_ref(), &running)?;
-        let remote = remote(config, journal.as_ref(), ship.as_ref(), &bell)?;
+        let remote = remote(config, journal.as_ref(), ship.as_ref(), &bells)?;
+        #[cfg(feature = "kafka")]
+        let kept = journal.as_ref().map(|journal| (journal.agent().to_string(), journal.marks()));
         let view =
             View::new(ledger, running.fold(), journal, rejects, workers.events(), workers.sources()).sharing(remote);
         let health = Arc::new(Health::default());
@@ -179,7 +205,9 @@ impl Agent {
         };
         let HttpSockets { ingest, api: api_sockets, scrape } = sockets;
         let api = start_api(api_sockets, scrape, api, config)?;
-        let listeners = start_listeners(ingest, config, &workers, keeping)?;
+        let listeners = start_listeners(ingest, config, &workers, keeping, start_forwarder(config)?)?;
+        #[cfg(feature = "kafka")]
+        let input = start_input(config, kept, &workers, &bells)?;
         for (listener, address) in listeners.bound() {
             bound.entry(listener.name().to_owned()).or_default().push(address.to_string());
         }
@@ -187,7 +215,19 @@ impl Agent {
             tracing::warn!("{warning}");
         }
         health.started(bound.clone());
-        Ok(Self { workers, running, ship, api, listeners, health, mapper, exporter, bound })
+        Ok(Self {
+            workers,
+            running,
+            ship,
+            api,
+            listeners,
+            #[cfg(feature = "kafka")]
+            input,
+            health,
+            mapper,
+            exporter,
+            bound,
+        })
     }
 
     /// The line that scripts and tests wait for.
@@ -243,8 +283,16 @@ impl Agent {
         tracing::info!("stopping");
         let deadline = Instant::now() + within;
         self.health.stopping();
+        #[cfg(feature = "kafka")]
+        if let Some(input) = &self.input {
+            input.close();
+        }
         self.listeners.stop(within / 2);
         self.running.stop(deadline);
+        #[cfg(feature = "kafka")]
+        if let Some(input) = self.input {
+            input.end(deadline);
+        }
         if let Some(ship) = self.ship {
             ship.stop(deadline);
         }
@@ -253,47 +301,132 @@ impl Agent {
     }
 }
 
-/// Wakes the shipping after each commit, once there is one.
-fn ring(bell: &Arc<OnceLock<ship::Bell>>) -> flush::OnCommit {
-    let bell = Arc::clone(bell);
-    Box::new(move |_| {
-        if let Some(bell) = bell.get() {
+/// Who is told of each commit, once they are there.
+#[derive(Default)]
+struct Bells {
+    ship: OnceLock<ship::Bell>,
+    #[cfg(feature = "kafka")]
+    kafka: OnceLock<kafka::Bell>,
+    #[cfg(feature = "kafka")]
+    input: OnceLock<Kept>,
+}
+
+/// Tells of each commit.
+fn ring(bells: &Arc<Bells>) -> flush::OnCommit {
+    let bells = Arc::clone(bells);
+    Box::new(move |written| {
+        if let Some(bell) = bells.ship.get() {
             bell.ring();
         }
+        #[cfg(feature = "kafka")]
+        if let Some(bell) = bells.kafka.get() {
+            let changed = written.changed.iter().map(|changed| (changed.series.kind(), changed.series.key()));
+            bell.touched(changed.chain(written.deleted.iter().map(|(kind, key)| (*kind, key))));
+        }
+        #[cfg(feature = "kafka")]
+        if let Some(kept) = bells.input.get() {
+            kept.tell(written.marks);
+        }
+        #[cfg(not(feature = "kafka"))]
+        let _ = written;
     })
 }
 
-fn start_ship(
-    config: &Config,
-    journal: Option<&Arc<Journal>>,
-    running: &Running,
-) -> Result<Option<ship::Handle>, Error> {
-    let (Kind::Redis, Some(journal)) = (config.store.kind, journal) else { return Ok(None) };
+/// What brings the journal's figures to a store that agents share.
+enum Ship {
+    Redis(ship::Handle),
+    #[cfg(feature = "kafka")]
+    Kafka(kafka::Handle),
+}
+
+impl Ship {
+    fn stop(self, deadline: Instant) {
+        match self {
+            Self::Redis(ship) => ship.stop(deadline),
+            #[cfg(feature = "kafka")]
+            Self::Kafka(ship) => ship.stop(deadline),
+        }
+    }
+}
+
+fn start_ship(config: &Config, journal: Option<&Arc<Journal>>, running: &Running) -> Result<Option<Ship>, Error> {
+    let Some(journal) = journal else { return Ok(None) };
+    match config.store.kind {
+        Kind::Memory | Kind::Embedded => Ok(None),
+        Kind::Redis => {
+            ship::start(parts_of_redis(config, journal, running)).map(Ship::Redis).map(Some).map_err(Error::Ship)
+        }
+        #[cfg(feature = "kafka")]
+        Kind::Kafka => {
+            kafka::start(parts_of_kafka(config, journal, running)).map(Ship::Kafka).map(Some).map_err(Error::Kafka)
+        }
+    }
+}
+
+fn parts_of_redis(config: &Config, journal: &Arc<Journal>, running: &Running) -> ship::Parts {
     let fold = running.fold();
     let on_deleted = move |deleted: Vec<Deleted>| {
         fold.forget(deleted.into_iter().map(|deleted| SeriesId { kind: deleted.kind, key: deleted.key }).collect());
     };
-    let parts = ship::Parts {
+    ship::Parts {
         journal: Arc::clone(journal),
         config: config.store.redis.clone(),
         limits: config.limits.redis.clone(),
         expire: config.limits.journal.store_expire,
         on_deleted: Arc::new(on_deleted),
-    };
-    ship::start(parts).map(Some).map_err(Error::Ship)
+    }
+}
+
+#[cfg(feature = "kafka")]
+fn parts_of_kafka(config: &Config, journal: &Arc<Journal>, running: &Running) -> kafka::Parts {
+    let fold = running.fold();
+    kafka::Parts {
+        journal: Arc::clone(journal),
+        kafka: config.kafka.clone(),
+        config: config.store.kafka.clone(),
+        limits: config.limits.kafka.clone(),
+        expire: config.limits.journal.store_expire,
+        on_deleted: Arc::new(move |series, marks, answer| fold.follow(series, marks, answer)),
+    }
+}
+
+/// Starts to read the topic of JSON records, if it is to be read, from where the journal has it.
+#[cfg(feature = "kafka")]
+fn start_input(
+    config: &Config,
+    kept: Option<(String, Marks)>,
+    workers: &Arc<Workers>,
+    bells: &Bells,
+) -> Result<Option<Input>, Error> {
+    if !config.listen.kafka {
+        return Ok(None);
+    }
+    let (member, marks) = kept.unzip();
+    let input = Input::start(&config.kafka, member, marks.unwrap_or_default(), workers).map_err(Error::Input)?;
+    bells.input.get_or_init(|| input.kept());
+    Ok(Some(input))
 }
 
 fn remote(
     config: &Config,
     journal: Option<&Arc<Journal>>,
-    ship: Option<&ship::Handle>,
-    bell: &OnceLock<ship::Bell>,
+    ship: Option<&Ship>,
+    bells: &Bells,
 ) -> Result<Option<Remote>, Error> {
     let (Some(journal), Some(ship)) = (journal, ship) else { return Ok(None) };
-    let reader = RedisReader::new(&config.store.redis, &config.limits.redis);
-    let reader = reader.map_err(|error| Error::Ship(ship::Error::Config(error)))?;
-    let bell = bell.get_or_init(|| ship.bell()).clone();
-    Ok(Some(Remote { reader, bell, journal: Arc::clone(journal) }))
+    match ship {
+        Ship::Redis(ship) => {
+            let reader = RedisReader::new(&config.store.redis, &config.limits.redis);
+            let reader = reader.map_err(|error| Error::Ship(ship::Error::Config(error)))?;
+            let bell = bells.ship.get_or_init(|| ship.bell()).clone();
+            Ok(Some(Remote::Redis(Batched { reader, bell, journal: Arc::clone(journal) })))
+        }
+        #[cfg(feature = "kafka")]
+        Ship::Kafka(ship) => {
+            bells.kafka.get_or_init(|| ship.bell()).ring();
+            Ok(Some(Remote::Kafka(ship.reader())))
+        }
+    }
 }
 
 fn keeping(journal: Option<&Arc<Journal>>, running: &Running) -> Result<Keeping, Error> {
@@ -313,6 +446,8 @@ fn open_journal(config: &Config) -> Result<Option<Arc<Journal>>, journal::Error>
     let with_outbox = match config.store.kind {
         Kind::Memory => return Ok(None),
         Kind::Embedded => false,
+        #[cfg(feature = "kafka")]
+        Kind::Kafka => false,
         Kind::Redis => true,
     };
     let limits = journal::Limits { receipts: config.limits.http.idempotency_keys, ..config.limits.journal.clone() };
@@ -403,17 +538,29 @@ fn start_api(
     }
 }
 
+/// What forwards records that come by HTTP, if they are to be forwarded.
+fn start_forwarder(config: &Config) -> Result<Option<Forwarder>, Error> {
+    match config.ingest.forward {
+        Forward::None => Ok(None),
+        #[cfg(feature = "kafka")]
+        Forward::Kafka => {
+            Forwarder::new(&config.kafka).map(Some).map_err(|error| Error::Kafka(kafka::Error::Config(error)))
+        }
+    }
+}
+
 /// Starts the listeners for lines, and HTTP ingest beside them on the stream worker's thread.
 fn start_listeners(
     ingest: Vec<TcpListener>,
     config: &Config,
     workers: &Arc<Workers>,
     keeping: Keeping,
+    forwarder: Option<Forwarder>,
 ) -> Result<Listeners, Error> {
     let (http, limits) = (config.http.clone(), config.limits.http.clone());
     let (started, outcome) = std::sync::mpsc::channel();
     let beside = move |worker: Rc<RefCell<Worker>>, mut ends: watch::Receiver<bool>| async move {
-        match http::start_ingest(ingest, worker, keeping, &http, &limits) {
+        match http::start_ingest(ingest, worker, keeping, forwarder, &http, &limits) {
             Ok(server) => {
                 drop(started.send(Ok(())));
                 // An error means that the listeners are gone, which is an end as well.

@@ -20,8 +20,9 @@ use toml::{Table, Value};
 use crate::agent::limits as agent;
 use crate::aggregate::{self, histogram, set, shard};
 use crate::http::scrape;
+use crate::kafka;
 use crate::mapping::Mapping;
-use crate::store::{journal, redis};
+use crate::store::{self, journal, redis};
 use crate::units::without_password;
 use crate::{flush, http, ingest, listen, mapping, protocol};
 
@@ -39,12 +40,16 @@ pub struct Config {
     pub listen: listen::Config,
     /// Where requests come in.
     pub http: http::Config,
+    /// What becomes of records that come by HTTP.
+    pub ingest: http::forward::Config,
     /// How a line is read.
     pub protocol: protocol::Config,
     /// When shards are sealed, and the figures of a window.
     pub flush: flush::Config,
     /// Where batches go.
     pub store: Store,
+    /// The way to Kafka.
+    pub kafka: kafka::Config,
     /// The rules that give series their names in a scrape.
     pub mapping: mapping::Config,
     /// What a scrape shows.
@@ -61,9 +66,11 @@ impl Default for Config {
             state_dir: PathBuf::from("tallyd-data"),
             listen: listen::Config::default(),
             http: http::Config::default(),
+            ingest: http::forward::Config::default(),
             protocol: protocol::Config::default(),
             flush: flush::Config::default(),
             store: Store::default(),
+            kafka: kafka::Config::default(),
             mapping: mapping::Config::default(),
             prometheus: scrape::Config::default(),
             log: Log::default(),
@@ -100,6 +107,9 @@ pub struct Limits {
     /// Of Redis.
     #[serde(flatten)]
     pub redis: redis::Limits,
+    /// Of Kafka.
+    #[serde(flatten)]
+    pub kafka: store::kafka::Limits,
     /// Of requests.
     #[serde(flatten)]
     pub http: http::Limits,
@@ -118,6 +128,8 @@ pub struct Store {
     pub embedded: journal::Config,
     /// Where Redis is, if it is that.
     pub redis: redis::Config,
+    /// The topic of totals, if it is Kafka.
+    pub kafka: store::kafka::Config,
 }
 
 /// Where totals are kept.
@@ -131,6 +143,9 @@ pub enum Kind {
     Embedded,
     /// In the journal and in Redis, which many agents share.
     Redis,
+    /// In the journal and in a topic of Kafka, which many agents share.
+    #[cfg(feature = "kafka")]
+    Kafka,
 }
 
 impl<'de> Deserialize<'de> for Kind {
@@ -139,8 +154,11 @@ impl<'de> Deserialize<'de> for Kind {
             "memory" => Ok(Self::Memory),
             "embedded" => Ok(Self::Embedded),
             "redis" => Ok(Self::Redis),
-            "kafka" => Err(D::Error::custom("this build has no Kafka; write \"memory\", \"embedded\" or \"redis\"")),
-            _ => Err(D::Error::custom("no store; write \"memory\", \"embedded\" or \"redis\"")),
+            #[cfg(feature = "kafka")]
+            "kafka" => Ok(Self::Kafka),
+            #[cfg(not(feature = "kafka"))]
+            "kafka" => Err(D::Error::custom(kafka::NOT_BUILT)),
+            _ => Err(D::Error::custom("no store; write \"memory\", \"embedded\", \"redis\" or \"kafka\"")),
         }
     }
 }
@@ -209,6 +227,7 @@ keys! {
     "listen.workers", Restart, "Threads that read UDP. 0: one per core.";
     "listen.receive_buffer", Restart, "Asked of the kernel for each UDP socket.";
     "listen.udp_gro", Restart, "true: datagrams of one sender may be read as one where it sends such trains (UDP_SEGMENT). A train that is dropped counts as one drop.";
+    "listen.kafka", Restart, "true: read JSON records from kafka.topic, as a member of kafka.group.";
     "listen.linger", Restart, "Longest rest of a worker that has emptied its socket while traffic flows, as far as the receive buffer allows: fewer wake-ups.";
 
     "http", Restart, "Where requests come in.";
@@ -217,6 +236,9 @@ keys! {
     "http.scrape", Restart, "/metrics on a listener of its own, usually \":9102\" of an address that Prometheus reaches.";
     "http.hosts", Restart, "Host names by which a loopback listener may be asked, besides localhost and loopback addresses.";
     "http.insecure", Restart, "true: ingest and api may listen beyond loopback though whoever reaches them may write.";
+
+    "ingest", Restart, "What becomes of records that come by HTTP.";
+    "ingest.forward", Restart, "\"none\": they are counted here; \"kafka\": they go to kafka.topic, and the answer comes once they are there.";
 
     "protocol", Now, "How a line is read.";
     "protocol.name_policy", Now, "\"etsy\": blanks to _, / to -, other characters outside A-Za-z0-9_.- dropped; \"none\": as sent.";
@@ -229,7 +251,7 @@ keys! {
     "flush.percentiles", Restart, "Percentiles of Etsy's figures (upper_90, mean_90 ...); negative ones count from the top.";
 
     "store", Restart, "Where totals are kept.";
-    "store.kind", Restart, "\"memory\": nowhere; \"embedded\": the journal in state_dir; \"redis\": shared by many agents, and the journal.";
+    "store.kind", Restart, "\"memory\": nowhere; \"embedded\": the journal in state_dir; \"redis\", \"kafka\": shared by many agents, and the journal.";
     "store.embedded", Restart, "The journal: the agent's own file, with every kind of store but memory.";
     "store.embedded.cache", Restart, "How much of the file is kept in memory.";
     "store.redis", Restart, "Redis or Valkey.";
@@ -242,6 +264,17 @@ keys! {
     "store.redis.cert_file", Restart, "PEM: our own certificate, where the servers ask for one.";
     "store.redis.key_file", Restart, "PEM: its key.";
     "store.redis.replicas", Restart, "How many replicas must have a batch before it leaves the outbox. \"auto\": 1 where there are any.";
+    "store.kafka", Restart, "The compacted topic of totals.";
+    "store.kafka.topic", Restart, "Its name. It is made when it is missing.";
+    "store.kafka.partitions", Restart, "Partitions that it is made with. They must not change later.";
+    "store.kafka.replication", Restart, "Copies that it is made with. 0: as the brokers do by default.";
+
+    "kafka", Restart, "The way to Kafka, for store.kind, listen.kafka and ingest.forward. A build needs the feature kafka.";
+    "kafka.brokers", Restart, "Some of the brokers, as \"host:port\".";
+    "kafka.topic", Restart, "JSON records, by the key level.name: what listen.kafka reads and ingest.forward writes.";
+    "kafka.group", Restart, "Consumer group of listen.kafka: its agents share the partitions.";
+    "kafka.password_file", Restart, "File whose first line is sasl.password. \"\": none.";
+    "kafka.options", Restart, "Other properties of librdkafka, as in { \"security.protocol\" = \"SASL_SSL\" }.";
 
     "mapping", Now, "Which names and labels series have in a scrape, and which series are not kept.";
     "mapping.file", Now, "A mapping file of statsd_exporter. \"\": none.";
@@ -302,9 +335,18 @@ keys! {
     "limits.batch", Restart, "Series in one batch to the store.";
     "limits.redis_connect", Restart, "Time to connect.";
     "limits.redis_reply", Restart, "Time to a reply; then the connection is dropped and the same batch sent again.";
+    "limits.kafka_table", Restart, "Memory for the totals of other agents with store.kind = \"kafka\"; beyond, reads show this agent alone.";
     "limits.outbox", Restart, "Bytes kept for the store; beyond, the oldest batches that were never sent merge.";
     "limits.reject_log", Restart, "Rejected lines logged in a second for each reason; more are counted.";
     "limits.stop", Restart, "Time to stop in; what is left then is in the journal.";
+}
+
+/// Keys that hold a table of names that are not ours.
+const MAPS: [&str; 1] = ["kafka.options"];
+
+/// Whether a value of the tree is a section, with keys of its own.
+fn is_section(name: &str, value: &Value) -> bool {
+    value.is_table() && !MAPS.contains(&name)
 }
 
 /// Keys that hold addresses to bind, whether HTTP writes or administration come in there.
@@ -441,7 +483,7 @@ impl Config {
         let (old_tree, new_tree) = (self.tree(), new.tree());
         let differs = |key: &Key| {
             let (old, new) = (get(&old_tree, key.name), get(&new_tree, key.name));
-            old.is_some_and(|value| !value.is_table()) && old != new
+            old.is_some_and(|value| !is_section(key.name, value)) && old != new
         };
         let other_rules = self.mapping.rules != new.mapping.rules;
         let changed = || KEYS.iter().filter(|key| differs(key) || (other_rules && key.name == "mapping.file"));
@@ -542,6 +584,7 @@ impl Loaded {
         problems.extend(self.interval());
         problems.extend(self.prometheus());
         problems.extend(self.series());
+        problems.extend(self.kafka());
         problems
     }
 
@@ -557,6 +600,33 @@ impl Loaded {
             scrape::Error::InfiniteBucket(_) | scrape::Error::BucketOrder(_) => "prometheus.buckets",
         };
         Some(self.refused(key, &error))
+    }
+
+    /// The options are checked only where they are used: they are librdkafka's to judge.
+    fn kafka(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let store::kafka::Config { topic, partitions, .. } = &self.config.store.kafka;
+        if kafka::check_topic(topic).is_err() {
+            let remedy = "no name of a topic; write 1 to 249 of the characters A-Za-z0-9._-";
+            problems.push(self.wrong("store.kafka.topic", &Value::from(topic.as_str()), remedy));
+        }
+        if !(1..=10_000).contains(partitions) {
+            let remedy = "out of range; write 1 to 10000";
+            problems.push(self.wrong("store.kafka.partitions", &Value::from(*partitions), remedy));
+        }
+        if self.config.listen.kafka && !kafka::BUILT {
+            problems.push(self.wrong("listen.kafka", &Value::from(true), kafka::NOT_BUILT));
+        }
+        if topic == &self.config.kafka.topic {
+            let remedy = "kafka.topic is that topic; name two, since one is compacted and the other is not";
+            problems.push(self.wrong("store.kafka.topic", &Value::from(topic.as_str()), remedy));
+        }
+        if self.config.kafka.group.is_empty() {
+            problems.push(self.wrong("kafka.group", &Value::from(""), "no group; name one"));
+        }
+        let error = self.config.kafka.check().err();
+        problems.extend(error.map(|error| self.refused(error.key(), &error)));
+        problems
     }
 
     /// What journal, store and other agents keep is bounded by the defaults, so more could not be kept here.
@@ -663,7 +733,8 @@ fn print(tree: &Table, head: impl Fn(&Key) -> String, line: impl Fn(&Key, &Value
     KEYS.iter()
         .filter_map(|key| {
             let value = get(tree, key.name)?;
-            Some(if value.is_table() { format!("\n{}[{}]\n", head(key), key.name) } else { line(key, value) })
+            let is_section = is_section(key.name, value);
+            Some(if is_section { format!("\n{}[{}]\n", head(key), key.name) } else { line(key, value) })
         })
         .collect()
 }
@@ -688,9 +759,14 @@ fn shown(value: &Value) -> String {
     match value {
         Value::String(text) => literal(&Value::from(without_password(text).into_owned())),
         Value::Array(items) => format!("[{}]", items.iter().map(shown).collect::<Vec<_>>().join(", ")),
-        Value::Integer(_) | Value::Float(_) | Value::Boolean(_) | Value::Datetime(_) | Value::Table(_) => {
-            literal(value)
+        Value::Table(table) => {
+            let hidden = |(name, value): (&String, &Value)| {
+                let value = if kafka::is_secret(name) { Value::from("***") } else { value.clone() };
+                (name.clone(), value)
+            };
+            literal(&Value::Table(table.iter().map(hidden).collect()))
         }
+        Value::Integer(_) | Value::Float(_) | Value::Boolean(_) | Value::Datetime(_) => literal(value),
     }
 }
 

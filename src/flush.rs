@@ -28,8 +28,8 @@ use crate::aggregate::shard::{Budget, SeriesId};
 use crate::clock;
 use crate::ingest::{Delivery, Returned, Workers};
 use crate::receipt::Receipt;
-use crate::sample::Kind;
-use crate::store::journal::{self, Journal};
+use crate::sample::{Kind, Marks, SeriesKey};
+use crate::store::journal::{self, Beside, Journal};
 use crate::sync::{AtomicU64, Receiver, Sender, bounded, unbounded};
 use crate::telemetry;
 use crate::units::Time;
@@ -92,6 +92,8 @@ enum Order {
     Delete(Vec<SeriesId>, oneshot::Sender<()>),
     /// The same, for nobody.
     Forget(Vec<SeriesId>),
+    /// The same, because a log of deletes says so; how far that was read is kept together with it.
+    Follow(Vec<SeriesId>, Marks, Option<oneshot::Sender<()>>),
     /// A flush is in the journal.
     Committed(u64, Vec<Arc<Series>>),
     /// End when every worker has delivered its last, or at the deadline.
@@ -162,14 +164,34 @@ impl Fold {
         drop(self.orders.send(Order::Forget(series)));
     }
 
+    /// Lets series start again from nothing because a log of deletes said so, which was read up to these marks. Who waits
+    /// is told when that is kept.
+    pub fn follow(&self, series: Vec<SeriesId>, marks: Marks, answer: Option<oneshot::Sender<()>>) {
+        // As above: it is read again.
+        drop(self.orders.send(Order::Follow(series, marks, answer)));
+    }
+
     /// How fold and flush are doing.
     pub fn status(&self) -> &Status {
         &self.status
     }
 }
 
-/// Called after each commit, with the number of the flush.
-pub type OnCommit = Box<dyn Fn(u64) + Send>;
+/// Called after each commit. It must not block.
+pub type OnCommit = Box<dyn Fn(&Written<'_>) + Send>;
+
+/// What a flush wrote; without a journal nothing but the marks, of what is folded.
+#[derive(Debug, Clone, Copy)]
+pub struct Written<'a> {
+    /// Its number.
+    pub flush: u64,
+    /// The series whose totals it wrote.
+    pub changed: &'a [Changed],
+    /// The series that it deleted first.
+    pub deleted: &'a [(Kind, SeriesKey)],
+    /// How far logs were read whose records are in it.
+    pub marks: &'a Marks,
+}
 
 /// What the threads work on.
 pub struct Parts {
@@ -185,6 +207,8 @@ pub struct Parts {
     pub journal: Option<Arc<Journal>>,
     /// Whether deltas are to be kept for a remote store.
     pub remote: bool,
+    /// Whether what is written must be the totals as of the flush, because marks are written with them.
+    pub exact: bool,
     /// Wakes those who ship.
     pub on_commit: OnCommit,
 }
@@ -279,6 +303,7 @@ struct Folding {
     readers: Readers,
     deleted: Vec<SeriesId>,
     receipts: Vec<Receipt>,
+    marks: Marks,
     /// Those who wait until what is here now is in the journal.
     keepers: Vec<oneshot::Sender<()>>,
     interval_ms: u64,
@@ -326,6 +351,7 @@ impl Folding {
         let flush = parts.journal.as_ref().map_or(0, |journal| journal.last_flush()) + 1;
         let (ledger, budget) = (parts.ledger, parts.budget);
         let mut writer = Writer::new(Arc::clone(&ledger), Arc::clone(&budget), parts.remote, flush);
+        writer.takes_totals = parts.exact;
         if let Some(journal) = &parts.journal {
             restore(&mut writer, journal, limits).map_err(Error::Journal)?;
         }
@@ -354,6 +380,7 @@ impl Folding {
             readers: Readers { waiting: Vec::new(), open: None, opened: None },
             deleted: Vec::new(),
             receipts: Vec::new(),
+            marks: Marks::new(),
             keepers: Vec::new(),
             interval_ms,
             next_flush_ms: next_multiple(begun_ms, interval_ms),
@@ -408,6 +435,7 @@ impl Folding {
         self.workers.give_back(delivery.worker, Returned::Cells(delivery.sealed.cells));
         self.workers.sources().add(delivery.sources);
         self.receipts.append(&mut delivery.receipts);
+        self.marks.append(&mut delivery.marks);
         if self.seen.len() <= delivery.worker {
             let unseen = Seen { complete_until_ms: self.begun_ms, ..Seen::default() };
             self.seen.resize(delivery.worker + 1, unseen);
@@ -431,6 +459,11 @@ impl Folding {
                 self.keepers.push(answer);
             }
             Order::Forget(series) => self.delete(series),
+            Order::Follow(series, mut marks, answer) => {
+                self.delete(series);
+                self.marks.append(&mut marks);
+                self.keepers.extend(answer);
+            }
             Order::Committed(flush, series) => self.writer.committed(flush, &series),
             Order::Stop(deadline) => self.stop = Some(deadline),
         }
@@ -505,6 +538,13 @@ impl Folding {
             self.deleted.clear();
             self.receipts.clear();
             self.forgotten.clear();
+            let marks = std::mem::take(&mut self.marks);
+            (self.on_commit)(&Written {
+                flush: self.writer.next_flush() - 1,
+                changed: &[],
+                deleted: &[],
+                marks: &marks,
+            });
             return;
         };
         if jobs.is_full() {
@@ -526,6 +566,7 @@ impl Folding {
             changed: self.writer.take_changed(),
             deleted: std::mem::take(&mut self.deleted),
             receipts: std::mem::take(&mut self.receipts),
+            marks: std::mem::take(&mut self.marks),
             keepers: std::mem::take(&mut self.keepers),
             until_ms,
         }
@@ -574,6 +615,8 @@ impl Folding {
         if let Some(jobs) = self.jobs.take() {
             // See `flush` for when it can fail.
             drop(jobs.send(self.next_job(clock::wall_ms())));
+        } else {
+            self.flush(clock::wall_ms());
         }
         let windows = self.ledger.closed_until_ms();
         tracing::debug!(series = self.ledger.len(), windows, "fold ended");
@@ -638,13 +681,14 @@ struct Job {
     changed: Vec<Changed>,
     deleted: Vec<SeriesId>,
     receipts: Vec<Receipt>,
+    marks: Marks,
     keepers: Vec<oneshot::Sender<()>>,
     until_ms: u64,
 }
 
 impl Job {
     /// Puts a later job on top of one that could not be written.
-    fn absorb(&mut self, later: Self) {
+    fn absorb(&mut self, mut later: Self) {
         self.changed.retain(|changed| {
             !later.deleted.iter().any(|id| id.kind == changed.series.kind() && id.key == *changed.series.key())
         });
@@ -662,6 +706,7 @@ impl Job {
         self.until_ms = later.until_ms;
         self.deleted.extend(later.deleted);
         self.receipts.extend(later.receipts);
+        self.marks.append(&mut later.marks);
         self.keepers.extend(later.keepers);
     }
 }
@@ -700,7 +745,7 @@ impl Flushing {
             }
             if let Some(mut job) = unwritten.take() {
                 self.journal.trim_receipts(&mut job.receipts);
-                unwritten = self.write(job).err();
+                unwritten = self.write(job).err().map(|job| *job);
             }
         }
         if let Some(job) = unwritten.and_then(|job| self.write(job).err()) {
@@ -714,20 +759,20 @@ impl Flushing {
     }
 
     /// Writes a job in one transaction. The error is the job, for the next attempt.
-    fn write(&self, job: Job) -> Result<(), Job> {
+    fn write(&self, job: Job) -> Result<(), Box<Job>> {
         let begun = Instant::now();
         let deleted: Vec<_> = job.deleted.iter().map(|id| (id.kind, id.key.clone())).collect();
         // What is kept for days goes by the clock that is behind: a wall clock that is wrong for a while expires nothing.
         let now_ms = job.until_ms.min(clock::steady_ms());
-        let written = self.journal.commit_with(job.flush, &job.changed, &deleted, &job.receipts, now_ms);
-        if let Err(error) = written {
+        let beside = Beside { receipts: &job.receipts, marks: &job.marks };
+        if let Err(error) = self.journal.commit_with(job.flush, &job.changed, &deleted, beside, now_ms) {
             if self.status.problem().is_none() {
                 tracing::error!(%error, "the journal could not be written; counting goes on in memory");
             }
             self.status.problem.store(Some(Arc::new(format!("journal: {error}"))));
             let behind = clock::wall_ms().saturating_sub(self.status.flushed_until_ms());
             telemetry::FLUSH_LAG_SECONDS.gauge(&[]).set(behind as f64 / 1e3);
-            return Err(job);
+            return Err(Box::new(job));
         }
         if self.status.problem.swap(None).is_some() {
             tracing::info!("the journal is written again");
@@ -738,12 +783,13 @@ impl Flushing {
         telemetry::FLUSH_SECONDS.histogram(&[]).record(begun.elapsed());
         let lag_ms = clock::wall_ms().saturating_sub(job.until_ms);
         telemetry::FLUSH_LAG_SECONDS.gauge(&[]).set(lag_ms as f64 / 1e3);
+        let Job { flush, marks, .. } = &job;
+        (self.on_commit)(&Written { flush: *flush, changed: &job.changed, deleted: &deleted, marks });
         if job.changed.iter().any(|changed| changed.shipped.is_some()) {
             let series = job.changed.into_iter().map(|changed| changed.series).collect();
             drop(self.orders.send(Order::Committed(job.flush, series)));
         }
         job.keepers.into_iter().for_each(answer);
-        (self.on_commit)(job.flush);
         Ok(())
     }
 }

@@ -9,6 +9,7 @@
 mod events;
 mod group;
 mod rejects;
+mod sort;
 pub mod sources;
 mod tally;
 
@@ -22,6 +23,8 @@ use arc_swap::ArcSwap;
 pub use events::{Events, KeptCheck, KeptEvent, Received};
 use group::{Group, Room};
 pub use rejects::{Limits, Rejected, Rejects};
+pub use sort::Sorted;
+use sort::Sorting;
 pub use sources::{Address, Sources};
 use sources::{Coming, Table};
 use tally::Tally;
@@ -34,7 +37,7 @@ use crate::clock::Clock;
 use crate::mapping::Mapping;
 use crate::protocol::{self, Body, Event, Parser, Reject, ServiceCheck, Sink};
 use crate::receipt::Receipt;
-use crate::sample::{Identity, Kind, Reason, Sample, Value, WireType};
+use crate::sample::{Identity, Kind, Marks, Reason, Sample, Value, WireType};
 use crate::sync::{AtomicU64, Receiver, Sender, unbounded};
 use crate::telemetry;
 
@@ -52,11 +55,13 @@ pub enum Listener {
     Unix,
     /// Bodies of `POST /ingest/metrics`.
     Http,
+    /// Records of a topic.
+    Kafka,
 }
 
 impl Listener {
     /// Every listener, in the order of their declaration.
-    pub const ALL: [Self; 5] = [Self::Udp, Self::Tcp, Self::Unixgram, Self::Unix, Self::Http];
+    pub const ALL: [Self; 6] = [Self::Udp, Self::Tcp, Self::Unixgram, Self::Unix, Self::Http, Self::Kafka];
 
     /// Its name in metrics and logs.
     pub const fn name(self) -> &'static str {
@@ -66,6 +71,7 @@ impl Listener {
             Self::Unixgram => "unixgram",
             Self::Unix => "unix",
             Self::Http => "http",
+            Self::Kafka => "kafka",
         }
     }
 }
@@ -84,7 +90,7 @@ impl Source {
     pub fn ip(&self) -> Option<IpAddr> {
         match self.address {
             Some(Address::Inet(address)) => Some(address.ip().to_canonical()),
-            Some(Address::Process { .. }) | None => None,
+            Some(Address::Process { .. } | Address::Record { .. }) | None => None,
         }
     }
 
@@ -147,6 +153,8 @@ pub struct Delivery {
     pub sources: Vec<(sources::Key, sources::Figures)>,
     /// What the requests were told whose samples are in the cells.
     pub receipts: Vec<Receipt>,
+    /// How far the logs were read whose records are in the cells.
+    pub marks: Marks,
     /// This is the worker's last.
     pub last: bool,
 }
@@ -306,6 +314,7 @@ struct Port {
     out: usize,
     answered: u64,
     due_ms: u64,
+    marks: Marks,
 }
 
 /// What became of the records of one HTTP body.
@@ -364,7 +373,7 @@ impl Worker {
         };
         let due_ms = next_due(now_ms, workers.times.interval_ms);
         let answered = workers.asked.load(Ordering::Acquire);
-        let port = Port { workers, number, returned, clock, out: 0, answered, due_ms };
+        let port = Port { workers, number, returned, clock, out: 0, answered, due_ms, marks: Marks::new() };
         Self { parser: Parser::new(&settings.protocol, &settings.limits), core, room: Box::default(), port }
     }
 
@@ -434,11 +443,33 @@ impl Worker {
         self.core.receipts.push(receipt);
     }
 
+    /// Reads an HTTP body whose records are to go elsewhere: counted and rejected as by [`Worker::body`], or if they are
+    /// one a line as by [`Worker::body_of_lines`], but of those that are accepted nothing is kept here.
+    pub fn sort(&mut self, body: &[u8], are_lines: bool, source: Source) -> (Answer, Vec<Sorted>) {
+        let mut sorted = Vec::new();
+        let answer = self.answered(source, |parser, core| {
+            let mut sorting = Sorting { core, sorted: Vec::new() };
+            let form =
+                if are_lines { parser.body_of_lines(body, &mut sorting) } else { parser.body(body, &mut sorting) };
+            sorted = sorting.sorted;
+            form
+        });
+        (answer, sorted)
+    }
+
     fn answered(&mut self, source: Source, read: impl FnOnce(&mut Parser, &mut Core) -> Body) -> Answer {
         self.core.hear(source, MESSAGE);
         self.core.answer = Some(Answer::default());
         let form = read(&mut self.parser, &mut self.core);
         Answer { form, ..self.core.answer.take().unwrap_or_default() }
+    }
+
+    /// Says how far a log was read: what this worker read until then goes to the journal together with that.
+    pub fn mark(&mut self, log: &Arc<str>, next: i64) {
+        match self.port.marks.get_mut(log) {
+            Some(mark) => *mark = next,
+            None => drop(self.port.marks.insert(Arc::clone(log), next)),
+        }
     }
 
     /// The newest question of readers. What the sockets hold now came before it was asked: it is to be read before
@@ -508,9 +539,9 @@ impl Worker {
         self.core.tally.publish();
         let sealed = self.core.shard.seal();
         self.port.out += 1;
-        let receipts = std::mem::take(&mut self.core.receipts);
+        let (receipts, marks) = (std::mem::take(&mut self.core.receipts), std::mem::take(&mut self.port.marks));
         let worker = self.port.number;
-        let delivery = Delivery { worker, answers, at_ms, complete_until_ms, sealed, sources, receipts, last };
+        let delivery = Delivery { worker, answers, at_ms, complete_until_ms, sealed, sources, receipts, marks, last };
         // The fold ends after the last worker; if it ended before, there is nobody to count for.
         drop(self.port.workers.deliveries.send(delivery));
     }

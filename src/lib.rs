@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! socket -> burst of datagrams -> lines -> Sample<'_> -> the worker's own shard == seal ==> ledger -> flush -> journal -> store
-//! (listen)                       (protocol)            (aggregate)                        (aggregate)        (store)   (redis)
+//! (listen)                       (protocol)            (aggregate)                        (aggregate)        (store)   (redis, kafka)
 //!                                                       ^ drop? (mapping)                    |-> view -> JSON API (http)
 //!                                                                                            |-> names (mapping) -> scrape (http)
 //! ```
@@ -35,6 +35,8 @@ pub mod store;
 pub mod view;
 
 pub mod http;
+
+pub mod kafka;
 
 pub mod units;
 

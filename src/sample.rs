@@ -4,10 +4,16 @@
 //! Nothing here allocates but [`SeriesKey`] and [`Tags`], which are made once, when an identity is first seen.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
 use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
+
+/// How far each log of records that is read by position has been read: its name, and the position of the next record.
+/// What is counted of such records and how far they were read is kept together, so that none counts twice.
+pub type Marks = BTreeMap<Arc<str>, i64>;
 
 /// What a series is. Together with the [`SeriesKey`] it names one series.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

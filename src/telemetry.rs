@@ -93,6 +93,12 @@ table! {
     OUTBOX_UNSENT = "tallyd_outbox_unsent_batches", Gauge, [], "Batches that the store has not acknowledged.";
     OUTBOX_UNSENT_SAMPLES = "tallyd_outbox_unsent_samples", Gauge, [], "Samples in these batches.";
     OUTBOX_MERGED = "tallyd_outbox_merged_total", Counter, [], "Batches never sent that went into others because the outbox was past its limit.";
+    KAFKA_PRODUCED = "tallyd_kafka_produced_total", Counter, ["what"], "Records that Kafka acknowledged; state: totals of series, deletes and what is gone, record: JSON that was forwarded.";
+    KAFKA_FAILED = "tallyd_kafka_failed_total", Counter, ["reason"], "Records to be forwarded that Kafka did not acknowledge; their requests were told 503.";
+    KAFKA_PARTITIONS = "tallyd_kafka_partitions", Gauge, [], "Partitions of kafka.topic that this agent reads.";
+    KAFKA_TABLE_SERIES = "tallyd_kafka_table_series", Gauge, [], "Series of which agents have totals in the topic of the store.";
+    KAFKA_TABLE_BYTES = "tallyd_kafka_table_bytes", Gauge, [], "Memory that they take, in bytes.";
+    KAFKA_TABLE_REFUSED = "tallyd_kafka_table_refused_total", Counter, [], "Totals of other agents left out because limits.kafka_table was reached; reads then show this agent alone.";
     JOURNAL_BYTES = "tallyd_journal_bytes", Gauge, [], "Size of the journal's file, in bytes.";
     JOURNAL_EXPIRED = "tallyd_journal_expired_total", Counter, [], "Totals deleted from the journal because they were idle for too long, or longest when it was past its limit.";
     HTTP_REQUESTS = "tallyd_http_requests_total", Counter, ["listener", "route", "code"], "HTTP requests answered.";

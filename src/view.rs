@@ -17,6 +17,8 @@ use crate::ingest::sources::Heard;
 use crate::ingest::{Events, Rejected, Rejects, Sources};
 use crate::sample::{Kind, SeriesKey};
 use crate::store::journal::{self, Journal};
+#[cfg(feature = "kafka")]
+use crate::store::kafka;
 use crate::store::redis::{self, RedisReader, Stored};
 use crate::store::{Batch, Operation, Partition, partition, ship};
 
@@ -110,6 +112,16 @@ pub enum Cursor {
     Store(redis::Cursor),
 }
 
+impl Cursor {
+    /// The series behind which the page begins, in the order of keys.
+    fn key(&self) -> Option<(&SeriesKey, Kind)> {
+        match self {
+            Self::Key(key, kind) => Some((key, *kind)),
+            Self::Store(_) => None,
+        }
+    }
+}
+
 impl fmt::Display for Cursor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -141,7 +153,37 @@ pub struct Page {
 
 /// A store that many agents share, for reading.
 #[derive(Clone)]
-pub struct Remote {
+pub enum Remote {
+    /// Redis, which adds the agents' batches up.
+    Redis(Batched),
+    /// Kafka, whose topic has each agent's own totals; they are at hand.
+    #[cfg(feature = "kafka")]
+    Kafka(kafka::Reader),
+}
+
+impl Remote {
+    /// Whether it is known that it does not answer.
+    fn is_away(&self) -> bool {
+        match self {
+            Self::Redis(remote) => remote.bell.status().away,
+            #[cfg(feature = "kafka")]
+            Self::Kafka(reader) => !reader.is_available(),
+        }
+    }
+
+    /// Why the agent is not ready.
+    fn unready(&self) -> Vec<String> {
+        match self {
+            Self::Redis(remote) => remote.bell.status().reasons.clone(),
+            #[cfg(feature = "kafka")]
+            Self::Kafka(reader) => reader.unready(),
+        }
+    }
+}
+
+/// A store that batches are shipped to, for reading.
+#[derive(Clone)]
+pub struct Batched {
     /// Reads it.
     pub reader: RedisReader,
     /// Ships to it.
@@ -218,7 +260,7 @@ impl View {
     /// The series a filter shows, from behind a place on, at most `limit` of them.
     pub async fn page(&self, filter: &Filter, after: Option<Cursor>, limit: usize, scope: Scope) -> Page {
         self.fresh().await;
-        if let (Some(remote), None | Some(Cursor::Store(_))) = (self.shared(scope), &after) {
+        if let (Some(Remote::Redis(remote)), None | Some(Cursor::Store(_))) = (self.shared(scope), &after) {
             let from = after.as_ref().and_then(|after| match after {
                 Cursor::Store(cursor) => Some(cursor),
                 Cursor::Key(..) => None,
@@ -228,6 +270,13 @@ impl View {
             }
         }
         let mut ids = self.listed(filter, after.as_ref(), limit + 1);
+        #[cfg(feature = "kafka")]
+        if let Some(Remote::Kafka(reader)) = self.shared(scope) {
+            let behind = after.as_ref().and_then(Cursor::key);
+            ids.extend(reader.list(behind, limit + 1, |id| filter.shows(id)));
+            ids.sort_unstable_by(|a, b| (&a.key, a.kind).cmp(&(&b.key, b.kind)));
+            ids.dedup();
+        }
         let more = ids.len() > limit;
         ids.truncate(limit);
         let next = ids.last().filter(|_| more).map(|id| Cursor::Key(id.key.clone(), id.kind));
@@ -245,18 +294,23 @@ impl View {
         if kinds.is_empty() {
             return Ok(0);
         }
-        if let Some(remote) = &self.remote {
+        if let Some(Remote::Redis(remote)) = &self.remote {
             let deleted = remote.reader.delete(key, &kinds).await.map_err(|_| Error::Store)?;
             remote.bell.already_deleted(deleted);
         }
         let count = kinds.len() as u32;
         let ids = kinds.drain(..).map(|kind| SeriesId { kind, key: key.clone() }).collect();
+        #[cfg(feature = "kafka")]
+        if let Some(Remote::Kafka(reader)) = &self.remote {
+            // It comes back to this agent by the topic, as to all others.
+            return reader.delete(ids).await.map(|()| count).map_err(|_| Error::Store);
+        }
         if self.fold.delete(ids).await { Ok(count) } else { Err(Error::Stopping) }
     }
 
     /// Why the agent is not ready; empty when it is.
     pub fn unready(&self) -> Vec<String> {
-        let store = self.remote.iter().flat_map(|remote| remote.bell.status().reasons.clone());
+        let store = self.remote.iter().flat_map(Remote::unready);
         self.fold.status().problem().into_iter().chain(store).collect()
     }
 
@@ -264,13 +318,22 @@ impl View {
     async fn figures(&self, ids: &[SeriesId], scope: Scope) -> Vec<Metric> {
         let mut series = self.states(ids);
         let mut totals = None;
-        if let Some(remote) = self.shared(scope) {
-            let mut answer = self.global(remote, ids, &series).await;
-            if matches!(answer, Err(Shortfall::Outbox)) {
-                series = self.states(ids);
-                answer = self.global(remote, ids, &series).await;
+        match self.shared(scope) {
+            Some(Remote::Redis(remote)) => {
+                let mut answer = self.global(remote, ids, &series).await;
+                if matches!(answer, Err(Shortfall::Outbox)) {
+                    series = self.states(ids);
+                    answer = self.global(remote, ids, &series).await;
+                }
+                totals = answer.ok();
             }
-            totals = answer.ok();
+            #[cfg(feature = "kafka")]
+            Some(Remote::Kafka(reader)) => {
+                let own = ids.iter().zip(&series).map(|(id, state)| (id, self.local(id, state.as_ref())));
+                let global = |(id, own)| Some((reader.add_others(id, own)?, Scope::Global));
+                totals = Some(own.map(global).collect());
+            }
+            None => {}
         }
         let scope = if self.remote.is_some() { Scope::Local } else { scope };
         let local = |(id, state): (&SeriesId, &Option<State>)| Some((self.local(id, state.as_ref())?, scope));
@@ -287,7 +350,7 @@ impl View {
     /// The store, where a reader wants its figures and it is not known to be away.
     fn shared(&self, scope: Scope) -> Option<&Remote> {
         let remote = self.remote.as_ref().filter(|_| scope == Scope::Global)?;
-        (!remote.bell.status().away).then_some(remote)
+        (!remote.is_away()).then_some(remote)
     }
 
     fn metric(&self, id: &SeriesId, state: Option<&State>, total: Arc<Total>, scope: Scope) -> Metric {
@@ -319,7 +382,7 @@ impl View {
     /// snapshot and the sequence of the store tell of every delta where it is, and it counts once.
     async fn global(
         &self,
-        remote: &Remote,
+        remote: &Batched,
         ids: &[SeriesId],
         states: &[Option<State>],
     ) -> Result<Vec<Option<(Arc<Total>, Scope)>>, Shortfall> {
@@ -348,10 +411,7 @@ impl View {
 
     /// The first ids behind a place, in order, without sorting more of them than are shown.
     fn listed(&self, filter: &Filter, after: Option<&Cursor>, limit: usize) -> Vec<SeriesId> {
-        let after = after.and_then(|after| match after {
-            Cursor::Key(key, kind) => Some((key, *kind)),
-            Cursor::Store(_) => None,
-        });
+        let after = after.and_then(Cursor::key);
         let mut first: BinaryHeap<(SeriesKey, Kind)> = BinaryHeap::new();
         self.ledger.for_each(|series| {
             let place = (series.key(), series.kind());
@@ -369,7 +429,7 @@ impl View {
     /// A page of the store's list, with those of our series in it that the store does not have yet.
     async fn listed_by_store(
         &self,
-        remote: &Remote,
+        remote: &Batched,
         filter: &Filter,
         from: Option<&redis::Cursor>,
         limit: usize,

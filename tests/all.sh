@@ -7,11 +7,12 @@ cd "$(dirname "$0")/.."
 step() { printf '\n== %s\n' "$*"; "$@"; }
 
 packaging/setup.sh tests
+# With all features, so that nothing is compiled twice.
 step cargo fmt --check
 step cargo fmt --check --manifest-path fuzz/Cargo.toml
-step cargo clippy --quiet --locked --all-targets -- -D warnings
-RUSTDOCFLAGS="-D warnings" step cargo doc --quiet --locked --no-deps
-step cargo test --locked --no-fail-fast
+step cargo clippy --quiet --locked --features kafka --all-targets -- -D warnings
+RUSTDOCFLAGS="-D warnings" step cargo doc --quiet --locked --features kafka --no-deps
+step cargo test --locked --features kafka --no-fail-fast
 # To see that they build; they measure with the profile `bench`, which takes longer to.
-step cargo bench --quiet --locked --no-run --profile dev
+step cargo bench --quiet --locked --features kafka --no-run --profile dev
 step fuzz/run.sh 20

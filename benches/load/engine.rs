@@ -66,6 +66,7 @@ impl Engine {
             budget,
             journal: setup.journal,
             remote: setup.is_remote,
+            exact: false,
             on_commit: setup.on_commit,
         };
         let running = Running::start(parts, &config, &flush::Limits::default()).expect("fold and flush");

@@ -41,7 +41,7 @@ pub struct Writer {
     /// The number of the flush that will carry what is folded now; kept only with a remote store.
     flush: u64,
     remote: bool,
-    /// What a flush takes is taken as it is then, because it stands beside receipts of just that.
+    /// What a flush takes is taken as it is then, because what else it takes, receipts or marks, belongs to just that.
     pub takes_totals: bool,
     /// The journal does not have all that was taken for it, so no series may go that would be looked for there.
     pub is_journal_behind: bool,
@@ -156,12 +156,11 @@ impl Writer {
     pub fn take_changed(&mut self) -> Vec<Changed> {
         let flush = self.flush;
         self.flush += 1;
-        let is_remote = self.remote;
-        let takes_totals = self.takes_totals && !is_remote;
+        let (is_remote, takes_totals) = (self.remote, self.takes_totals);
         let take = |series: Arc<Series>| {
             series.changed.store(false, Ordering::Relaxed);
             let shipped = is_remote.then(|| shipped(&series, flush)).flatten();
-            let total = takes_totals.then(|| series.total().into_shared());
+            let total = (takes_totals && shipped.is_none()).then(|| series.total().into_shared());
             series.listed.load(Ordering::Relaxed).then_some(Changed { series, total, shipped })
         };
         self.changed.drain(..).filter_map(take).collect()

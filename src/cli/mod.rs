@@ -18,6 +18,7 @@ use std::{env, fmt, fs};
 use clap::{Parser, Subcommand};
 
 use crate::config::{Config, Loaded, Problem, Sources};
+use crate::kafka::Password;
 use crate::mapping;
 
 /// A StatsD-compatible metrics agent: every dialect on one port, exact aggregates, JSON and Prometheus out.
@@ -84,6 +85,7 @@ impl Layers {
         let mut loaded = Config::load(&sources).map_err(Failure::Configuration)?;
         read_mapping(&mut loaded)?;
         loaded.check_store().map_err(|(code, problem)| Failure::told(code, problem.to_string()))?;
+        read_password(&mut loaded)?;
         Ok(loaded)
     }
 }
@@ -104,6 +106,24 @@ fn read_mapping(loaded: &mut Loaded) -> Result<(), Failure> {
         return Err(told(Code::Configuration, format!("longer than {} bytes; leave rules out", mapping::FILE_MAX)));
     }
     loaded.set_mapping(&text).map_err(Failure::Configuration)
+}
+
+/// No password is longer.
+const PASSWORD_MAX: u64 = 4_096;
+
+/// Reads the first line of the file that `kafka.password_file` names, if it names one.
+fn read_password(loaded: &mut Loaded) -> Result<(), Failure> {
+    let name = loaded.config.kafka.password_file.clone();
+    if name.is_empty() {
+        return Ok(());
+    }
+    let origin = loaded.origin("kafka.password_file");
+    let text = read_at_most(&name, PASSWORD_MAX).map_err(|error| {
+        let (code, remedy) = cannot_read(&error);
+        Failure::told(code, format!("{origin}: kafka.password_file = {name:?}: {error}; {remedy}"))
+    })?;
+    loaded.config.kafka.password = Some(Password(text.lines().next().unwrap_or_default().to_owned()));
+    Ok(())
 }
 
 fn read(path: &Path) -> Result<String, Failure> {

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use toml::de::{DeTable, DeValue, ValueDeserializer};
 use toml::{Spanned, Table, Value};
 
-use super::{Config, Fault, KEYS, Loaded, Origin, Problem, Sources, get, last, literal, put, shown};
+use super::{Config, Fault, KEYS, Loaded, Origin, Problem, Sources, get, is_section, last, literal, put, shown};
 use crate::units::without_password;
 
 /// Lays the sources over `known`, the tree of the defaults, and checks the whole.
@@ -89,7 +89,7 @@ impl Reader {
     }
 
     fn is_leaf(&self, key: &str) -> bool {
-        get(&self.known, key).is_some_and(|value| !value.is_table())
+        get(&self.known, key).is_some_and(|value| !is_section(key, value))
     }
 
     fn file(&mut self, name: &str, text: &str) {
@@ -109,7 +109,7 @@ impl Reader {
             let key =
                 if section.is_empty() { name.get_ref().to_string() } else { format!("{section}.{}", name.get_ref()) };
             let origin = file.at(value.span().start);
-            match get(&self.known, &key).map(Value::is_table) {
+            match get(&self.known, &key).map(|value| is_section(&key, value)) {
                 None => {
                     let nearest = self.nearest(&key, true).map(str::to_owned);
                     let fault = Fault::Unknown { name: key, nearest };
@@ -177,8 +177,7 @@ impl Reader {
     }
 
     /// The names of the system that tallyd replaces. An empty value is none, and one such as `tcp://10.0.0.1:6379` was
-    /// put there by Kubernetes for a service that happens to have that name. KAFKA_BOOTSTRAP_SERVERS and KAFKA_TOPIC
-    /// may be set and are without meaning in a build that has no Kafka.
+    /// put there by Kubernetes for a service that happens to have that name.
     fn seed(&mut self, variables: &BTreeMap<&str, &str>) {
         let given =
             |name: &str| variables.get(name).copied().filter(|value| !value.is_empty() && !value.contains("://"));
@@ -197,6 +196,7 @@ impl Reader {
                 _ => self.wrong_seed("STORE", value, "no store; write INMEMORY, EMBEDDED, REDIS or KAFKA"),
             }
         }
+        self.seed_kafka(given("KAFKA_BOOTSTRAP_SERVERS"), given("KAFKA_TOPIC"));
         let (host, port) = (given("REDIS_HOST"), given("REDIS_PORT"));
         let number = port.map_or(Some(6379), |value| self.port("REDIS_PORT", value));
         if let Some(number) = number.filter(|_| host.or(port).is_some()) {
@@ -204,6 +204,17 @@ impl Reader {
             let host = if host.contains(':') { format!("[{host}]") } else { host.to_owned() };
             let name = if variables.contains_key("REDIS_HOST") { "REDIS_HOST" } else { "REDIS_PORT" };
             self.seeded(name, "store.redis.url", Value::from(format!("redis://{host}:{number}")));
+        }
+    }
+
+    /// KAFKA_BOOTSTRAP_SERVERS and KAFKA_TOPIC: they may be set, and do nothing, where nothing uses Kafka.
+    fn seed_kafka(&mut self, brokers: Option<&str>, topic: Option<&str>) {
+        if let Some(brokers) = brokers {
+            let list = brokers.split(',').map(|broker| Value::from(broker.trim())).collect();
+            self.seeded("KAFKA_BOOTSTRAP_SERVERS", "kafka.brokers", Value::Array(list));
+        }
+        if let Some(topic) = topic {
+            self.seeded("KAFKA_TOPIC", "kafka.topic", Value::from(topic));
         }
     }
 
@@ -300,11 +311,11 @@ fn read(text: &str, default: &Value) -> Value {
             let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
             Some(Value::Array(parts.map(|part| read(part, &item)).collect()))
         }
-        Value::Array(_) => quoted(),
+        Value::Array(_) | Value::Table(_) => quoted(),
         Value::Integer(_) => text.parse().map(Value::Integer).ok(),
         Value::Float(_) => text.parse().map(Value::Float).ok(),
         Value::Boolean(_) => text.parse().map(Value::Boolean).ok(),
-        Value::String(_) | Value::Datetime(_) | Value::Table(_) => None,
+        Value::String(_) | Value::Datetime(_) => None,
     };
     value.unwrap_or_else(|| Value::from(text))
 }

@@ -33,8 +33,8 @@ fn leaves(tree: &Table, section: &str, out: &mut Vec<String>) {
     for (name, value) in tree {
         let key = if section.is_empty() { name.clone() } else { format!("{section}.{name}") };
         match value.as_table() {
-            Some(table) => leaves(table, &key, out),
-            None => out.push(key),
+            Some(table) if is_section(&key, value) => leaves(table, &key, out),
+            Some(_) | None => out.push(key),
         }
     }
 }
@@ -48,7 +48,7 @@ fn every_key_is_described_and_every_description_has_a_key() {
     for name in &described {
         assert!(get(&tree, name).is_some(), "KEYS names {name}, which is no key");
     }
-    described.retain(|name| !get(&tree, name).unwrap().is_table());
+    described.retain(|name| !is_section(name, get(&tree, name).unwrap()));
     keys.sort();
     described.sort();
     assert_eq!(keys, described);
@@ -154,17 +154,20 @@ fn the_seeds_names_work() {
         ("REDIS_HOST", "cache", "store.redis.url", "\"redis://cache:6379\""),
         ("REDIS_HOST", "::1", "store.redis.url", "\"redis://[::1]:6379\""),
         ("REDIS_PORT", "7777", "store.redis.url", "\"redis://127.0.0.1:7777\""),
-        ("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092", "store.kind", "\"embedded\""),
-        ("KAFKA_TOPIC", "metrics", "store.kind", "\"embedded\""),
+        ("KAFKA_BOOTSTRAP_SERVERS", "a:9092, b:9092", "kafka.brokers", "[\"a:9092\", \"b:9092\"]"),
+        ("KAFKA_TOPIC", "metrics", "kafka.topic", "\"metrics\""),
     ] {
         assert_eq!(value(key, "", &[(name, text)], &[]), expected, "{name}={text}");
     }
     let both = [("REDIS_HOST", "cache"), ("REDIS_PORT", "7777")];
     assert_eq!(value("store.redis.url", "", &both, &[]), "\"redis://cache:7777\"");
+    #[cfg(feature = "kafka")]
+    assert_eq!(value("store.kind", "", &[("STORE", "KAFKA")], &[]), "\"kafka\"");
+    #[cfg(not(feature = "kafka"))]
     assert_eq!(
         problems("", &[("STORE", "KAFKA")], &[]),
         [
-            "environment STORE: store.kind = \"kafka\": this build has no Kafka; write \"memory\", \"embedded\" or \"redis\"; the default is \"embedded\""
+            "environment STORE: store.kind = \"kafka\": this build has no Kafka; take a release build, or one of cargo build --features kafka; the default is \"embedded\""
         ]
     );
     assert_eq!(
@@ -227,7 +230,7 @@ fn a_wrong_value_is_named_with_its_place_and_the_remedy() {
         ("[listen]\nworkers = -1", "t.toml:2:11: listen.workers = -1: "),
         ("listen = 1", "t.toml:1:10: listen = ...: it is a section; write [listen] and its keys below"),
         ("[listen.udp]\na = 1", "t.toml:1:1: listen.udp = "),
-        ("[store]\nkind = 'disk'", "no store; write \"memory\", \"embedded\" or \"redis\""),
+        ("[store]\nkind = 'disk'", "no store; write \"memory\", \"embedded\", \"redis\" or \"kafka\""),
         ("[flush]\n\nwindow = ", "t.toml:3:10: no TOML: "),
         ("[flush]\nwindow = '1s'\nwindow = '2s'", "t.toml:3:1: no TOML: "),
     ] {
@@ -331,6 +334,36 @@ fn a_password_is_not_printed() {
 }
 
 #[test]
+fn options_of_librdkafka_are_a_table_and_their_secrets_are_not_printed() {
+    let file = "[kafka]\noptions = { 'security.protocol' = 'SASL_SSL', 'sasl.password' = 'hunter2' }\n";
+    let loaded = load(file, &[], &[]).unwrap();
+    assert_eq!(loaded.config.kafka.options["security.protocol"], "SASL_SSL");
+    let printed = loaded.print();
+    assert!(printed.contains("SASL_SSL") && printed.contains("***") && !printed.contains("hunter2"), "{printed}");
+    let set = ["kafka.options={ 'linger.ms' = '7' }"];
+    assert_eq!(load("", &[], &set).unwrap().config.kafka.options["linger.ms"], "7");
+    let variable = [("TALLYD_KAFKA__OPTIONS", "{ 'linger.ms' = '8' }")];
+    assert_eq!(load("", &variable, &[]).unwrap().config.kafka.options["linger.ms"], "8");
+    assert_eq!(problems("", &[], &["kafka.options=hunter2"]).len(), 1);
+}
+
+#[cfg(feature = "kafka")]
+#[test]
+fn an_option_that_librdkafka_does_not_have_is_refused_at_its_place() {
+    for (option, said) in [
+        ("'sekurity.protocol' = 'x'", "No such configuration property"),
+        ("'sasl.password.x' = 'hunter2'", "No such configuration property"),
+        ("'linger.ms' = 'hunter2'", "linger.ms"),
+        ("'group.id' = 'x'", "is set by tallyd"),
+    ] {
+        let told = problems(&format!("[kafka]\noptions = {{ {option} }}\n"), &[], &[]);
+        assert_eq!(told.len(), 1, "{told:?}");
+        assert!(told[0].starts_with("t.toml:2:11: kafka.options: ") && told[0].contains(said), "{told:?}");
+        assert!(!told[0].contains("hunter2"), "{told:?}");
+    }
+}
+
+#[test]
 fn a_reload_takes_what_it_may_and_is_refused_as_a_whole_otherwise() {
     let config = |set: &[&str]| load("", &[], set).unwrap().config;
     let old = config(&[]);
@@ -368,7 +401,17 @@ fn another(key: &str, default: &Value) -> BoxedStrategy<Value> {
     match (key, default) {
         ("store.redis.mode", _) => either(&["single", "sentinel", "cluster"]),
         ("store.redis.replicas", _) => (0..9_i64).prop_map(Value::from).boxed(),
+        ("store.kind", _) if kafka::BUILT => either(&["memory", "embedded", "redis", "kafka"]),
         ("store.kind", _) => either(&["memory", "embedded", "redis"]),
+        ("kafka.topic", _) => "[A-Za-z0-9_-]{1,20}".prop_map(Value::from).boxed(),
+        ("store.kafka.topic", _) => "[A-Za-z0-9_-]{21,30}".prop_map(Value::from).boxed(),
+        ("kafka.group", _) => "\\PC+".prop_map(Value::from).boxed(),
+        ("kafka.brokers", _) => proptest::collection::vec("[a-z]{1,9}:[1-9][0-9]{0,3}".prop_map(Value::from), 1..4)
+            .prop_map(Value::Array)
+            .boxed(),
+        ("kafka.options", _) => (1..900_u32)
+            .prop_map(|ms| Table::from_iter([("linger.ms".to_owned(), Value::from(ms.to_string()))]).into())
+            .boxed(),
         ("log.level", _) => either(&["error", "warn", "info", "debug", "trace"]),
         ("protocol.name_policy", _) => either(&["etsy", "none"]),
         ("protocol.gauge_sign", _) => either(&["relative", "absolute"]),
@@ -391,6 +434,10 @@ fn another(key: &str, default: &Value) -> BoxedStrategy<Value> {
                 .boxed()
         }
         ("limits.buckets", _) => (320..=2_048_i64).prop_map(Value::from).boxed(),
+        ("ingest.forward", _) if kafka::BUILT => either(&["none", "kafka"]),
+        ("ingest.forward", _) => either(&["none"]),
+        // A build without Kafka refuses it.
+        ("listen.kafka", _) => Just(Value::from(false)).boxed(),
         ("listen.unix_mode", _) => (0..=0o777_u32).prop_map(|mode| Value::from(Mode(mode).to_string())).boxed(),
         ("http.insecure", _) => Just(Value::from(true)).boxed(),
         ("flush.interval", _) => proptest::sample::select(&[100, 250, 500, 1000, 5000][..]).prop_map(time).boxed(),

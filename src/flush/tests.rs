@@ -119,6 +119,7 @@ impl Model {
             budget,
             journal: None,
             remote: false,
+            exact: false,
             on_commit: Box::new(|_| {}),
         };
         let config =

@@ -7,6 +7,7 @@
 //! `idempotency_keys`.
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashSet;
 use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -22,6 +23,7 @@ use metrics::Counter;
 use serde_json::json;
 use tokio::time::timeout;
 
+use super::forward::{Forwarder, Undelivered};
 use super::health;
 use super::idempotency::Answers;
 use super::problem::Problem;
@@ -41,6 +43,9 @@ const EMPTY_INPUT: &str = "ERROR: empty input";
 /// The ingest server's part behind the routes.
 pub(super) struct Ingest {
     worker: Rc<RefCell<Worker>>,
+    forwarder: Option<Forwarder>,
+    /// The keys of requests that are being forwarded.
+    under_way: RefCell<HashSet<Box<[u8]>>>,
     answers: RefCell<Answers>,
     held: Rc<Cell<usize>>,
     bytes: Counter,
@@ -54,11 +59,18 @@ pub(super) struct Ingest {
 const KEPT_WITHIN: Duration = Duration::from_secs(10);
 
 impl Ingest {
-    pub(super) fn new(worker: Rc<RefCell<Worker>>, mut keeping: Keeping, limits: &Limits) -> Self {
+    pub(super) fn new(
+        worker: Rc<RefCell<Worker>>,
+        mut keeping: Keeping,
+        forwarder: Option<Forwarder>,
+        limits: &Limits,
+    ) -> Self {
         ingest::begin(Listener::Http);
         let earlier = std::mem::take(&mut keeping.receipts);
         Self {
             worker,
+            forwarder,
+            under_way: RefCell::default(),
             answers: RefCell::new(Answers::new(limits.idempotency_keys, earlier)),
             held: Rc::default(),
             bytes: telemetry::RECEIVED_BYTES.counter(&[Listener::Http.name()]),
@@ -83,9 +95,12 @@ impl Ingest {
         if key.is_some() {
             self.keep_receipts().await?;
         }
-        let (is_json, text) = self.count(key, &body, media, source)?;
+        let (is_json, text) = match &self.forwarder {
+            Some(forwarder) => self.forward(forwarder, key, &body, media, source).await?,
+            None => self.count(key, &body, media, source)?,
+        };
         drop((body, held));
-        if durable {
+        if durable && self.forwarder.is_none() {
             self.kept().await?;
         }
         Ok(ok(if is_json { JSON } else { TEXT }, text))
@@ -100,9 +115,8 @@ impl Ingest {
         media: Media,
         source: Source,
     ) -> Result<(bool, Bytes), Problem> {
-        let now_ms = clock::steady_ms();
-        if let Some(first) = key.as_ref().and_then(|key| self.answers.borrow_mut().get(key, now_ms)) {
-            return Ok((first.is_json, first.text));
+        if let Some(first) = self.earlier(key.as_ref()) {
+            return Ok(first);
         }
         let mut worker = self.worker.borrow_mut();
         worker.stamp();
@@ -111,13 +125,49 @@ impl Ingest {
             Media::Lines => worker.body_of_lines(body, source),
         };
         let (is_json, text) = tell(&answer, body, media)?;
+        Ok((is_json, self.remember(&mut worker, key, is_json, text)))
+    }
+
+    /// Delivers the good records of a body, unless its key was there before. A request with the key of one that is still
+    /// under way is told to wait, since what becomes of that one is not known yet.
+    async fn forward(
+        &self,
+        forwarder: &Forwarder,
+        key: Option<Arc<[u8]>>,
+        body: &[u8],
+        media: Media,
+        source: Source,
+    ) -> Result<(bool, Bytes), Problem> {
+        if let Some(first) = self.earlier(key.as_ref()) {
+            return Ok(first);
+        }
+        let _under_way = key.as_deref().map(|key| UnderWay::new(&self.under_way, key)).transpose()?;
+        let (answer, sorted) = {
+            let mut worker = self.worker.borrow_mut();
+            worker.stamp();
+            worker.sort(body, media == Media::Lines, source)
+        };
+        forwarder.deliver(&sorted).await.map_err(undelivered)?;
+        let (is_json, text) = tell(&answer, body, media)?;
+        Ok((is_json, self.remember(&mut self.worker.borrow_mut(), key.clone(), is_json, text)))
+    }
+
+    /// What the first request with a key was told.
+    fn earlier(&self, key: Option<&Arc<[u8]>>) -> Option<(bool, Bytes)> {
+        let first = self.answers.borrow_mut().get(key?, clock::steady_ms())?;
+        Some((first.is_json, first.text))
+    }
+
+    /// Keeps an answer under its key, in the journal with the samples.
+    fn remember(&self, worker: &mut Worker, key: Option<Arc<[u8]>>, is_json: bool, text: String) -> Bytes {
         let text = Bytes::from(text);
         if let Some(key) = key {
-            let receipt = Receipt { key, is_json, text: text.clone(), at_ms: now_ms };
+            let at_ms = clock::steady_ms();
+            let receipt = Receipt { key, is_json, text: text.clone(), at_ms };
             worker.receipt(receipt.clone());
-            self.answers.borrow_mut().put(receipt, now_ms);
+            self.answers.borrow_mut().put(receipt, at_ms);
         }
-        Ok((is_json, text))
+        text
     }
 
     /// Before the first key of this process is used. While the journal can't be written no new key can be kept, so
@@ -191,6 +241,34 @@ impl Site for Ingest {
             | Endpoint::Unmapped
             | Endpoint::Scrape => Err(Problem::new(StatusCode::NOT_FOUND, "this stands on the API's listeners")),
         }
+    }
+}
+
+fn undelivered(error: Undelivered) -> Problem {
+    Problem::busy(match error {
+        Undelivered::Full => "as many records wait for Kafka as may; try again",
+        Undelivered::Away => "Kafka did not acknowledge all records; try again",
+    })
+}
+
+/// The key of a request that is being forwarded, until it is dropped.
+struct UnderWay<'a> {
+    keys: &'a RefCell<HashSet<Box<[u8]>>>,
+    key: &'a [u8],
+}
+
+impl<'a> UnderWay<'a> {
+    fn new(keys: &'a RefCell<HashSet<Box<[u8]>>>, key: &'a [u8]) -> Result<Self, Problem> {
+        if keys.borrow_mut().insert(key.into()) {
+            return Ok(Self { keys, key });
+        }
+        Err(Problem::busy("a request with this Idempotency-Key is under way; try again"))
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.keys.borrow_mut().remove(self.key);
     }
 }
 

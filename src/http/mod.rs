@@ -27,6 +27,7 @@ use crate::view::View;
 
 mod connection;
 pub mod data;
+pub mod forward;
 pub mod health;
 mod idempotency;
 pub mod ingest;
@@ -37,6 +38,7 @@ pub mod server;
 #[cfg(test)]
 mod tests;
 
+use forward::Forwarder;
 pub use health::{Health, Reload};
 pub use server::{Body, Server};
 
@@ -239,16 +241,17 @@ pub struct Keeping {
     pub receipts: Vec<Receipt>,
 }
 
-/// Takes samples on these listeners into the worker's shard. To be called inside a `LocalSet` on the worker's thread; the
-/// worker is borrowed only while a body is parsed, never across an await.
+/// Takes samples on these listeners into the worker's shard, or by it to where they are forwarded. To be called inside a
+/// `LocalSet` on the worker's thread; the worker is borrowed only while a body is parsed, never across an await.
 pub fn start_ingest(
     listeners: Vec<TcpListener>,
     worker: Rc<RefCell<Worker>>,
     keeping: Keeping,
+    forwarder: Option<Forwarder>,
     config: &Config,
     limits: &Limits,
 ) -> Result<Server, Error> {
-    let site = Rc::new(ingest::Ingest::new(worker, keeping, limits));
+    let site = Rc::new(ingest::Ingest::new(worker, keeping, forwarder, limits));
     let mut server = Server::new(config, limits);
     server.listen(listeners, &site)?;
     Ok(server)

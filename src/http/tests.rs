@@ -57,6 +57,7 @@ fn parts() -> (Rc<RefCell<Worker>>, View, Running) {
         budget,
         journal: None,
         remote: false,
+        exact: false,
         on_commit: Box::new(|_| {}),
     };
     let flush = flush::Config { interval: Time::millis(100), window: Time::millis(500), ..Default::default() };
@@ -102,7 +103,7 @@ impl Agent {
                 let (mapper, exporter) = (Arc::default(), exporter());
                 let api_of = Api { view, percentiles, health: shared, reload, prometheus, mapper, exporter };
                 let keeping = Keeping { fold: running.fold(), has_journal: false, receipts: Vec::new() };
-                let ingest = start_ingest(vec![ingest], worker, keeping, &config, &limits).unwrap();
+                let ingest = start_ingest(vec![ingest], worker, keeping, None, &config, &limits).unwrap();
                 let api = start_api(vec![api], vec![scrape], api_of, &config, &limits).unwrap();
                 let grace = stopped.await.unwrap_or_default();
                 tokio::join!(ingest.stop(grace), api.stop(grace));

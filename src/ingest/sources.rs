@@ -54,6 +54,13 @@ pub enum Address {
         /// Its number; 0 where this process cannot see it, from within another namespace of processes.
         pid: u32,
     },
+    /// In a log of records: whoever wrote one is not known there.
+    Record {
+        /// The partition.
+        partition: i32,
+        /// The record's place in it.
+        offset: i64,
+    },
 }
 
 impl From<SocketAddr> for Address {
@@ -67,6 +74,7 @@ impl fmt::Display for Address {
         match self {
             Self::Inet(address) => address.fmt(f),
             Self::Process { uid, pid } => write!(f, "pid {pid}, uid {uid}"),
+            Self::Record { partition, offset } => write!(f, "partition {partition}, offset {offset}"),
         }
     }
 }
@@ -85,6 +93,7 @@ enum Sender {
         uid: u32,
         pid: u32,
     },
+    Partition(i32),
     /// The way does not tell.
     Unknown,
     /// Those that are not told apart.
@@ -97,6 +106,7 @@ impl Key {
         let sender = match source.address {
             Some(Address::Inet(address)) => Sender::Ip(address.ip().to_canonical()),
             Some(Address::Process { uid, pid }) => Sender::Process { uid, pid },
+            Some(Address::Record { partition, .. }) => Sender::Partition(partition),
             None => Sender::Unknown,
         };
         Self { listener: source.listener, sender }
@@ -441,11 +451,12 @@ impl Heard {
     fn new(key: Key, figures: &Figures) -> Self {
         let (uid, pid) = match key.sender {
             Sender::Process { uid, pid } => (Some(uid), Some(pid)),
-            Sender::Ip(_) | Sender::Unknown | Sender::Other => (None, None),
+            Sender::Ip(_) | Sender::Partition(_) | Sender::Unknown | Sender::Other => (None, None),
         };
         let source = match key.sender {
             Sender::Ip(ip) => Some(ip.to_string()),
             Sender::Process { uid, pid } => Some(Address::Process { uid, pid }.to_string()),
+            Sender::Partition(partition) => Some(format!("partition {partition}")),
             Sender::Unknown => None,
             Sender::Other => Some("other".to_owned()),
         };

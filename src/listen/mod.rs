@@ -1,6 +1,6 @@
 //! Sockets into workers. [`start`] binds what is configured and gives every worker its thread: UDP workers, each with
 //! sockets of its own (`udp`), one for each unix socket of datagrams, and one worker for all that comes in streams
-//! (`stream`), whose runtime serves HTTP ingest too. Nothing here reads a line; nothing here waits for a store, a scraper or a reader.
+//! (`stream`), whose runtime serves HTTP ingest too; `kafka` is a worker that reads a topic. Nothing here reads a line; nothing here waits for a store, a scraper or a reader.
 //!
 //! A receive or accept error never ends a listener: it is counted, the listener pauses 100 ms and goes on.
 //!
@@ -10,6 +10,8 @@
 
 pub mod burst;
 mod frames;
+#[cfg(feature = "kafka")]
+pub mod kafka;
 pub mod lines;
 mod sockets;
 mod stream;
@@ -58,6 +60,8 @@ pub struct Config {
     /// Whether the kernel may hand over consecutive datagrams of one sender at once. It then counts those that it drops
     /// together as one.
     pub udp_gro: bool,
+    /// Whether the topic of JSON records is read.
+    pub kafka: bool,
     /// How long a UDP worker that has emptied its sockets rests at most while traffic flows; 0 for not at all. Readers end it.
     pub linger: Time,
 }
@@ -77,6 +81,7 @@ impl Default for Config {
             receive_buffer: Size(8 << 20),
             // Drops are to be counted exactly, and few clients send what can be joined (`benches/receive.rs`).
             udp_gro: false,
+            kafka: false,
             linger: Time::millis(5),
         }
     }

@@ -95,7 +95,9 @@ impl Receiver {
         let trains = inlets.iter().any(|inlet| inlet.gro);
         let burst = match listener {
             Listener::Unixgram => Burst::of_processes(datagram),
-            Listener::Udp | Listener::Tcp | Listener::Unix | Listener::Http => Burst::new(datagram, trains),
+            Listener::Udp | Listener::Tcp | Listener::Unix | Listener::Http | Listener::Kafka => {
+                Burst::new(datagram, trains)
+            }
         };
         let counts = Counts::new(listener, &inlets);
         let pace = Pace { linger, room, ..Pace::default() };

@@ -10,6 +10,7 @@
 
 mod commit;
 mod file;
+mod marks;
 mod outbox;
 mod receipts;
 mod record;
@@ -25,9 +26,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use redb::{ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 
-pub use self::commit::Committed;
 use self::commit::Writing;
+pub use self::commit::{Beside, Committed};
 use self::file::Database;
+pub use self::marks::{Newer, read_total, read_total_head};
 use self::outbox::Queue;
 pub use self::outbox::{Resequenced, Snapshot};
 use self::receipts::Receipts;
@@ -35,7 +37,7 @@ use self::record::{Agent, Content, Place, Stamp};
 pub use self::salvage::Damage;
 use crate::aggregate::ledger::Total;
 use crate::clock;
-use crate::sample::{Kind, SeriesKey};
+use crate::sample::{Kind, Marks, SeriesKey};
 use crate::store::Partition;
 use crate::telemetry;
 use crate::units::{Size, Time};
@@ -229,7 +231,7 @@ pub struct Sizes {
     pub unacknowledged_samples: u64,
 }
 
-/// `agent` under one key.
+/// `agent` under one key, marks under another.
 const AGENT: TableDefinition<'_, u8, &[u8]> = TableDefinition::new("agent");
 /// Totals by the hash of kind and key.
 const TOTALS: TableDefinition<'_, &Place, &[u8]> = TableDefinition::new("totals");
@@ -252,6 +254,7 @@ struct State {
     totals: u64,
     totals_bytes: u64,
     queues: Vec<Queue>,
+    marks: Marks,
 }
 
 /// The open journal. Its methods may be called from any thread.
@@ -263,6 +266,10 @@ pub struct Journal {
     /// Held for the length of a write transaction; `state` never is.
     writing: Mutex<Writing>,
     state: Mutex<State>,
+    /// Marks that the next commit takes along.
+    noted: Mutex<Marks>,
+    /// Series whose totals expired, for whoever asked to be told.
+    expired: Mutex<Option<Vec<(Kind, SeriesKey)>>>,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -290,7 +297,9 @@ impl Journal {
             batches: state.queues.iter().map(Queue::held).sum(),
         };
         let writing = Mutex::new(Writing::after(database.read(Receipts::load)?));
-        let journal = Self { limits: limits.clone(), with_outbox, database, writing, state: Mutex::new(state) };
+        let (limits, state) = (limits.clone(), Mutex::new(state));
+        let (noted, expired) = (Mutex::default(), Mutex::default());
+        let journal = Self { limits, with_outbox, database, writing, state, noted, expired };
         if minted && opened.batches > 0 {
             // The name was in a damaged record; the batches are still ours.
             journal.rename(opened.agent, |queue| queue.dropped)?;
@@ -456,7 +465,8 @@ impl State {
                 agent
             }
         };
-        Ok((Self { agent, revision, totals, totals_bytes, queues }, minted))
+        let marks = database.read(marks::load)?;
+        Ok((Self { agent, revision, totals, totals_bytes, queues, marks }, minted))
     }
 }
 

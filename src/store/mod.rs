@@ -2,9 +2,10 @@
 //!
 //! [`journal`] is the agent's own file and holds the outbox; [`redis`] is a place that many agents share; [`ship`] brings
 //! what is in the one to the other. A batch is applied at most once: its sequence is compared in the same atomic unit that
-//! applies it.
+//! applies it. [`kafka`] is another such place, which keeps each agent's totals instead of what batches add up to.
 
 pub mod journal;
+pub mod kafka;
 pub mod redis;
 pub mod ship;
 

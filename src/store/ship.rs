@@ -295,6 +295,8 @@ struct Node {
     settled: Option<Instant>,
     eviction: Option<String>,
     short_of_replicas: Option<(u32, u32)>,
+    /// Why it is not known what it would not lose.
+    unsettled: Option<redis::Error>,
     away: Option<Away>,
 }
 
@@ -550,13 +552,22 @@ impl Shipper {
     /// Starts what is due.
     fn begin(&mut self, session: &Session) {
         let now = Instant::now();
+        let one_server = self.parts.config.mode != Mode::Cluster;
         for _ in 0..self.queue.len() {
             let Some(partition) = self.queue.pop_front() else { break };
             let server = session.connection.place(partition).unwrap_or_default();
             let slot = &mut self.slots[usize::from(partition)];
-            slot.server = Arc::clone(&server);
+            if slot.server != server && !slot.busy {
+                // What another server had is to be looked at first.
+                slot.server = Arc::clone(&server);
+                slot.place.claimed = false;
+            }
             let node = self.nodes.entry(Arc::clone(&server)).or_default();
             let waits = Away::waits(slot.away.as_ref(), now) || Away::waits(node.away.as_ref(), now);
+            if one_server && node.visits >= IN_FLIGHT {
+                self.queue.push_front(partition);
+                break;
+            }
             if slot.busy || waits || node.visits >= IN_FLIGHT {
                 self.queue.push_back(partition);
                 continue;
@@ -619,10 +630,14 @@ impl Shipper {
         if claimed && place.stored > 0 {
             slot.claiming = Some(Instant::now());
         }
-        let moved = now_at != slot.server;
-        slot.server = Arc::clone(&now_at);
         (slot.busy, slot.place) = (false, Place { applied_ms: 0, renewed: false, ..place });
-        if place.renewed || moved {
+        if now_at != slot.server {
+            // It moved under way; it is claimed again where it is now.
+            slot.server = Arc::clone(&now_at);
+            slot.place.claimed = false;
+            self.enqueue(partition);
+        }
+        if place.renewed {
             // What was applied elsewhere, or before, counts from now on.
             self.nodes.values_mut().for_each(|node| node.unstable.stable_upto(partition, u64::MAX));
         }
@@ -692,16 +707,18 @@ impl Shipper {
         node.settling = false;
         let durability = match outcome {
             Ok(durability) => durability,
-            Err(error) if error.concerns_node() => {
+            // A request for batches would fare no better.
+            Err(error @ (redis::Error::Connect | redis::Error::Dropped | redis::Error::Timeout)) => {
                 self.server_failed(server, error);
                 return Ok(());
             }
             Err(error) => {
-                tracing::warn!(%server, %error, "the store did not say what it would not lose");
+                node.unsettled = Some(error);
                 self.count(&Problem::Store(error));
                 return Ok(());
             }
         };
+        node.unsettled = None;
         (node.eviction, node.short_of_replicas) = (durability.eviction, durability.short_of_replicas);
         let there: BTreeMap<_, _> = durability.sequences.into_iter().collect();
         let stable = match durability.stable {
@@ -824,19 +841,24 @@ impl Shipper {
         let mut reasons = Vec::new();
         for (server, node) in &self.nodes {
             let count = self.slots.iter().filter(|slot| slot.server == *server).count();
-            if count == 0 {
-                continue;
-            }
             let share = self.share(server, count);
+            let mut reason = |text: String| {
+                if count > 0 {
+                    reasons.push(format!("store: {share}{text}"));
+                }
+            };
             if let Some(policy) = &node.eviction {
-                reasons.push(format!(
-                    "store: {share}Redis throws series away when memory is short (maxmemory-policy {policy}); set noeviction"
+                reason(format!(
+                    "Redis throws series away when memory is short (maxmemory-policy {policy}); set noeviction"
                 ));
             }
             if let Some((has, wanted)) = node.short_of_replicas {
-                reasons.push(format!(
-                    "store: {share}Redis has {has} of the {wanted} replicas that store.redis.replicas asks for; the outbox keeps all until they are there"
+                reason(format!(
+                    "Redis has {has} of the {wanted} replicas that store.redis.replicas asks for; the outbox keeps all until they are there"
                 ));
+            }
+            if let Some(error) = node.unsettled {
+                reason(format!("Redis does not say what it would not lose, so the outbox keeps all: {error}"));
             }
         }
         if let Some(RolledBack { since, batches, samples }) = &*locked(&self.rolled_back)

@@ -24,6 +24,8 @@ mod flood;
 mod global;
 mod idle;
 mod ingest;
+#[cfg(feature = "kafka")]
+mod kafka;
 mod lifecycle;
 mod limits;
 mod load;

@@ -39,7 +39,7 @@ fn check(settings: &[&str]) -> Output {
 fn stored(cluster: &Cluster, series: &str, field: &str) -> f64 {
     let names = cluster.scan(&format!("tallyd:*:s:{series}"));
     let Some((node, name)) = names.first() else { return 0.0 };
-    let fields = cluster.cli(*node, &["HMGET", name, field, &format!("{field}frac")]);
+    let fields = cluster.cli_anywhere(*node, &["HMGET", name, field, &format!("{field}frac")]);
     fields.lines().map(|field| field.parse::<f64>().unwrap_or(0.0)).sum()
 }
 
@@ -47,7 +47,11 @@ fn stored(cluster: &Cluster, series: &str, field: &str) -> f64 {
 fn a_cluster_is_one_store() {
     let cluster = Cluster::start(3, 3);
     assert_eq!((cluster.len(), cluster.masters()), (6, vec![0, 1, 2]));
-    let (a, b) = (agent(&cluster.settings()), agent(&cluster.settings()));
+    let nodes = || (0..cluster.len()).map(|at| cluster.node(at));
+    nodes().for_each(|node| drop(grant(node, &["+cluster|slots", "+asking", "+wait"])));
+    let user = format!("store.redis.url=redis://tallyd:secret@{}", cluster.node(0).address());
+    let settings = [cluster.settings(), vec![user]].concat();
+    let (a, b) = (agent(&settings), agent(&settings));
     for number in 0..200 {
         for agent in [&a, &b] {
             agent.datagram(format!("many.{number:03}:{}|c", number + 1));
@@ -78,6 +82,7 @@ fn a_cluster_is_one_store() {
     }
     pages(&b);
     deletes(&a, &b);
+    nodes().for_each(|node| assert!(!refused(node).contains("tallyd"), "{}", refused(node)));
     assert_eq!(a.get("/-/ready").status, 200, "{}", a.get("/-/ready").text());
 }
 
@@ -143,25 +148,62 @@ fn a_node_that_is_away_holds_up_its_own_partitions_alone() {
 fn a_replica_that_takes_over_has_all_in_the_end() {
     let mut cluster = Cluster::start(3, 3);
     let agent = agent(&cluster.settings());
-    let mut sums = Vec::new();
-    for key in ["one", "two", "three", "four"] {
-        let at = cluster.scan(&format!("tallyd:*:s:c:{key}")).first().map_or(0, |(at, _)| *at);
-        let sum = under_load(&agent, key, || {
-            if key == "two" {
-                cluster.kill(at);
-                until("a replica to take over", || (cluster.masters().len() == 3).then_some(()));
-            }
-        });
-        sums.push((key, sum));
-    }
-    for (key, sum) in sums {
-        until("the store to hold all", || {
-            (stored(&cluster, &format!("c:{key}"), "increments") == sum as f64).then_some(())
-        });
-        agent.wait_for(key, "value", sum);
-    }
+    agent.datagram("taken:1|c");
+    until("it to be stored", || (stored(&cluster, "c:taken", "increments") == 1.0).then_some(()));
+    let at = cluster.scan("tallyd:*:s:c:taken")[0].0;
+    let sum = 1 + under_load(&agent, "taken", || {
+        cluster.kill(at);
+        until("a replica to take over", || (cluster.masters().len() == 3).then_some(()));
+    });
+    let holds = |cluster: &Cluster, sum: u64| {
+        until("the store to hold all", || (stored(cluster, "c:taken", "increments") == sum as f64).then_some(()));
+        agent.wait_for("taken", "value", sum);
+        until("the agent to be ready", || (agent.get("/-/ready").status == 200).then_some(()));
+    };
+    holds(&cluster, sum);
+    // It comes back as a replica, and takes over again when the other one goes.
+    cluster.start_again(at);
+    cluster.await_whole();
+    let next = cluster.scan("tallyd:*:s:c:taken")[0].0;
+    assert_ne!(next, at);
+    let more = under_load(&agent, "taken", || {
+        cluster.kill(next);
+        until("the first one to take over", || (cluster.masters().len() == 3).then_some(()));
+    });
+    holds(&cluster, sum + more);
+    assert_eq!(cluster.scan("tallyd:*:s:c:taken")[0].0, at);
+    assert_eq!(agent.own("tallyd_lost_total", ""), 0.0);
+}
+
+#[test]
+fn a_partition_that_moves_under_load_is_followed() {
+    let cluster = Cluster::start(2, 0);
+    let agent = agent(&cluster.settings());
+    agent.datagram("moves:1|c");
+    until("it to be stored", || (stored(&cluster, "c:moves", "increments") == 1.0).then_some(()));
+    let (from, name) = cluster.scan("tallyd:*:s:c:moves")[0].clone();
+    let (to, slot) = (1 - from, cluster.slot(&name));
+    let sum = 1 + under_load(&agent, "moves", || {
+        cluster.begin_to_move(slot, from, to);
+        // Some keys are here and some there: it must wait, and others go on.
+        cluster.move_keys(slot, from, to, 1);
+        agent.datagram("others.1:1|c\nothers.2:1|c\nothers.3:1|c\nothers.4:1|c");
+        until("the others to be stored", || (cluster.scan("tallyd:*:s:c:others.*").len() >= 3).then_some(()));
+        cluster.move_keys(slot, from, to, 1_000);
+        cluster.end_move(slot, from, to);
+    });
+    until("the store to hold all", || (stored(&cluster, "c:moves", "increments") == sum as f64).then_some(()));
+    assert_eq!(cluster.scan("tallyd:*:s:c:moves")[0].0, to);
+    agent.wait_for("moves", "value", sum);
     until("the agent to be ready", || (agent.get("/-/ready").status == 200).then_some(()));
     assert_eq!(agent.own("tallyd_lost_total", ""), 0.0);
+}
+
+/// What a server under Sentinel has of a counter.
+fn watched(sentinels: &Sentinels, at: usize, key: &str) -> u64 {
+    let server = sentinels.server(at);
+    let name = server.cli(&["--scan", "--pattern", &format!("tallyd:*:s:c:{key}")]);
+    server.cli(&["HGET", name.trim(), "increments"]).trim().parse().unwrap_or(0)
 }
 
 #[test]
@@ -169,24 +211,37 @@ fn the_master_that_the_sentinels_name_has_all_in_the_end() {
     let sentinels = Sentinels::start(1, 3);
     let agent = agent(&sentinels.settings());
     let sum = under_load(&agent, "watched", || assert_eq!(sentinels.fail_over(), 1));
-    let stored = |at: usize| {
-        let server = sentinels.server(at);
-        let name = server.cli(&["--scan", "--pattern", "tallyd:*:s:c:watched"]);
-        server.cli(&["HGET", name.trim(), "increments"]).trim().parse().unwrap_or(0)
-    };
-    until("the new master to hold all", || (stored(1) == sum).then_some(()));
+    until("the new master to hold all", || (watched(&sentinels, 1, "watched") == sum).then_some(()));
     agent.wait_for("watched", "value", sum);
     until("the agent to be ready", || (agent.get("/-/ready").status == 200).then_some(()));
     assert_eq!(agent.own("tallyd_lost_total", ""), 0.0);
     // And back.
     let more = under_load(&agent, "watched", || assert_eq!(sentinels.fail_over(), 0));
-    until("the old master to hold all", || (stored(0) == sum + more).then_some(()));
+    until("the old master to hold all", || (watched(&sentinels, 0, "watched") == sum + more).then_some(()));
+}
+
+#[test]
+fn a_master_that_dies_is_replaced_though_a_sentinel_stands_still() {
+    let mut sentinels = Sentinels::start(1, 3);
+    sentinels.sentinel(2).signal("STOP");
+    let agent = agent(&sentinels.settings());
+    let sum = under_load(&agent, "dies", || {
+        sentinels.server_mut(0).kill();
+        until("the replica to be the master", || (sentinels.master() == 1).then_some(()));
+    });
+    until("it to hold all", || (watched(&sentinels, 1, "dies") == sum).then_some(()));
+    agent.wait_for("dies", "value", sum);
+    sentinels.server_mut(0).start_again();
+    until("the agent to be ready", || (agent.get("/-/ready").status == 200).then_some(()));
+    assert_eq!(agent.own("tallyd_lost_total", ""), 0.0);
 }
 
 #[test]
 fn batches_stay_in_the_outbox_until_the_replicas_have_them() {
     let sentinels = Sentinels::start(1, 1);
-    let agent = agent(&[sentinels.settings(), vec!["store.redis.replicas=1".to_owned()]].concat());
+    (0..2).for_each(|at| drop(grant(sentinels.server(at), &["+wait", "+role", "+select"])));
+    let more = ["store.redis.replicas=1", "store.redis.url=redis://tallyd:secret@any/5"].map(str::to_owned);
+    let agent = agent(&[sentinels.settings(), more.to_vec()].concat());
     let kept = || agent.own("tallyd_outbox_batches", "");
     agent.datagram("kept:1|c");
     agent.wait_for("kept", "value", 1);
@@ -194,12 +249,10 @@ fn batches_stay_in_the_outbox_until_the_replicas_have_them() {
     sentinels.server(1).signal("STOP");
     agent.datagram("kept:1|c");
     until("the master to have it", || {
-        let name = sentinels.server(0).cli(&["--scan", "--pattern", "tallyd:*:s:c:kept"]);
-        (sentinels.server(0).cli(&["HGET", name.trim(), "increments"]).trim() == "2").then_some(())
+        let name = sentinels.server(0).cli(&["-n", "5", "--scan", "--pattern", "tallyd:*:s:c:kept"]);
+        (sentinels.server(0).cli(&["-n", "5", "HGET", name.trim(), "increments"]).trim() == "2").then_some(())
     });
     // Each second it is asked whether the replica has it; several answers must not have dropped it.
-    let asked = || sentinels.server(0).cli(&["INFO", "commandstats"]).matches("cmdstat_wait:calls=").count();
-    assert_eq!(asked(), 1);
     let calls = || {
         let stats = sentinels.server(0).cli(&["INFO", "commandstats"]);
         let row = stats.lines().find_map(|line| line.strip_prefix("cmdstat_wait:calls=")).unwrap().to_owned();
@@ -208,6 +261,7 @@ fn batches_stay_in_the_outbox_until_the_replicas_have_them() {
     let before = calls();
     until("it to be asked again", || (calls() >= before + 3).then_some(()));
     assert!(kept() >= 1.0);
+    assert_eq!(refused(sentinels.server(0)).trim(), "");
     sentinels.server(1).signal("CONT");
     until("the replica to have it as well", || (kept() == 0.0).then_some(()));
 }
@@ -217,7 +271,7 @@ fn a_unix_socket_and_a_database_number_are_used() {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("redis.sock");
     let server = Server::start(&["--unixsocket", socket.to_str().unwrap()]);
-    let urls = [format!("unix://{}?db=3", socket.display()), format!("redis://{}/4", server.address())];
+    let urls = [format!("unix://{}?db=3&protocol=3", socket.display()), format!("redis://{}/4", server.address())];
     for (url, database) in urls.iter().zip(["3", "4"]) {
         let agent = single(url, &[]);
         agent.datagram("there:5|c");
@@ -231,23 +285,28 @@ fn a_unix_socket_and_a_database_number_are_used() {
     assert_eq!(server.cli(&["-n", "0", "DBSIZE"]).trim(), "0");
 }
 
-/// The rights that README lists, as `ACL SETUSER` takes them.
-fn rights() -> Vec<String> {
+/// The rights that README lists, as `ACL SETUSER` takes them, with some for a deployment.
+fn grant(server: &Server, others: &[&str]) -> Vec<String> {
     let readme = include_str!("../../README.md");
     let line = readme.lines().find(|line| line.starts_with("ACL SETUSER tallyd ")).expect("README lists the rights");
-    line.split(' ').map(str::to_owned).collect()
+    let words: Vec<_> = line.split(' ').chain(others.iter().copied()).collect();
+    assert_eq!(server.cli(&words).trim(), "OK");
+    others.iter().for_each(|right| assert!(readme.contains(*right), "README lacks {right}"));
+    words.iter().filter_map(|word| word.strip_prefix('+')).map(str::to_owned).collect()
+}
+
+/// Whether a user was refused something.
+fn refused(server: &Server) -> String {
+    server.cli(&["ACL", "LOG"])
 }
 
 #[test]
 fn a_user_needs_the_rights_that_are_documented_and_no_more() {
     let server = Server::start(&[]);
-    let rights = rights();
-    let words: Vec<_> = rights.iter().map(String::as_str).collect();
-    assert_eq!(server.cli(&words).trim(), "OK");
-    let url = format!("redis://tallyd:secret@{}", server.address());
-    let agent = single(&url, &[]);
-    agent.datagram("may:5|c\nt:1:2|ms\nu:x|s\ng:5|g\ng:+1|g\nm:3|m");
-    for (key, field, value) in [("may", "value", 5), ("t", "sum", 3), ("u", "value", 1), ("g", "value", 6)] {
+    let rights = grant(&server, &[]);
+    let agent = single(&format!("redis://tallyd:secret@{}", server.address()), &[]);
+    agent.datagram("may:5|c\nt:1:2|ms\nu:x|s\ng:5|g\nm:3|m");
+    for (key, field, value) in [("may", "value", 5), ("t", "sum", 3), ("u", "value", 1), ("g", "value", 5)] {
         agent.wait_for(key, field, value);
     }
     until("all to be stored", || {
@@ -256,13 +315,26 @@ fn a_user_needs_the_rights_that_are_documented_and_no_more() {
     assert_eq!(agent.get("/data/metrics").json().as_array().unwrap().len(), 5);
     assert_eq!(agent.delete("/data/metrics/may").status, 200);
     until("the agent to be ready", || (agent.get("/-/ready").status == 200).then_some(()));
-    assert!(!server.cli(&["ACL", "LOG"]).contains("tallyd"), "{}", server.cli(&["ACL", "LOG"]));
+    for right in &rights {
+        until(&format!("{right} to be used"), || {
+            // A set after a change is what a gauge needs most rights for.
+            agent.datagram("g:+1|g\nt:0.5|ms");
+            agent.datagram("g:7|g");
+            server.cli(&["INFO", "commandstats"]).contains(&format!("cmdstat_{right}:calls=")).then_some(())
+        });
+    }
+    assert!(!refused(&server).contains("tallyd"), "{}", refused(&server));
     drop(agent);
-    // Each right that is listed is needed: without it something is refused.
-    let wrong = single(&format!("redis://tallyd:wrong@{}", server.address()), &[]);
-    let ready =
-        until("the agent to say so", || Some(wrong.get("/-/ready")).filter(|ready| ready.text().contains("refuses")));
-    assert!(!ready.text().contains("wrong") && !wrong.stderr().contains("wrong@"), "{}", ready.text());
+    // A wrong password is told, and not shown.
+    let wrong = single(&format!("redis://tallyd:hunter2@{}", server.address()), &[]);
+    let told = |agent: &Agent| Some(agent.get("/-/ready").text()).filter(|ready| ready.contains("refuses the user"));
+    let ready = until("the agent to say so", || told(&wrong));
+    assert!(!ready.contains("hunter2") && !wrong.stderr().contains("hunter2"), "{ready}");
+    // So is a right that is missing.
+    server.cli(&["ACL", "SETUSER", "tallyd", "-hset"]);
+    let lacks = single(&format!("redis://tallyd:secret@{}", server.address()), &[]);
+    lacks.datagram("may:1|c");
+    until("the agent to say so", || told(&lacks));
 }
 
 /// Certificates of an authority of a test: PEM files.
@@ -335,6 +407,21 @@ fn tls_is_spoken_with_whom_the_own_authority_knows() {
             agent.get("/-/ready").text().contains("TLS with Redis failed; compare its certificate").then_some(())
         });
         assert_eq!(agent.own("tallyd_store_connected", ""), 0.0);
+    }
+}
+
+#[test]
+fn a_mode_that_is_not_the_servers_is_told() {
+    let cluster = Cluster::start(2, 0);
+    let plain = Server::start(&[]);
+    let url = |server: &Server| format!("store.redis.url=redis://{}", server.address());
+    let as_cluster = ["store.kind=redis", "store.redis.mode=cluster"].map(str::to_owned);
+    for (settings, told) in [
+        (vec!["store.kind=redis".to_owned(), url(cluster.node(0))], "set store.redis.mode = \\\"cluster\\\""),
+        ([&as_cluster[..], &[url(&plain)]].concat(), "but this Redis is none"),
+    ] {
+        let agent = agent(&settings);
+        until("the agent to say so", || agent.get("/-/ready").text().contains(told).then_some(()));
     }
 }
 

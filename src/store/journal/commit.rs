@@ -14,10 +14,10 @@ use redb::{ReadableTable, Table, WriteTransaction};
 use super::outbox::{Queue, Size, put_positions};
 use super::receipts::Receipts;
 use super::record::{self, BatchHead, OperationRef, Place};
-use super::{Error, Journal, Limits, OUTBOX, State, TOTALS, count_damaged, locked, put_agent};
+use super::{Error, Journal, Limits, OUTBOX, State, TOTALS, count_damaged, locked, marks, put_agent};
 use crate::aggregate::ledger::{Changed, Reading, Shipped};
 use crate::receipt::Receipt;
-use crate::sample::{Kind, SeriesKey};
+use crate::sample::{Kind, Marks, SeriesKey};
 use crate::store::{Batch, Operation, Partition, partition, samples_of};
 use crate::telemetry;
 
@@ -68,6 +68,20 @@ pub struct Committed {
     pub merged: u64,
 }
 
+/// What is written with a flush because it belongs to just the samples in it.
+#[derive(Debug, Clone, Copy)]
+pub struct Beside<'a> {
+    /// What the requests were told whose samples it has.
+    pub receipts: &'a [Receipt],
+    /// How far those logs were read whose records it has.
+    pub marks: &'a Marks,
+}
+
+impl Beside<'_> {
+    /// Nothing.
+    pub const NOTHING: Self = Self { receipts: &[], marks: &Marks::new() };
+}
+
 /// One transaction on its way: the state that will be, and what is counted.
 struct Commit<'a> {
     limits: &'a Limits,
@@ -77,6 +91,8 @@ struct Commit<'a> {
     done: Committed,
     /// Deltas that another could not take because a sum would not stay finite, and the samples in them.
     refused: (u64, u64),
+    /// The series whose totals expired, where somebody is told.
+    expired: Option<Vec<(Kind, SeriesKey)>>,
 }
 
 impl Journal {
@@ -92,10 +108,10 @@ impl Journal {
         deleted: &[(Kind, SeriesKey)],
         now_ms: u64,
     ) -> Result<Committed, Error> {
-        self.commit_with(flush, changed, deleted, &[], now_ms)
+        self.commit_with(flush, changed, deleted, Beside::NOTHING, now_ms)
     }
 
-    /// The same, with what the requests were told whose samples it has.
+    /// The same, with what belongs to just these samples.
     ///
     /// # Errors
     /// As [`Journal::commit`].
@@ -104,22 +120,27 @@ impl Journal {
         flush: u64,
         changed: &[Changed],
         deleted: &[(Kind, SeriesKey)],
-        receipts: &[Receipt],
+        beside: Beside<'_>,
         now_ms: u64,
     ) -> Result<Committed, Error> {
         let mut writing = locked(&self.writing);
-        let state = locked(&self.state).clone();
+        let mut state = locked(&self.state).clone();
         let told = |queue: &Queue| queue.written != queue.position() || queue.stable > queue.dropped;
-        let nothing = changed.is_empty() && deleted.is_empty() && receipts.is_empty();
+        let is_marked = beside.marks.iter().all(|(name, mark)| state.marks.get(name) == Some(mark));
+        let nothing = changed.is_empty() && deleted.is_empty() && beside.receipts.is_empty() && is_marked;
         if nothing && !state.queues.iter().any(told) {
             return Ok(Committed::default());
         }
+        let before = state.marks.clone();
+        let noted = locked(&self.noted).clone();
+        state.marks.extend(noted.iter().chain(beside.marks).map(|(name, mark)| (name.clone(), *mark)));
         let limits = &self.limits;
-        let mut commit = Commit { limits, flush, now_ms, state, done: Committed::default(), refused: (0, 0) };
+        let expired = locked(&self.expired).is_some().then(Vec::new);
+        let mut commit = Commit { limits, flush, now_ms, state, done: Committed::default(), refused: (0, 0), expired };
         commit.state.revision += 1;
         commit.state.agent.flush = flush.max(commit.state.agent.flush);
         let file = self.database.len();
-        let receipts = &receipts[receipts.len().saturating_sub(limits.receipts)..];
+        let receipts = &beside.receipts[beside.receipts.len().saturating_sub(limits.receipts)..];
         let mut forgotten = 0;
         let write = |transaction: &WriteTransaction| {
             commit.put_totals(transaction, &mut writing, changed, deleted)?;
@@ -132,10 +153,18 @@ impl Journal {
             let revision = commit.state.revision;
             forgotten = writing.receipts.write(transaction, revision, receipts, now_ms, limits.receipts)?;
             put_positions(transaction, commit.state.revision, &mut commit.state.queues)?;
+            if commit.state.marks != before {
+                marks::put(transaction, commit.state.revision, &commit.state.marks)?;
+            }
             put_agent(transaction, commit.state.revision, &commit.state.agent)
         };
         self.database.write(write).map_err(Error::counted)?;
         let done = commit.done;
+        // What was noted once must not come back over what is read later.
+        locked(&self.noted).retain(|name, mark| noted.get(name) != Some(mark));
+        if let (Some(all), Some(expired)) = (locked(&self.expired).as_mut(), commit.expired.take()) {
+            all.extend(expired);
+        }
         telemetry::LOST.counter(&["non_finite"]).increment(commit.refused.0);
         telemetry::LOST_SAMPLES.counter(&["non_finite"]).increment(commit.refused.1);
         telemetry::JOURNAL_EXPIRED.counter(&[]).increment(done.expired);
@@ -354,6 +383,12 @@ impl Commit<'_> {
         for (at, (update_ms, place)) in seen.iter().enumerate() {
             if at >= surplus && update_ms.saturating_add(expire_ms) > self.now_ms {
                 break;
+            }
+            if let Some(expired) = &mut self.expired
+                && let Some(value) = table.get(place)?
+                && let Some(head) = record::read_total_head(value.value())
+            {
+                expired.push((head.kind, SeriesKey::from_canonical(head.key)));
             }
             self.done.expired += u64::from(self.remove_total(&mut table, place)?);
         }

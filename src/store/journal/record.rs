@@ -12,7 +12,7 @@ use crate::aggregate::Aggregate;
 use crate::aggregate::ledger::Total;
 use crate::aggregate::meter::Rates;
 use crate::receipt::Receipt;
-use crate::sample::{Kind, SeriesKey};
+use crate::sample::{Kind, Marks, SeriesKey};
 use crate::store::{Batch, Operation, Partition};
 
 /// The first bytes of a record. They are no UTF-8, so no series key can contain them.
@@ -45,6 +45,7 @@ pub(super) enum Content {
     Uncounted,
     Receipt,
     Batch,
+    Marks,
 }
 
 /// In front of every payload: what it is, and the number of the transaction that wrote it.
@@ -199,6 +200,22 @@ fn open_as(record: &[u8], content: Content) -> Option<(u64, &[u8])> {
 pub(super) fn read_agent(record: &[u8]) -> Option<(u64, Agent)> {
     let (revision, payload) = open_as(record, Content::Agent)?;
     Some((revision, postcard::from_bytes(payload).ok()?))
+}
+
+pub(super) fn read_marks(record: &[u8]) -> Option<Marks> {
+    let (_, payload) = open_as(record, Content::Marks)?;
+    postcard::from_bytes(payload).ok()
+}
+
+/// Revision, kind, key and total.
+pub(super) fn read_stamped_total(record: &[u8]) -> Option<(u64, Kind, &str, Total)> {
+    let (revision, _) = open_as(record, Content::Total)?;
+    read_total(record).map(|(kind, key, total)| (revision, kind, key, total))
+}
+
+/// The transaction that wrote a total, without a look at it.
+pub(super) fn read_total_revision(record: &[u8]) -> Option<u64> {
+    open_as(record, Content::Total).map(|(revision, _)| revision)
 }
 
 /// Revision, partition and position.

@@ -15,6 +15,7 @@ use redb::TableDefinition;
 use twox_hash::XxHash3_128;
 
 use super::file::{Found, begin_write};
+use super::marks::MARKS;
 use super::record::{self, Content, HEADER, MAGIC, Place, Position};
 use super::{AGENT, Error, OUTBOX, POSITIONS, RECEIPTS, TOTALS};
 use crate::store::Partition;
@@ -58,6 +59,7 @@ struct Location {
 #[derive(Debug, Default)]
 struct Survey {
     agent: Option<(Location, u64)>,
+    marks: Option<Location>,
     positions: HashMap<Partition, (Location, Position)>,
     totals: HashMap<Place, Location>,
     batches: HashMap<(Partition, u64), (Location, u64)>,
@@ -114,6 +116,8 @@ fn copy_records(
     copy_some(file, database, POSITIONS, &positions, |partition| *partition)?;
     let agent: Vec<_> = survey.agent.into_iter().map(|(location, _)| (0, location)).collect();
     copy_some(file, database, AGENT, &agent, |key| *key)?;
+    let marks: Vec<_> = survey.marks.into_iter().map(|location| (MARKS, location)).collect();
+    copy_some(file, database, AGENT, &marks, |key| *key)?;
     Ok(())
 }
 
@@ -180,6 +184,11 @@ impl Survey {
                     *newest = location.max(*newest);
                 }
             }
+            Content::Marks => {
+                if record::read_marks(record).is_some() {
+                    self.marks = self.marks.max(Some(location));
+                }
+            }
             Content::Batch | Content::Uncounted => {
                 if let Some((head, ..)) = record::read_batch_parts(record) {
                     let newest = self.batches.entry((head.partition, head.sequence)).or_insert((location, head.flush));
@@ -206,6 +215,7 @@ impl Survey {
     fn found(&self, damage: Damage) -> Found {
         let locations = (self.agent.iter().map(|(location, _)| location))
             .chain(self.positions.values().map(|(location, _)| location))
+            .chain(&self.marks)
             .chain(self.totals.values())
             .chain(self.batches.values().map(|(location, _)| location));
         Found {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use redis::{Cmd, ErrorKind, Pipeline, RedisError, Script, ServerErrorKind, Value};
 
-use super::deployment::Deployment;
+use super::deployment::{Deployment, Mode};
 use super::node::{Node, Opener, Wire};
 use super::read::Stored;
 use super::route::Route;
@@ -248,6 +248,9 @@ impl Connection {
                 // Restarted, promoted, or `SCRIPT FLUSH`.
                 wire.load(&call.named.script).await?;
             } else if let Some((to, name)) = redirection(&error) {
+                if self.route.opener.deployment.mode == Mode::Single {
+                    return Err(Error::IsCluster);
+                }
                 node = self.route.named(name, &node).ok_or(Error::Moving)?;
                 asking = to == ServerErrorKind::Ask;
                 if !asking {
@@ -296,6 +299,13 @@ impl Server {
     pub(super) async fn info(&self) -> Result<String, Error> {
         let answer = self.ask(redis::cmd("INFO")).await?;
         redis::from_redis_value(answer).map_err(|_| Error::Foreign)
+    }
+
+    /// The server's clock, in milliseconds since the epoch.
+    pub(super) async fn now_ms(&self) -> Result<u64, Error> {
+        let answer = self.ask(redis::cmd("TIME")).await?;
+        let seconds = list(&answer).and_then(|time| number(time.first()?));
+        Ok(seconds.ok_or(Error::Foreign)? * 1_000)
     }
 
     /// A parameter of the server; `None` where it does not tell.
@@ -376,14 +386,11 @@ impl Server {
 
     async fn ask(&self, command: Cmd) -> Result<Value, Error> {
         let mut wire = self.node.wire(&self.route.opener).await?;
-        let answer = wire.send(&command, false).await;
-        match answer.map_err(Error::from) {
-            Err(error @ (Error::Dropped | Error::Timeout)) => {
-                self.node.give_up(&wire, error).await;
-                Err(error)
-            }
-            answer => answer,
+        let answer = wire.send(&command, false).await.map_err(Error::from);
+        if let Err(error @ (Error::Dropped | Error::Timeout)) = answer {
+            self.node.give_up(&wire, error).await;
         }
+        answer
     }
 }
 

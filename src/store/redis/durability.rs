@@ -51,9 +51,13 @@ impl Durability {
         replicas: Replicas,
         unstable: &[Partition],
     ) -> Result<Self, Error> {
-        let info = Info::read(&server.info().await?);
+        let mut info = Info::read(&server.info().await?);
         if !info.is_master {
             return Err(Error::ReadOnly);
+        }
+        if info.now_ms == 0 {
+            // Old servers don't tell it there.
+            info.now_ms = server.now_ms().await?;
         }
         let wanted = replicas.of(info.replicas);
         let (stable, sequences) = if wanted > 0 {

@@ -79,6 +79,10 @@ pub enum Error {
     Loading,
     /// The server is held up by a script.
     Busy,
+    /// The server is a node of a cluster, and used as the only one.
+    IsCluster,
+    /// The server is no node of a cluster, and used as one.
+    NoCluster,
     /// The cluster has no master for the partition.
     ClusterDown,
     /// The partition is on its way from one node to another.
@@ -93,7 +97,7 @@ pub enum Error {
 
 impl Error {
     /// All that may come while an agent runs; the others are told at its start.
-    pub(in crate::store) const RUNNING: [Self; 16] = [
+    pub(in crate::store) const RUNNING: [Self; 18] = [
         Self::Connect,
         Self::Tls,
         Self::Sentinels,
@@ -105,6 +109,8 @@ impl Error {
         Self::ReadOnly,
         Self::Loading,
         Self::Busy,
+        Self::IsCluster,
+        Self::NoCluster,
         Self::ClusterDown,
         Self::Moving,
         Self::Refused,
@@ -129,6 +135,8 @@ impl Error {
             Self::ReadOnly => "read_only",
             Self::Loading => "loading",
             Self::Busy => "busy",
+            Self::IsCluster => "is_cluster",
+            Self::NoCluster => "no_cluster",
             Self::ClusterDown => "cluster_down",
             Self::Moving => "moving",
             Self::Refused => "refused",
@@ -146,6 +154,7 @@ impl Error {
             Self::Url | Self::Insecure | Self::Socket | Self::ClusterDatabase => "store.redis.url",
             Self::Connect | Self::Tls | Self::Sentinels | Self::MasterUnknown | Self::Denied => "store.redis.url",
             Self::Dropped | Self::Timeout | Self::OutOfMemory | Self::ReadOnly | Self::Loading => "store.redis.url",
+            Self::IsCluster | Self::NoCluster => "store.redis.mode",
             Self::Busy | Self::ClusterDown | Self::Moving | Self::Refused => "store.redis.url",
             Self::Contended | Self::Foreign => "store.redis.url",
         }
@@ -171,7 +180,7 @@ impl Error {
             Self::NoSentinels | Self::Node(_) | Self::NodeCredentials(_) | Self::NodesUnused => true,
             Self::FileUnused(_) | Self::HalfCertificate(_) | Self::File(..) | Self::Pem(_) => true,
             Self::Connect | Self::Tls | Self::Sentinels | Self::MasterUnknown | Self::Denied => true,
-            Self::Dropped | Self::Timeout | Self::ReadOnly | Self::Loading => true,
+            Self::Dropped | Self::Timeout | Self::ReadOnly | Self::Loading | Self::IsCluster | Self::NoCluster => true,
             Self::OutOfMemory | Self::Busy | Self::ClusterDown | Self::Moving => false,
             Self::Refused | Self::Contended | Self::Foreign => false,
         }
@@ -230,6 +239,8 @@ impl fmt::Display for Error {
             }
             Self::Loading => "Redis is loading its data, or waits for its master",
             Self::Busy => "Redis is held up by a script",
+            Self::IsCluster => "this Redis is a node of a cluster; set store.redis.mode = \"cluster\"",
+            Self::NoCluster => "store.redis.mode is \"cluster\", but this Redis is none; set \"single\"",
             Self::ClusterDown => "the cluster has no master for a part of the keys",
             Self::Moving => "the cluster is moving a part of the keys",
             Self::Refused => "Redis answered with an error",
@@ -252,6 +263,13 @@ impl From<&RedisError> for Error {
             Some("CLUSTERDOWN") => return Self::ClusterDown,
             Some("TRYAGAIN" | "MOVED" | "ASK") => return Self::Moving,
             Some("NOAUTH" | "WRONGPASS" | "NOPERM") => return Self::Denied,
+            // What a script may not do has no code of its own.
+            Some(_) if error.detail().is_some_and(|detail| detail.contains("user executing the script can't")) => {
+                return Self::Denied;
+            }
+            Some(_) if error.detail().is_some_and(|detail| detail.contains("cluster support disabled")) => {
+                return Self::NoCluster;
+            }
             Some(_) | None => {}
         }
         if is_tls(error) {

@@ -1,0 +1,194 @@
+//! librdkafka's clients as this program makes them.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rdkafka::client::ClientContext;
+use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
+use rdkafka::consumer::ConsumerContext;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+
+use super::{Config, Error, check_topic};
+
+/// What store, input and forward rest on; an option of these names is refused.
+const OURS: [&str; 9] = [
+    "bootstrap.servers",
+    "metadata.broker.list",
+    "group.id",
+    "enable.auto.commit",
+    "enable.auto.offset.store",
+    "enable.idempotence",
+    "acks",
+    "request.required.acks",
+    "enable.partition.eof",
+];
+
+impl Config {
+    /// What all clients are told.
+    ///
+    /// # Errors
+    /// When an option is none that librdkafka takes, or one that is ours to set.
+    pub fn client(&self) -> Result<ClientConfig, Error> {
+        if self.brokers.is_empty() {
+            return Err(Error::NoBroker);
+        }
+        let mut config = ClientConfig::new();
+        config
+            .set("bootstrap.servers", self.brokers.join(","))
+            .set("client.id", "tallyd")
+            // An agent that waits for its brokers again must not wait long after they came back.
+            .set("reconnect.backoff.ms", "100")
+            .set("reconnect.backoff.max.ms", "1000")
+            .set("socket.keepalive.enable", "true")
+            .set("allow.auto.create.topics", "false")
+            .set_log_level(RDKafkaLogLevel::Debug);
+        for (name, value) in &self.options {
+            if OURS.contains(&name.as_str()) {
+                return Err(Error::Ours(name.clone()));
+            }
+            config.set(name, value);
+        }
+        if let Some(password) = &self.password {
+            config.set("sasl.password", &password.0);
+        }
+        config.create_native_config().map(drop).map_err(refused)?;
+        Ok(config)
+    }
+
+    /// Checks names and values of all options. Whether they fit together, and whether files that they name are there,
+    /// shows when a client is made of them.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(&self) -> Result<(), Error> {
+        check_topic(&self.topic)?;
+        self.client().map(drop)
+    }
+}
+
+/// librdkafka's words, without the value, which may be a password.
+pub(super) fn refused(error: KafkaError) -> Error {
+    if let KafkaError::ClientConfig(_, words, name, _) = error {
+        return Error::Option(name, words);
+    }
+    if let KafkaError::ClientCreation(words) = error { Error::Client(words) } else { Error::Client(error.to_string()) }
+}
+
+/// Makes clients, and knows whether all brokers are gone.
+#[derive(Debug, Clone)]
+pub struct Link {
+    config: ClientConfig,
+    down: Arc<AtomicBool>,
+}
+
+impl Link {
+    /// A way to the brokers of a configuration. Nothing connects before it is used.
+    ///
+    /// # Errors
+    /// When the configuration can't be used.
+    pub fn new(config: &Config) -> Result<Self, Error> {
+        Ok(Self { config: config.client()?, down: Arc::default() })
+    }
+
+    /// A client with further properties.
+    ///
+    /// # Errors
+    /// When librdkafka does not take them together.
+    pub fn make<T>(&self, properties: &[(&str, &str)]) -> Result<T, Error>
+    where
+        T: rdkafka::config::FromClientConfigAndContext<Quiet>,
+    {
+        self.make_with(properties, self.context())
+    }
+
+    /// A client that calls back a context of its own.
+    ///
+    /// # Errors
+    /// When librdkafka does not take the properties together.
+    pub fn make_with<C: ClientContext, T>(&self, properties: &[(&str, &str)], context: C) -> Result<T, Error>
+    where
+        T: rdkafka::config::FromClientConfigAndContext<C>,
+    {
+        let mut config = self.config.clone();
+        for (name, value) in properties {
+            // Not above what an operator chose.
+            if config.get(name).is_none() {
+                config.set(*name, *value);
+            }
+        }
+        config.create_with_context(context).map_err(refused)
+    }
+
+    /// What hears librdkafka's log and errors.
+    pub fn context(&self) -> Quiet {
+        Quiet { down: Arc::clone(&self.down) }
+    }
+
+    /// Whether a client has found all brokers gone since this was asked last.
+    pub fn take_down(&self) -> bool {
+        self.down.swap(false, Ordering::AcqRel)
+    }
+}
+
+/// Takes librdkafka's log and errors.
+#[derive(Debug, Clone, Default)]
+pub struct Quiet {
+    down: Arc<AtomicBool>,
+}
+
+impl Quiet {
+    /// Takes a line of the log.
+    pub fn line(level: RDKafkaLogLevel, facility: &str, text: &str) {
+        tracing::debug!(target: "librdkafka", ?level, facility, "{text}");
+    }
+
+    /// Takes an error that concerns a whole client.
+    pub fn failed(&self, error: &KafkaError, text: &str) {
+        if matches!(error, KafkaError::Global(RDKafkaErrorCode::AllBrokersDown)) {
+            self.down.store(true, Ordering::Release);
+        }
+        tracing::debug!(target: "librdkafka", %error, "{text}");
+    }
+}
+
+impl ClientContext for Quiet {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
+        Self::line(level, facility, text);
+    }
+
+    fn error(&self, error: KafkaError, text: &str) {
+        self.failed(&error, text);
+    }
+}
+
+impl ConsumerContext for Quiet {}
+
+/// Whether an error says that the brokers are not to be had now, rather than that they refuse something.
+pub fn is_away(error: &KafkaError) -> bool {
+    matches!(
+        error.rdkafka_error_code(),
+        Some(
+            RDKafkaErrorCode::AllBrokersDown
+                | RDKafkaErrorCode::BrokerTransportFailure
+                | RDKafkaErrorCode::OperationTimedOut
+                | RDKafkaErrorCode::MessageTimedOut
+                | RDKafkaErrorCode::Resolve
+        )
+    )
+}
+
+/// An error as a label of a metric.
+pub fn reason(error: &KafkaError) -> &'static str {
+    match error.rdkafka_error_code() {
+        Some(_) if is_away(error) => "connection",
+        Some(
+            RDKafkaErrorCode::TopicAuthorizationFailed
+            | RDKafkaErrorCode::GroupAuthorizationFailed
+            | RDKafkaErrorCode::ClusterAuthorizationFailed
+            | RDKafkaErrorCode::SaslAuthenticationFailed
+            | RDKafkaErrorCode::Authentication,
+        ) => "denied",
+        Some(RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic) => "no_topic",
+        Some(_) | None => "other",
+    }
+}
