@@ -3,6 +3,7 @@
 //! Here stand a wire to Redis that fails as it is told, a load whose sums are known, and [`exact`], which checks from
 //! outside that `accepted = store + outbox + ledger + lost{reason}`. The faults themselves are in the files beside it.
 
+mod cluster;
 mod copies;
 mod journal;
 mod keys;
@@ -151,13 +152,28 @@ impl Load {
     }
 }
 
+/// Where series are stored: one server, or several that share them.
+trait Store {
+    /// The ports of all that have some.
+    fn ports(&self) -> Vec<u16>;
+}
+
+impl Store for Redis {
+    fn ports(&self) -> Vec<u16> {
+        vec![self.port]
+    }
+}
+
 /// What Redis has of the load, by wire letter and name, as redis-cli reads it; and how many members.
-fn stored(redis: &Redis) -> (BTreeMap<(String, String), Sums>, u64) {
-    let names = redis.cli(&["KEYS", "tallyd:*:s:*"]);
-    let commands: String =
-        names.lines().filter(|name| !name.is_empty()).map(|name| format!("ECHO @{name}\nHGETALL {name}\n")).collect();
+fn stored(store: &impl Store) -> (BTreeMap<(String, String), Sums>, u64) {
+    let all = store.ports().into_iter().map(|port| {
+        let names = batch(port, "KEYS tallyd:*:s:*\n");
+        let names = names.lines().filter(|name| !name.is_empty());
+        batch(port, &names.map(|name| format!("ECHO @{name}\nHGETALL {name}\n")).collect::<String>())
+    });
+    let all: String = all.collect();
     let (mut found, mut members) = (BTreeMap::new(), 0);
-    for block in batch(redis, &commands).split('@').skip(1) {
+    for block in all.split('@').skip(1) {
         let mut lines = block.lines();
         let name = lines.next().unwrap();
         let Some((_, series)) = name.split_once("}:s:") else { continue };
@@ -184,9 +200,9 @@ fn stored(redis: &Redis) -> (BTreeMap<(String, String), Sums>, u64) {
 }
 
 /// What redis-cli prints for commands that it reads line by line.
-fn batch(redis: &Redis, commands: &str) -> String {
+fn batch(port: u16, commands: &str) -> String {
     let mut cli = Command::new("redis-cli")
-        .args(["-p", &redis.port.to_string()])
+        .args(["-p", &port.to_string()])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -201,7 +217,7 @@ fn batch(redis: &Redis, commands: &str) -> String {
 }
 
 /// What Redis lacks of a load, all series together.
-fn missing(redis: &Redis, load: &Load) -> Sums {
+fn missing(redis: &impl Store, load: &Load) -> Sums {
     let (found, _) = stored(redis);
     let mut lacks = Sums::default();
     for ((letter, name), sent) in &*locked(&load.sent) {
@@ -216,7 +232,7 @@ fn missing(redis: &Redis, load: &Load) -> Sums {
 /// Checks that once all is shipped the store has what was accepted, less what is counted as lost:
 /// `accepted = store + outbox + ledger + lost{reason}` with nothing in the outbox and nothing unflushed.
 #[track_caller]
-fn exact(agents: &[&Agent], redis: &Redis, load: &Load) {
+fn exact(agents: &[&Agent], redis: &impl Store, load: &Load) {
     let lost = || agents.iter().map(|agent| agent.own("tallyd_lost_samples_total", "")).sum::<f64>();
     // What the sender knows is what the agents say.
     let of_sets = load.of_sets.load(Ordering::SeqCst) as f64;
@@ -227,7 +243,7 @@ fn exact(agents: &[&Agent], redis: &Redis, load: &Load) {
 
 /// The same, where an agent has been started again since and its own counters began anew: `lost` says what all lost.
 #[track_caller]
-fn settled(agents: &[&Agent], redis: &Redis, load: &Load, lost: impl Fn() -> f64) {
+fn settled(agents: &[&Agent], redis: &impl Store, load: &Load, lost: impl Fn() -> f64) {
     let deadline = std::time::Instant::now() + PATIENCE;
     loop {
         let lacks = missing(redis, load);
@@ -257,7 +273,7 @@ fn settled(agents: &[&Agent], redis: &Redis, load: &Load, lost: impl Fn() -> f64
 
 /// Checks the same while batches wait for the store: what it has, what waits and what is lost are what was accepted.
 #[track_caller]
-fn balanced(agent: &Agent, redis: &Redis, load: &Load) {
+fn balanced(agent: &Agent, redis: &impl Store, load: &Load) {
     let own = |name: &str| agent.own(name, "");
     let waits = until("batches to wait", || Some(own("tallyd_outbox_unsent_samples")).filter(|waits| *waits > 0.0));
     until(&format!("the sums to agree, {waits} samples waiting at first"), || {
@@ -278,7 +294,7 @@ fn balanced(agent: &Agent, redis: &Redis, load: &Load) {
 
 /// Every series is as it was sent, to the last digit.
 #[track_caller]
-fn all_is_there(redis: &Redis, load: &Load) {
+fn all_is_there(redis: &impl Store, load: &Load) {
     let (found, members) = stored(redis);
     let sent: BTreeMap<_, _> =
         locked(&load.sent).iter().map(|((letter, name), sums)| (((*letter).to_owned(), name.clone()), *sums)).collect();
