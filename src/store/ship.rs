@@ -647,7 +647,9 @@ impl Shipper {
                 self.count(&problem);
                 let is_last = self.stopping;
                 let slot = &mut self.slots[usize::from(partition)];
-                tracing::warn!(partition, %problem, "the store did not take what it was sent; it is sent again");
+                if slot.away.is_none() {
+                    tracing::warn!(partition, %problem, "the store did not take what it was sent; it is sent again");
+                }
                 slot.away = Some(Away::after(slot.away.as_ref(), &problem, is_last));
                 slot.place.claimed = false;
             }
@@ -724,6 +726,8 @@ impl Shipper {
 
     /// Lets the journal drop what the store would not lose.
     fn stable(&mut self, partition: Partition, sequence: u64, since: Instant) {
+        // What is under way may be there already; it is not known yet as sent.
+        let sequence = sequence.min(self.slots[usize::from(partition)].place.stored);
         self.parts.journal.stable(partition, sequence);
         self.nodes.values_mut().for_each(|node| node.unstable.stable_upto(partition, sequence));
         let slot = &mut self.slots[usize::from(partition)];

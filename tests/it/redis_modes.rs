@@ -377,17 +377,14 @@ fn tls_is_spoken_with_whom_the_own_authority_knows() {
     let authority = Authority::new();
     let (certificate, key) = authority.issue("server");
     let port = free_port().to_string();
-    let (ca, file) = (authority.file("ca.pem"), |path: &Path| path.display().to_string());
-    let server = Server::start(&[
-        "--tls-port",
-        &port,
-        "--tls-cert-file",
-        &file(&certificate),
-        "--tls-key-file",
-        &file(&key),
-        "--tls-ca-cert-file",
-        &ca,
-    ]);
+    let file = |path: &Path| path.display().to_string();
+    let tls = [
+        ["--tls-port", &port],
+        ["--tls-cert-file", &file(&certificate)],
+        ["--tls-key-file", &file(&key)],
+        ["--tls-ca-cert-file", &authority.file("ca.pem")],
+    ];
+    let server = Server::start(tls.as_flattened());
     let url = format!("rediss://127.0.0.1:{port}");
     let (ours, our_key) = authority.issue("ours");
     let trusts = |authority: &Authority| format!("store.redis.ca_file={}", authority.file("ca.pem"));
@@ -399,6 +396,20 @@ fn tls_is_spoken_with_whom_the_own_authority_knows() {
         (!server.cli(&["--scan", "--pattern", "tallyd:*:s:c:secret"]).trim().is_empty()).then_some(())
     });
     until("the agent to be ready", || (agent.get("/-/ready").status == 200).then_some(()));
+    // A node of a cluster tells others where it speaks TLS, in the port of the map.
+    let (other_port, bus) = (free_port().to_string(), free_port().to_string());
+    let as_node =
+        ["--tls-port", &other_port, "--tls-cluster", "yes", "--cluster-enabled", "yes", "--cluster-port", &bus];
+    let node = Server::start(&[tls.as_flattened(), &as_node].concat());
+    node.cli(&["CLUSTER", "ADDSLOTSRANGE", "0", "16383"]);
+    let in_cluster = [trusts(&authority), "store.redis.mode=cluster".to_owned()];
+    let clustered = single(&format!("rediss://127.0.0.1:{other_port}"), &[&in_cluster[..], &shows].concat());
+    clustered.datagram("secret:6|c");
+    until("the node to hold it", || {
+        (!node.cli(&["--scan", "--pattern", "tallyd:*:s:c:secret"]).trim().is_empty()).then_some(())
+    });
+    clustered.wait_for("secret", "value", 6);
+    until("the agent to be ready", || (clustered.get("/-/ready").status == 200).then_some(()));
     // Another authority, the usual ones, and no certificate of our own.
     let other = Authority::new();
     for settings in [&[&[trusts(&other)][..], &shows].concat()[..], &shows, &[trusts(&authority)]] {
