@@ -238,6 +238,27 @@ fn a_master_that_dies_is_replaced_though_a_sentinel_stands_still() {
 }
 
 #[test]
+fn a_replica_that_lacks_what_was_acknowledged_gets_it_when_it_takes_over() {
+    for replicas in ["auto", "1"] {
+        let mut sentinels = Sentinels::start(1, 1);
+        let agent = agent(&[sentinels.settings(), vec![format!("store.redis.replicas={replicas}")]].concat());
+        agent.datagram("lacks:1|c");
+        until("both to have it", || (watched(&sentinels, 1, "lacks") == 1).then_some(()));
+        // From now on the replica hears nothing.
+        sentinels.server(1).cli(&["REPLICAOF", "127.0.0.1", "1"]);
+        agent.datagram("lacks:10|c");
+        until("the master to have it", || (watched(&sentinels, 0, "lacks") == 11).then_some(()));
+        until("that to be acknowledged", || (agent.own("tallyd_outbox_unsent_batches", "") == 0.0).then_some(()));
+        sentinels.server_mut(0).kill();
+        until("the replica to be the master", || (sentinels.master() == 1).then_some(()));
+        // Nothing more is sent: that it lacks something must show by itself.
+        until("it to have all", || (watched(&sentinels, 1, "lacks") == 11).then_some(()));
+        agent.wait_for("lacks", "value", 11);
+        assert_eq!(agent.own("tallyd_lost_total", ""), 0.0);
+    }
+}
+
+#[test]
 fn batches_stay_in_the_outbox_until_the_replicas_have_them() {
     let sentinels = Sentinels::start(1, 1);
     (0..2).for_each(|at| drop(grant(sentinels.server(at), &["+wait", "+role", "+select"])));
