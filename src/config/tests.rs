@@ -327,6 +327,8 @@ fn what_a_part_refuses_is_told_with_its_place() {
 fn a_password_is_not_printed() {
     let set = ["store.redis.url=redis://u:hunter2@h"];
     assert!(!load("", &[], &set).unwrap().print().contains("hunter2"));
+    let set = ["store.redis.nodes=[\"redis://u:hunter2@h\"]", "store.redis.url=unix:///s?pass=hunter2"];
+    assert!(!load("", &[], &set).unwrap().print().contains("hunter2"));
     for key in ["listen.udp", "listen.workers", "store.kind"] {
         let wrong = problems("", &[], &[&format!("{key}=redis://u:hunter2@h")]).concat();
         assert!(wrong.contains("***") && !wrong.contains("hunter2"), "{wrong}");
