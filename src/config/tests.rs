@@ -206,7 +206,7 @@ fn an_unknown_key_is_an_error_with_its_place_and_the_nearest_key() {
             "t.toml:2:2: unknown key \"lisen\"; did you mean \"listen\"?",
             "t.toml:5:3: unknown key \"flush.intervall\"; did you mean \"flush.interval\"?",
             "t.toml:8:1: unknown key \"store.redis.prefx\"; did you mean \"store.redis.prefix\"?",
-            "environment TALLYD_INGEST_PORT: unknown key \"TALLYD_INGEST_PORT\"; `tallyd check --print-defaults` lists all keys",
+            "environment TALLYD_INGEST_PORT: unknown key \"TALLYD_INGEST_PORT\"; did you mean \"TALLYD_INGEST__FORWARD\"?",
             "environment TALLYD_LISTEN_UDP: unknown key \"TALLYD_LISTEN_UDP\"; did you mean \"TALLYD_LISTEN__UDP\"?",
             "--set: unknown key \"flush.windo\"; did you mean \"flush.window\"?",
             "--set: unknown key \"port\"; `tallyd check --print-defaults` lists all keys",

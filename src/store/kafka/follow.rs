@@ -307,6 +307,8 @@ impl Follower {
                 self.shared.learn(|facts| facts.connected = true);
                 Ok(())
             }
+            // Somebody took the topic away; it is made and filled again.
+            Err(error) if error.rdkafka_error_code().is_some_and(is_missing) => Err(Problem::Rewound),
             Err(error) => {
                 self.shared.fail(&error.into(), true);
                 Ok(())
