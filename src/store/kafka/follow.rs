@@ -308,12 +308,19 @@ impl Follower {
                 Ok(())
             }
             // Somebody took the topic away; it is made and filled again.
-            Err(error) if error.rdkafka_error_code().is_some_and(is_missing) => Err(Problem::Rewound),
+            Err(_) if self.is_gone(consumer) => Err(Problem::Rewound),
             Err(error) => {
                 self.shared.fail(&error.into(), true);
                 Ok(())
             }
         }
+    }
+
+    /// Whether the brokers answer, and have no such topic any more.
+    fn is_gone(&self, consumer: &BaseConsumer<Quiet>) -> bool {
+        let Ok(metadata) = consumer.fetch_metadata(Some(&self.shared.topic), ANSWER) else { return false };
+        let found = metadata.topics().iter().find(|found| found.name() == self.shared.topic);
+        found.is_none_or(|found| found.error().is_some_and(|error| is_missing(error.into())))
     }
 
     /// Looks for what is to be taken out of the topic.
