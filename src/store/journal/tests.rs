@@ -159,7 +159,7 @@ fn measure_commits() {
             let mut flush = journal.last_flush();
             for (name, changes) in [("first", &all), ("again", &some), ("again", &some), ("few", &some[..10].to_vec())]
             {
-                let begun = std::time::Instant::now();
+                let begun = Instant::now();
                 let cpu = cpu_ms();
                 flush += 1;
                 let done = journal.commit(flush, changes, &[], NOW).unwrap();
@@ -176,16 +176,16 @@ fn measure_commits() {
                 );
             }
         }
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         for number in 0..100_000 {
             journal.total(Kind::Counter, &key(number * 20)).unwrap();
         }
         println!("100,000 look-ups: {:?}", begun.elapsed());
         drop(journal);
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         let (journal, _) = Journal::open(&dir, &Config::default(), &Limits::default(), with_outbox).unwrap();
         println!("open: {:?}", begun.elapsed());
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         journal.totals(|_, _, _| ()).unwrap();
         println!("totals: {:?}", begun.elapsed());
     }
