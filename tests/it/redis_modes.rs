@@ -359,6 +359,27 @@ fn a_user_needs_the_rights_that_are_documented_and_no_more() {
     until("the agent to say so", || told(&lacks));
 }
 
+#[test]
+fn without_the_right_to_scripts_others_do() {
+    let server = Server::start(&[]);
+    grant(&server, &["-evalsha", "-script|load", "+watch", "+unwatch", "+multi", "+exec", "+exists"]);
+    let url = format!("redis://tallyd:secret@{}", server.address());
+    let (a, b) = (single(&url, &[]), single(&url, &[]));
+    a.datagram("may:5|c\nt:1:2|ms\nu:x|s\ng:5|g\nm:3|m");
+    b.datagram("may:7|c\nt:3|ms\nu:y|s");
+    for (key, field, value) in [("may", "value", 12), ("t", "sum", 6), ("u", "value", 2), ("g", "value", 5)] {
+        a.wait_for(key, field, value);
+    }
+    assert!(server.cli(&["INFO", "commandstats"]).contains("cmdstat_exec:"));
+    assert_eq!(b.delete("/data/metrics/may").status, 200);
+    assert_eq!(b.metric("may"), None);
+    let refused = refused(&server);
+    let lines: Vec<_> = refused.lines().collect();
+    let objects = lines.windows(2).filter(|pair| pair[0] == "object").map(|pair| pair[1]);
+    assert!(objects.clone().all(|object| ["evalsha", "script|load"].contains(&object)), "{refused}");
+    assert!(objects.count() > 0, "{refused}");
+}
+
 /// Certificates of an authority of a test: PEM files.
 struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
