@@ -585,10 +585,10 @@ impl Shipper {
             Ok(Done::Visited { partition, server, place, outcome }) => {
                 self.visited(session, partition, &server, place);
                 match outcome {
-                    Ok(()) => self.went_well(partition, &server)?,
+                    Ok(()) => self.went_well(partition, &server),
                     Err(problem) => self.failed(partition, &server, problem)?,
                 }
-                self.settle_down(partition)
+                self.prune()
             }
             Ok(Done::Settled { server, since, outcome }) => self.settled(&server, since, outcome),
             // It panicked, which the panic has reported.
@@ -623,7 +623,7 @@ impl Shipper {
         }
     }
 
-    fn went_well(&mut self, partition: Partition, server: &Name) -> Result<(), Problem> {
+    fn went_well(&mut self, partition: Partition, server: &Name) {
         self.away = None;
         self.slots[usize::from(partition)].away = None;
         if let Some(node) = self.nodes.get_mut(server)
@@ -631,7 +631,6 @@ impl Shipper {
         {
             tracing::info!(%server, "the store answers again");
         }
-        Ok(())
     }
 
     fn failed(&mut self, partition: Partition, server: &Name, problem: Problem) -> Result<(), Problem> {
@@ -738,10 +737,6 @@ impl Shipper {
             slot.poll = true;
             self.enqueue(partition);
         }
-    }
-
-    fn settle_down(&mut self, partition: Partition) -> Result<(), Problem> {
-        if self.slots[usize::from(partition)].place.claimed { self.prune() } else { Ok(()) }
     }
 
     /// Forgets the nonces of earlier processes once every partition has been claimed for good with the present one: one

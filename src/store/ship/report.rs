@@ -19,8 +19,9 @@ impl Shipper {
         }
         let mut reasons = self.problems();
         if reasons.is_empty() && !connected {
-            // It is being asked; what was said before still holds.
-            return;
+            // It is being asked; what was said before still holds, but that nobody answers.
+            let reasons = self.shared.status.load().reasons.clone();
+            return self.publish(Status { connected, away: false, reasons });
         }
         let away = claimed == 0 && !reasons.is_empty();
         reasons.extend(self.warnings());
