@@ -31,7 +31,7 @@ pub use self::commit::{Beside, Committed};
 use self::file::Database;
 pub use self::marks::{Newer, read_total, read_total_head};
 use self::outbox::Queue;
-pub use self::outbox::{Resequenced, Snapshot};
+pub use self::outbox::{PARTITIONS, Resequenced, Snapshot};
 use self::receipts::Receipts;
 use self::record::{Agent, Content, Place, Stamp};
 pub use self::salvage::Damage;
@@ -255,6 +255,8 @@ struct State {
     totals_bytes: u64,
     queues: Vec<Queue>,
     marks: Marks,
+    /// The newest owner nonce when the journal was opened, of the name that the agent had then.
+    maker: String,
 }
 
 /// The open journal. Its methods may be called from any thread.
@@ -302,7 +304,7 @@ impl Journal {
         let journal = Self { limits, with_outbox, database, writing, state, noted, expired };
         if minted && opened.batches > 0 {
             // The name was in a damaged record; the batches are still ours.
-            journal.rename(opened.agent, |queue| queue.dropped)?;
+            journal.rename(opened.agent, |_, queue| queue.dropped)?;
         }
         journal.publish();
         Ok((journal, opened))
@@ -466,7 +468,8 @@ impl State {
             }
         };
         let marks = database.read(marks::load)?;
-        Ok((Self { agent, revision, totals, totals_bytes, queues, marks }, minted))
+        let maker = agent.owners.last().cloned().unwrap_or_default();
+        Ok((Self { agent, revision, totals, totals_bytes, queues, marks, maker }, minted))
     }
 }
 

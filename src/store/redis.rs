@@ -14,7 +14,7 @@
 //! | key | type | holds |
 //! |---|---|---|
 //! | `tallyd:{017}:s:<letter>:<key>` | hash | one series; expires `limits.store_expire` after its last update |
-//! | `tallyd:{017}:seq` | hash | for each agent `<agent>`: sequence of its last batch, `<agent>:samples`: samples in all of them, `<agent>:owner`: nonce of the process that may write it, `<agent>:seen`: the last delete it knows, `<agent>:waited`: when it last waited for replicas; `deletes`: number of the last delete |
+//! | `tallyd:{017}:seq` | hash | for each agent `<agent>`: sequence of its last batch, `<agent>:samples`: samples in all of them, `<agent>:owner`: nonce of the process that may write it, `<agent>:inherited`: the newest nonce and the last sequence in the journal that it opened, `<agent>:seen`: the last delete it knows, `<agent>:waited`: when it last waited for replicas; `deletes`: number of the last delete |
 //! | `tallyd:{017}:index` | sorted set | `<letter>:<key>` by the server's time of its last update, in ms |
 //! | `tallyd:{017}:del` | sorted set | `<letter>:<key>` by number of its last delete, which is the server's time in ms made to rise; kept 24 h |
 //!
@@ -48,6 +48,7 @@ pub(crate) mod server;
 mod tests;
 mod transaction;
 
+use std::fmt;
 use std::time::Duration;
 
 use redis::{Arg, Cmd, Script, Value};
@@ -91,6 +92,31 @@ pub struct Deleted {
     pub number: u64,
 }
 
+/// What the journal had of a partition when a process opened it: the batches up to a sequence, the last of them made by
+/// the process whose newest nonce was this. If that one still lives, the other has a copy of its journal.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct Inherited {
+    /// The newest nonce in the journal; empty for none.
+    pub(super) maker: String,
+    /// The sequence of the last batch.
+    pub(super) last: u64,
+}
+
+impl Inherited {
+    /// The reverse of its text; what is no such text is nothing inherited.
+    fn read(text: &str) -> Self {
+        let parts = text.split_once(' ').and_then(|(maker, last)| Some((maker, last.parse().ok()?)));
+        parts.map_or_else(Self::default, |(maker, last)| Self { maker: maker.to_owned(), last })
+    }
+}
+
+impl fmt::Display for Inherited {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { maker, last } = self;
+        write!(f, "{maker} {last}")
+    }
+}
+
 /// What a script said to a claim.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Claimed {
@@ -105,8 +131,8 @@ pub(super) enum Claimed {
         /// What else the answer carried.
         news: News,
     },
-    /// Another process writes under our name.
-    Clone,
+    /// Another process writes under our name, and inherited this.
+    Clone(Inherited),
 }
 
 /// What a script said to a batch.

@@ -21,8 +21,8 @@ use arc_swap::ArcSwap;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
-use super::journal::{self, Journal};
-use super::redis::{Asker, Config, Connection, Deleted, Durability, Limits, Mode, Stable, backoff};
+use super::journal::{self, Journal, PARTITIONS};
+use super::redis::{Asker, Config, Connection, Deleted, Durability, Inherited, Limits, Mode, Stable, backoff};
 use super::{Partition, redis};
 use crate::telemetry;
 use crate::units::Time;
@@ -53,6 +53,10 @@ const NEVER: Duration = Duration::from_secs(3_600);
 
 /// How long a store that has lost what it acknowledged is a reason not to be ready.
 const ALARM: Duration = Duration::from_secs(3_600);
+
+/// How long a copy of this agent has to claim what it takes over, and how often that is looked at.
+const COPY_WITHIN: Duration = Duration::from_secs(10);
+const COPY_PAUSE: Duration = Duration::from_millis(50);
 
 /// How often in a row a partition may be claimed, or found elsewhere, before it must wait.
 const TRIES: u32 = 4;
@@ -202,8 +206,8 @@ enum Problem {
     Store(redis::Error),
     /// The outbox could not be read or written.
     Journal(journal::Error),
-    /// Another process writes under our name.
-    Clone,
+    /// Another process writes under our name, and inherited this.
+    Clone(Inherited),
     /// The store does not come to rest: each answer contradicts the one before.
     Restless,
 }
@@ -225,7 +229,7 @@ impl Problem {
         match self {
             Self::Store(error) => error.reason(),
             Self::Journal(_) => "journal",
-            Self::Clone => "clone",
+            Self::Clone(_) => "clone",
             Self::Restless => "restless",
         }
     }
@@ -236,7 +240,7 @@ impl fmt::Display for Problem {
         match self {
             Self::Store(error) => error.fmt(f),
             Self::Journal(error) => write!(f, "the outbox: {error}"),
-            Self::Clone => write!(f, "another agent has our name in the store; this one takes a new name"),
+            Self::Clone(_) => write!(f, "another agent has our name in the store; this one takes a new name"),
             Self::Restless => write!(f, "the store contradicts itself about our batches"),
         }
     }
@@ -316,6 +320,8 @@ enum Done {
 struct Shipper {
     parts: Parts,
     shared: Arc<Shared>,
+    /// The nonces of this process under its present name.
+    own: Vec<String>,
     slots: Vec<Slot>,
     nodes: BTreeMap<Name, Node>,
     /// Partitions whose visit is due.
@@ -355,6 +361,7 @@ impl Shipper {
             stopping: false,
             connected: false,
             rolled_back: Arc::default(),
+            own: Vec::new(),
         }
     }
 
@@ -384,10 +391,16 @@ impl Shipper {
                 },
                 Err(problem) => problem,
             };
+            if let Problem::Clone(_) = &problem {
+                self.drain().await;
+            }
             self.start_over().await;
             self.count(&problem);
-            if matches!(problem, Problem::Clone) && self.rename() {
-                continue;
+            if let Problem::Clone(inherited) = &problem {
+                let shared = self.shared_with(&connection, inherited).await;
+                if self.rename(&shared) {
+                    continue;
+                }
             }
             let away = Away::after(self.away.as_ref(), &problem, false);
             let until = away.until;
@@ -400,10 +413,38 @@ impl Shipper {
         }
     }
 
+    /// Up to where another process under our name has the batches that we made. It has any if its journal is a copy of ours
+    /// as we live, which shows by the nonce that it inherited: then it sends those that it has, and we must not. It says so
+    /// when it claims a partition, so it is waited for until it has claimed all, but not for ever: it may have ended.
+    async fn shared_with(&self, connection: &Connection, found: &Inherited) -> [u64; PARTITIONS] {
+        let mut shared = [0; PARTITIONS];
+        if !self.own.contains(&found.maker) {
+            return shared;
+        }
+        let agent = self.parts.journal.agent().to_string();
+        let until = Instant::now() + COPY_WITHIN;
+        let mut open: Vec<_> = all();
+        while !open.is_empty() && Instant::now() < until && !self.shared.is_stopping() {
+            let mut left = Vec::new();
+            for partition in open {
+                match connection.inherited(&agent, partition).await {
+                    Ok(inherited) if self.own.contains(&inherited.maker) => {
+                        shared[usize::from(partition)] = inherited.last;
+                    }
+                    Ok(_) | Err(_) => left.push(partition),
+                }
+            }
+            open = left;
+            tokio::time::sleep(COPY_PAUSE).await;
+        }
+        shared
+    }
+
     /// Takes a new name in the store. `false` when it could not be written down.
-    fn rename(&mut self) -> bool {
-        match self.parts.journal.mint_agent() {
+    fn rename(&mut self, shared: &[u64; PARTITIONS]) -> bool {
+        match self.parts.journal.mint_agent(shared) {
             Ok((agent, shared)) => {
+                self.own.clear();
                 tracing::error!(%agent, dropped = shared, "another agent had our name in the store, so this one has a new one");
                 true
             }
@@ -414,10 +455,11 @@ impl Shipper {
         }
     }
 
-    fn session(&self, connection: &Connection) -> Result<Session, Problem> {
+    fn session(&mut self, connection: &Connection) -> Result<Session, Problem> {
         let Parts { journal, expire, on_deleted, .. } = &self.parts;
         let owner = nonce();
         journal.push_owner(&owner)?;
+        self.own.push(owner.clone());
         Ok(Session {
             connection: connection.clone(),
             asker: Arc::new(Asker { agent: journal.agent().to_string(), owner, expire: *expire }),
@@ -427,6 +469,14 @@ impl Shipper {
             shared: Arc::clone(&self.shared),
             rolled_back: Arc::clone(&self.rolled_back),
         })
+    }
+
+    /// Lets the visits under way end: what they sent may be applied, and would be sent again under another name if its
+    /// answer were not heard.
+    async fn drain(&mut self) {
+        let whole = self.parts.limits.redis_connect.0 + self.parts.limits.redis_reply.0;
+        let all = async { while self.tasks.join_next().await.is_some() {} };
+        drop(tokio::time::timeout(whole, all).await);
     }
 
     /// Forgets what was known under another name.
@@ -647,7 +697,7 @@ impl Shipper {
                 slot.away = Some(Away::after(slot.away.as_ref(), &problem, is_last));
                 slot.place.claimed = false;
             }
-            Problem::Journal(_) | Problem::Clone => return Err(problem),
+            Problem::Journal(_) | Problem::Clone(_) => return Err(problem),
         }
         Ok(())
     }

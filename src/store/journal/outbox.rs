@@ -18,7 +18,7 @@ use crate::store::{Batch, Partition};
 use crate::telemetry;
 
 /// How many partitions there are.
-pub(super) const PARTITIONS: usize = 256;
+pub const PARTITIONS: usize = 256;
 
 /// So many batches behind the acknowledged one are marked as sent in one go.
 const MARK_AHEAD: u64 = 16;
@@ -50,6 +50,9 @@ pub(super) struct Queue {
     pub(super) sent: u64,
     /// Up to here batches were there when the journal was opened, so a copy of the journal may hold them as well.
     pub(super) inherited: u64,
+    /// The last number when the journal was opened. Merges may make `inherited` less than that, but not what another copy
+    /// has.
+    pub(super) opened: u64,
     /// Whether the store named its sequence since the journal was opened.
     pub(super) claimed: bool,
     /// The bytes that a merge left last; it is tried again when they have doubled.
@@ -206,6 +209,12 @@ impl Journal {
         lost
     }
 
+    /// What there was when the journal was opened: the newest nonce, empty for none, and the last sequence of a partition.
+    pub fn inherited(&self, partition: Partition) -> (String, u64) {
+        let state = locked(&self.state);
+        (state.maker.clone(), state.queues[usize::from(partition)].opened)
+    }
+
     /// The partitions that hold batches the store has not acknowledged.
     pub fn pending(&self) -> Vec<Partition> {
         let state = locked(&self.state);
@@ -298,10 +307,12 @@ impl Journal {
         queue.claimed = true;
         queue.acknowledged = stored.clamp(queue.dropped, queue.last());
         let result = if stored > queue.sent {
-            let mut moved = Queue { claimed: true, inherited: stored, ..Queue::default() };
+            let (opened, inherited) = (queue.opened, queue.inherited.max(stored));
+            let mut moved = Queue { claimed: true, inherited, opened, ..Queue::default() };
             (moved.dropped, moved.acknowledged, moved.stable, moved.sent) = (stored, stored, stored, stored);
             moved.gone_samples = samples;
-            let kept = queue.first_unsent()..=queue.last();
+            // What was there when the journal was opened the store has from where it came from.
+            let kept = queue.first_unsent().max(stored.min(opened) + 1)..=queue.last();
             let move_all = |transaction: &WriteTransaction| {
                 let mut outbox = transaction.open_table(OUTBOX)?;
                 moved.sizes = renumber(&mut outbox, revision, partition, kept, stored)?;
@@ -328,16 +339,23 @@ impl Journal {
 
     /// Takes a new name, because another agent goes by ours: this journal, or that one's, is a copy. Batches that were
     /// there when the journal was opened are dropped, since the other holds them as well, and so are those that the store
-    /// has under the old name; the others are numbered from 1. Answers the new name, and how many batches that were not acknowledged it dropped.
+    /// has under the old name; the others are numbered from 1. `shared` says of each partition up to where the other has
+    /// batches that were made since. Answers the new name, and how many batches that were not acknowledged it dropped.
     ///
     /// # Errors
     /// When it could not be written; then nothing is changed.
-    pub fn mint_agent(&self) -> Result<(AgentId, u64), Error> {
-        self.rename(AgentId::mint()?, |queue| queue.inherited.max(queue.acknowledged))
+    pub fn mint_agent(&self, shared: &[u64; PARTITIONS]) -> Result<(AgentId, u64), Error> {
+        self.rename(AgentId::mint()?, |partition, queue| {
+            queue.inherited.max(queue.acknowledged).max(shared[usize::from(partition)])
+        })
     }
 
     /// Goes on under a name of which the store has nothing: drops batches up to `shared`, and numbers the others from 1.
-    pub(super) fn rename(&self, id: AgentId, shared: impl Fn(&Queue) -> u64) -> Result<(AgentId, u64), Error> {
+    pub(super) fn rename(
+        &self,
+        id: AgentId,
+        shared: impl Fn(Partition, &Queue) -> u64,
+    ) -> Result<(AgentId, u64), Error> {
         let writing = locked(&self.writing);
         let (mut agent, old, revision) = {
             let state = locked(&self.state);
@@ -350,7 +368,7 @@ impl Journal {
         let rename = |transaction: &WriteTransaction| {
             let mut outbox = transaction.open_table(OUTBOX)?;
             for (partition, (old, new)) in (0..=Partition::MAX).zip(old.iter().zip(&mut queues)) {
-                let shared = shared(old).clamp(old.dropped, old.last());
+                let shared = shared(partition, old).clamp(old.dropped, old.last());
                 dropped += shared - old.acknowledged.clamp(old.dropped, shared);
                 new.sizes = renumber(&mut outbox, revision, partition, shared + 1..=old.last(), 0)?;
                 put_position(transaction, revision, partition, new)?;
@@ -360,6 +378,7 @@ impl Journal {
         self.database.write(rename).map_err(Error::counted)?;
         let mut state = locked(&self.state);
         (state.agent, state.queues, state.revision) = (agent, queues, revision);
+        state.maker.clear();
         drop(writing);
         Ok((id, dropped))
     }
@@ -487,6 +506,7 @@ fn queue_at(position: &Position, sizes: &[(u64, Size)]) -> Queue {
         stable: position.dropped,
         sent: position.sent,
         inherited: position.last,
+        opened: position.last,
         ..Queue::default()
     };
     for (sequence, size) in sizes {

@@ -472,7 +472,7 @@ fn a_copy_that_takes_a_new_name_keeps_only_what_is_its_own() {
     journal.push_owner("second").unwrap();
     assert_eq!(journal.owners(), ["first", "second"]);
     journal.commit(3, &[changed(0, 7.0, Some(4.0))], &[], NOW).unwrap();
-    let (agent, dropped) = journal.mint_agent().unwrap();
+    let (agent, dropped) = journal.mint_agent(&[0; PARTITIONS]).unwrap();
     assert_ne!(agent, opened.agent);
     assert_eq!((journal.agent(), journal.owners(), dropped), (agent, Vec::new(), 2));
     let own = batches(&journal, place);
@@ -497,7 +497,7 @@ fn what_the_store_has_under_the_old_name_is_not_sent_under_the_new_one() {
     assert_eq!(journal.outbox(place, 0, usize::MAX).unwrap().len(), 3);
     // Two are in the store, which might still lose them; a copy of this journal then takes the name.
     journal.acknowledge(place, 2);
-    let (_, dropped) = journal.mint_agent().unwrap();
+    let (_, dropped) = journal.mint_agent(&[0; PARTITIONS]).unwrap();
     assert_eq!((dropped, batches(&journal, place).len()), (0, 1));
 }
 

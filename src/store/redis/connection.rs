@@ -17,8 +17,8 @@ use super::read::Stored;
 use super::route::Route;
 use super::transaction::{Problem, What};
 use super::{
-    Answer, Applied, Asker, Call, Claimed, Config, Deleted, Error, Limits, Named, Names, Polled, Stable, deleted,
-    encode, fields, list, number,
+    Answer, Applied, Asker, Call, Claimed, Config, Deleted, Error, Inherited, Limits, Named, Names, Polled, Stable,
+    deleted, encode, fields, list, number,
 };
 use crate::sample::{Kind, SeriesKey};
 use crate::store::{Batch, Partition, partition};
@@ -88,28 +88,42 @@ impl Connection {
         Ok(Self { route: Arc::new(Route::new(opener)), scripts: Arc::new(scripts), names: Names::new(&config.prefix) })
     }
 
-    /// Makes the asker the owner of its sequence of a partition, where the present owner is nobody or among `known`.
+    /// Makes the asker the owner of its sequence of a partition, where the present owner is nobody or among `known`. What
+    /// the asker inherited is told to whoever is refused later.
     pub(in crate::store) async fn claim(
         &self,
         asker: &Asker,
         partition: Partition,
         seen: Option<u64>,
         known: &[String],
+        inherited: &Inherited,
     ) -> Result<Claimed, Error> {
         let mut call = Call::new(&self.scripts.claim, self.names.common(partition));
         call.text(&asker.agent).text(&asker.owner).number(asker.expire.as_millis());
-        call.text(&seen.map_or(String::new(), |seen| seen.to_string()));
+        call.text(&seen.map_or(String::new(), |seen| seen.to_string())).text(&inherited.to_string());
         known.iter().for_each(|nonce| {
             call.text(nonce);
         });
         let answer = self.call(partition, &call).await?;
         let mut answer = Answer::new(&answer)?;
         match answer.text()? {
-            "clone" => Ok(Claimed::Clone),
+            "clone" => Ok(Claimed::Clone(Inherited::read(answer.text()?))),
             "claimed" => {
                 let (sequence, seen, news) = (answer.number()?, answer.number()?, answer.news()?);
                 Ok(Claimed::Ours { sequence, samples: answer.number()?, seen, news })
             }
+            _ => Err(Error::Foreign),
+        }
+    }
+
+    /// What the present owner of an agent's sequence inherited, without a claim.
+    pub(in crate::store) async fn inherited(&self, agent: &str, partition: Partition) -> Result<Inherited, Error> {
+        let mut call = Call::new(&self.scripts.claim, self.names.common(partition));
+        call.text(agent).text("").number(0).text("").text("");
+        let answer = self.call(partition, &call).await?;
+        let mut answer = Answer::new(&answer)?;
+        match answer.text()? {
+            "clone" => Ok(Inherited::read(answer.text()?)),
             _ => Err(Error::Foreign),
         }
     }

@@ -151,7 +151,7 @@ async fn replay(server: &Server, steps: &[Step]) -> (Model, Model) {
     let agents = batches(steps, &keys);
     let askers: Vec<_> = (0..3).map(|agent| asker(&format!("agent{agent}"), "owner")).collect();
     for asker in &askers {
-        connection.claim(asker, 17, None, &[]).await.unwrap();
+        connection.claim(asker, 17, None, &[], &Inherited::default()).await.unwrap();
     }
     let mut model = Model::new();
     let mut stored = [0_u64; 3];
@@ -226,7 +226,7 @@ async fn apply(connection: &Connection, sequence: u64, operations: Vec<Operation
 
 async fn claimed(server: &Server) -> Connection {
     let connection = server.connection();
-    let claimed = connection.claim(&asker("a", "o"), 17, None, &[]).await.unwrap();
+    let claimed = connection.claim(&asker("a", "o"), 17, None, &[], &Inherited::default()).await.unwrap();
     assert!(matches!(claimed, Claimed::Ours { sequence: 0, .. }));
     connection
 }
@@ -343,14 +343,18 @@ fn only_the_last_claimer_writes() {
         };
         let claim = async |owner: &str, known: &[&str]| {
             let known: Vec<_> = known.iter().map(|nonce| (*nonce).to_owned()).collect();
-            connection.claim(&asker("a", owner), 17, None, &known).await.unwrap()
+            // What it inherited: the last that it knows of.
+            let maker = known.last().cloned().unwrap_or_default();
+            connection.claim(&asker("a", owner), 17, None, &known, &Inherited { maker, last: 7 }).await.unwrap()
         };
         assert_eq!(send("one", 1).await, Applied::NotOwner);
         assert!(matches!(claim("one", &[]).await, Claimed::Ours { sequence: 0, .. }));
         assert!(matches!(send("one", 1).await, Applied::Stored { sequence: 1, .. }));
         assert!(matches!(claim("two", &["one"]).await, Claimed::Ours { sequence: 1, .. }));
         assert_eq!(send("one", 2).await, Applied::NotOwner);
-        assert_eq!(claim("three", &["one"]).await, Claimed::Clone);
+        let by_two = Claimed::Clone(Inherited { maker: "one".to_owned(), last: 7 });
+        assert_eq!(claim("three", &["one"]).await, by_two);
+        assert_eq!(connection.inherited("a", 17).await.unwrap(), Inherited { maker: "one".to_owned(), last: 7 });
         assert!(matches!(send("two", 2).await, Applied::Stored { sequence: 2, .. }));
         assert_eq!(increments(total(server, Kind::Counter, key).await.unwrap()).value(), 2.0);
     });
@@ -364,7 +368,7 @@ fn agents_that_meet_in_a_partition_count_each_other_in() {
         for agent in 0..6 {
             let (connection, asker, keys) = (server.connection(), asker(&format!("agent{agent}"), "o"), keys.clone());
             agents.spawn(async move {
-                connection.claim(&asker, 17, None, &[]).await.unwrap();
+                connection.claim(&asker, 17, None, &[], &Inherited::default()).await.unwrap();
                 for sequence in 1..=30 {
                     let operations = keys.iter().map(|key| counter(key, 1.0)).collect();
                     let answer = connection.apply(&asker, &batch(sequence, operations), sequence - 1, 0).await.unwrap();
@@ -424,9 +428,13 @@ fn a_delete_reaches_every_agent_once() {
         assert_eq!(connection.poll(&asker("a", "o"), 17, 0).await.unwrap().news.deletes, deleted);
         assert_eq!(increments(total(server, Kind::Counter, &keys[0]).await.unwrap()).value(), 1.0);
         // Until it says that it knows, also after a restart; an agent that is new has nothing to forget.
-        let heard = async |agent: &str, seen| match connection.claim(&asker(agent, "o"), 17, seen, &[]).await.unwrap() {
+        let heard = async |agent: &str, seen| match connection
+            .claim(&asker(agent, "o"), 17, seen, &[], &Inherited::default())
+            .await
+            .unwrap()
+        {
             Claimed::Ours { news, .. } => news.deletes,
-            Claimed::Clone => panic!("no clone"),
+            Claimed::Clone(_) => panic!("no clone"),
         };
         assert_eq!(heard("a", None).await, deleted);
         assert_eq!(heard("new", None).await, []);
@@ -500,7 +508,7 @@ fn rates_of_agents_decay_and_add_up() {
         (0..24).for_each(|at| assert!(first.mark(10.0, at * 5_000)));
         (0..36).for_each(|at| assert!(second.mark(30.0, at * 5_000)));
         for (agent, rates) in [("a", &first), ("b", &second)] {
-            connection.claim(&asker(agent, "o"), 17, None, &[]).await.unwrap();
+            connection.claim(&asker(agent, "o"), 17, None, &[], &Inherited::default()).await.unwrap();
             let mut operation = operation(Kind::Meter, key, 180_000, delta(Kind::Meter, 180_000, &[8]));
             operation.rates = Some(rates.clone());
             connection.apply(&asker(agent, "o"), &batch(1, vec![operation]), 0, 0).await.unwrap();
@@ -520,7 +528,7 @@ fn a_script_that_the_server_forgot_is_loaded_again() {
     run(async {
         let connection = server.connection();
         server.ask(&["SCRIPT", "FLUSH"]).unwrap();
-        let claimed = connection.claim(&asker("a", "o"), 17, None, &[]).await.unwrap();
+        let claimed = connection.claim(&asker("a", "o"), 17, None, &[], &Inherited::default()).await.unwrap();
         assert!(matches!(claimed, Claimed::Ours { sequence: 0, .. }));
     });
 }
@@ -532,10 +540,13 @@ fn a_cluster_without_slots_is_down_until_it_has_them() {
     let config = Config { mode: Mode::Cluster, ..server.config() };
     let connection = Connection::new(&config, &Limits::default(), Duration::ZERO).unwrap();
     run(async {
-        assert_eq!(connection.claim(&asker("a", "o"), 17, None, &[]).await, Err(Error::ClusterDown));
+        assert_eq!(
+            connection.claim(&asker("a", "o"), 17, None, &[], &Inherited::default()).await,
+            Err(Error::ClusterDown)
+        );
         server.ask(&["CLUSTER", "ADDSLOTSRANGE", "0", "16383"]).unwrap();
         let deadline = std::time::Instant::now() + Duration::from_secs(20);
-        while connection.claim(&asker("a", "o"), 17, None, &[]).await.is_err() {
+        while connection.claim(&asker("a", "o"), 17, None, &[], &Inherited::default()).await.is_err() {
             assert!(std::time::Instant::now() < deadline);
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -555,7 +566,7 @@ fn series_expire_and_leave_the_list() {
         let key = &keys(1)[0];
         let connection = server.connection();
         let asker = Asker { expire: Time::millis(30), ..asker("a", "o") };
-        connection.claim(&asker, 17, None, &[]).await.unwrap();
+        connection.claim(&asker, 17, None, &[], &Inherited::default()).await.unwrap();
         connection.apply(&asker, &batch(1, vec![counter(key, 1.0)]), 0, 0).await.unwrap();
         let name = Names::new("tallyd").series(Kind::Counter, key);
         server::wait_for("the hash expires", || server.ask(&["EXISTS", &name]) == Some(Value::Int(0)));

@@ -185,20 +185,23 @@ impl<'a> Transaction<'a> {
         self.watch(&[seq]).await?;
         let mut reads = Pipeline::new();
         let samples_field = self.samples_field()?;
-        let asked = [agent, &owner_field, &seen_field, "deletes", &samples_field];
+        let inherited_field = format!("{agent}:inherited");
+        let asked = [agent, &owner_field, &seen_field, "deletes", &samples_field, &inherited_field];
         reads.cmd("HMGET").arg(seq).arg(&asked).cmd("TIME");
         let mut replies = Replies::new(self.ask(&reads).await?)?;
         let (stored, now_ms) = (replies.texts()?, replies.time()?);
-        let [sequence, owner, stored_seen, deletes, samples] = &stored[..] else { return Err(Error::Foreign.into()) };
-        let is_ours = |owner: &String| owner == nonce || self.arguments[4..].contains(&owner.as_str());
-        if !owner.as_ref().is_none_or(is_ours) {
+        let [sequence, owner, stored_seen, deletes, samples, inherited] = &stored[..] else {
+            return Err(Error::Foreign.into());
+        };
+        let is_ours = |owner: &String| owner == nonce || self.arguments[5..].contains(&owner.as_str());
+        if nonce.is_empty() || !owner.as_ref().is_none_or(is_ours) {
             self.unwatch().await?;
-            return Ok(Some(Value::Array(vec![bulk("clone")])));
+            return Ok(Some(Value::Array(vec![bulk("clone"), bulk(inherited.as_deref().unwrap_or_default())])));
         }
         let told = Some(self.argument(3)?).filter(|seen| !seen.is_empty()).map(str::to_owned);
         let seen = told.or_else(|| stored_seen.clone()).or_else(|| deletes.clone()).unwrap_or_else(zero);
         let mut writes = Pipeline::new();
-        writes.cmd("HSET").arg(seq).arg(&owner_field).arg(nonce);
+        writes.cmd("HSET").arg(seq).arg(&owner_field).arg(nonce).arg(&inherited_field).arg(self.argument(4)?);
         self.note_seen(&mut writes, stored_seen.as_deref(), &seen)?;
         self.hear(&mut writes, now_ms, self.argument(2)?, &seen)?;
         let Some(results) = self.execute(&writes).await? else { return Ok(None) };

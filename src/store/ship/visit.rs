@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::{ALARM, Done, Name, OnDeleted, Problem, READ_BYTES, ROLLED_BACK, RolledBack, Shared, TRIES, locked};
 use crate::store::journal::{Journal, Resequenced};
-use crate::store::redis::{Applied, Asker, Claimed, Connection, News, Polled};
+use crate::store::redis::{Applied, Asker, Claimed, Connection, Inherited, News, Polled};
 use crate::store::{Batch, Partition, samples_of};
 use crate::telemetry;
 
@@ -69,14 +69,16 @@ impl Session {
 
     /// Makes a partition ours and finds out where it stands.
     async fn claim(&self, partition: Partition, place: &mut Place) -> Result<(), Problem> {
-        match self.connection.claim(&self.asker, partition, place.seen, &self.known).await? {
+        let (maker, last) = self.journal.inherited(partition);
+        let inherited = Inherited { maker, last };
+        match self.connection.claim(&self.asker, partition, place.seen, &self.known, &inherited).await? {
             Claimed::Ours { sequence, samples, seen, news } => {
                 place.seen = Some(seen);
                 let now_ms = news.now_ms;
                 self.hear(place, news);
                 self.resume(partition, place, Stored { sequence, samples, now_ms }).await
             }
-            Claimed::Clone => Err(Problem::Clone),
+            Claimed::Clone(inherited) => Err(Problem::Clone(inherited)),
         }
     }
 

@@ -65,3 +65,31 @@ fn copy_all(from: &std::path::Path, to: &std::path::Path) {
         std::fs::copy(file.path(), to.join(file.file_name())).unwrap();
     }
 }
+
+/// What is not acknowledged when the copy is made is in both journals, and each could send it under a name of its own.
+#[test]
+fn batches_that_both_of_two_agents_hold_count_once() {
+    let mut redis = Redis::start();
+    let (agent, load) = (start(&redis.url()), Load::default());
+    load.send_all(&agent, 30);
+    exact(&[&agent], &redis, &load);
+    for _ in 0..3 {
+        redis.kill();
+        load.send_all(&agent, 20);
+        assert_eq!(super::post(agent.address("ingest"), "/ingest/metrics?durable=1", "", NOTHING_NEW), Some(200));
+        load.add("c", "barrier", 1.0, 0.0, 0.0);
+        let copy = agent.copy();
+        // Both make more before either can send any.
+        load.send_all(&agent, 20);
+        load.send_all(&copy, 20);
+        redis.start_again();
+        until_renamed([&agent, &copy]);
+        load.during(&agent, || load.send_all(&copy, 10));
+        settled(&[&agent, &copy], &redis, &load, || 0.0);
+        assert!(copy.own("tallyd_lost_total", "") == 0.0 && agent.own("tallyd_lost_total", "") == 0.0);
+        until("the copy to have shipped all", || (copy.own("tallyd_outbox_unsent_batches", "") == 0.0).then_some(()));
+    }
+}
+
+/// A counter that adds nothing: it is there so that the answer comes after all that went before is in the journal.
+const NOTHING_NEW: &str = r#"{"name":"barrier","type":"COUNTER","value":0}"#;
