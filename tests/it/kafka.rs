@@ -572,6 +572,34 @@ fn without_a_journal_offsets_are_committed_all_the_same() {
 }
 
 #[test]
+fn a_password_from_a_file_lets_an_agent_in_and_a_wrong_one_is_named() {
+    let Ok(brokers) = std::env::var("TALLYD_TEST_KAFKA_SASL") else {
+        return; // the mock cluster takes everybody; tests/kafka.sh has a broker that asks
+    };
+    let kafka = Kafka::start();
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("password");
+    let options = "'security.protocol' = 'SASL_PLAINTEXT', 'sasl.mechanism' = 'PLAIN', 'sasl.username' = 'tallyd'";
+    let settings = [
+        format!("kafka.brokers={brokers}"),
+        format!("kafka.options={{ {options} }}"),
+        format!("kafka.password_file={}", file.display()),
+    ];
+    let settings: Vec<_> = settings.iter().map(String::as_str).chain(["listen.kafka=true"]).collect();
+    std::fs::write(&file, "a wrong one\n").unwrap();
+    let agent = kafka.agent(&settings);
+    let reason = || agent.get("/-/ready").text();
+    until("the refusal", || reason().contains("uthentication").then_some(()));
+    assert!(!(agent.stderr() + &reason()).contains("a wrong one"));
+    std::fs::write(&file, "a password\n").unwrap();
+    let agent = kafka.agent(&settings);
+    ready(&agent);
+    produce(&kafka, &[one("let_in")]);
+    agent.wait_for("let_in", "value", 1);
+    assert!(!agent.stderr().contains("a password"));
+}
+
+#[test]
 fn what_can_not_work_is_refused_at_the_start() {
     for (setting, said) in [
         ("kafka.options={ 'sekurity.protocol' = 'x' }", "sekurity.protocol"),

@@ -377,6 +377,7 @@ pub struct Handle {
 pub fn start(parts: Parts) -> Result<Handle, Error> {
     let link = Link::new(&parts.kafka).map_err(Error::Config)?;
     telemetry::STORE_ERRORS.begin(REASONS.map(|reason| ["kafka", reason]));
+    telemetry::KAFKA_PRODUCED.begin([["state"]]);
     telemetry::STORE_CONNECTED.gauge(&["kafka"]).set(0.0);
     parts.journal.tell_expired();
     let shared = Arc::new(Shared::new(&parts, parts.journal.agent().to_string()));
