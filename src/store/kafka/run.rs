@@ -191,6 +191,8 @@ pub(super) struct Facts {
     pub(super) loaded: bool,
     /// Why something failed last.
     pub(super) problem: Option<String>,
+    /// Why the brokers do not take totals though they answer.
+    pub(super) refused: Option<String>,
     /// Whether another process writes under this agent's name.
     pub(super) has_clone: bool,
 }
@@ -328,6 +330,9 @@ impl Shared {
         } else if !facts.loaded {
             let topic = &self.topic;
             reasons.push(format!("store: Kafka: topic {topic:?} is still being read; reads show this agent alone"));
+        }
+        if let Some(refused) = facts.refused.as_deref().filter(|_| facts.connected) {
+            reasons.push(format!("store: Kafka: this agent's totals are not taken: {refused}"));
         }
         if !self.table().is_whole() {
             reasons.push(
