@@ -744,9 +744,10 @@ impl Service {
             .env("KAFKA_TOPIC", kafka.topic("records"))
             .env("TALLYD_STORE__KAFKA__TOPIC", kafka.topic("state"))
             .env("TALLYD_KAFKA__GROUP", kafka.topic("group"))
-            .env("TALLYD_STATE_DIR", state.path())
-            .env_remove("TALLYD_TEST_KAFKA")
-            .env_remove("TALLYD_TEST_KAFKA_PID");
+            .env("TALLYD_STATE_DIR", state.path());
+        for name in ["", "_PID", "_SASL"] {
+            bash.env_remove(format!("TALLYD_TEST_KAFKA{name}"));
+        }
         for key in ["LISTEN__UDP", "LISTEN__TCP", "HTTP__INGEST", "HTTP__API"] {
             bash.env(format!("TALLYD_{key}"), "127.0.0.1:0");
         }
