@@ -7,7 +7,8 @@
 //! one is read again from the group's offset, which is at most a flush behind the dead agent's journal.
 //!
 //! The agent is a static member (`group.instance.id` is its name), so one that starts again has its partitions back at
-//! once; others get them 10 s after it is gone. A record that is not accepted is counted, kept among the rejects with its
+//! once; others get them 10 s after it is gone. A topic that ends before what was read of it was made anew, and is read
+//! from its beginning; what it dropped unread is told. A record that is not accepted is counted, kept among the rejects with its
 //! partition and offset, and passed over. Without a journal offsets are committed once the samples are in memory.
 //!
 //! Metrics: those of lines and samples with the listener `kafka`, `tallyd_received_bytes_total`,
@@ -24,7 +25,7 @@ use std::time::{Duration, Instant};
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, RebalanceProtocol};
-use rdkafka::error::KafkaError;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Message as _};
 use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{Offset, TopicPartitionList};
@@ -245,7 +246,8 @@ fn consumer(
         ("group.id", config.group.as_str()),
         ("enable.auto.commit", "false"),
         ("enable.auto.offset.store", "false"),
-        ("auto.offset.reset", "earliest"),
+        // A place that is not there any more is an error, and looked for again.
+        ("auto.offset.reset", "error"),
         ("session.timeout.ms", "10000"),
         ("fetch.wait.max.ms", "100"),
         ("queued.max.messages.kbytes", "16384"),
@@ -347,7 +349,10 @@ impl Reading {
                 None if consumer.context().stirred.swap(false, Ordering::AcqRel) => {}
                 None => return Ok(true),
                 Some(Ok(message)) => self.record(&message),
-                Some(Err(error @ KafkaError::MessageConsumptionFatal(_))) => return Err(error),
+                Some(Err(
+                    error @ (KafkaError::MessageConsumptionFatal(_)
+                    | KafkaError::MessageConsumption(RDKafkaErrorCode::AutoOffsetReset)),
+                )) => return Err(error),
                 Some(Err(error)) => {
                     telemetry::ACCEPT_ERRORS.counter(&[Listener::Kafka.name()]).increment(1);
                     tracing::debug!(%error, "a partition could not be read");
@@ -415,9 +420,11 @@ impl Reading {
             let (number, topic) = (element.partition(), element.topic());
             let mark: Arc<str> = format!("kafka:{}:{topic}/{number}", self.config.group).into();
             let committed = if let Offset::Offset(offset) = element.offset() { Some(offset) } else { None };
-            let next = self.shared.told().kept.get(&mark).copied().max(committed);
-            let from = next.map_or(Offset::Stored, Offset::Offset);
-            assignment.add_partition_offset(topic, number, from)?;
+            let known = self.shared.told().kept.get(&mark).copied().max(committed);
+            let ends = consumer.fetch_watermarks(topic, number, ANSWER)?;
+            let next = known.and_then(|known| place_in(ends, known, number));
+            let committed = committed.filter(|committed| *committed <= ends.1);
+            assignment.add_partition_offset(topic, number, next.map_or(Offset::Beginning, Offset::Offset))?;
             given.insert(number, Partition { mark, next, committed });
         }
         if is_cooperative {
@@ -476,6 +483,25 @@ impl Reading {
             self.shared.wait(wait);
         }
     }
+}
+
+/// Where a partition whose first record and end are here goes on that was read up to a place; none for its beginning.
+fn place_in((first, end): (i64, i64), known: i64, partition: i32) -> Option<i64> {
+    if known > end {
+        // It was made anew, or is another cluster's: what was read then says nothing about the records that it has now.
+        tracing::warn!(
+            partition,
+            known,
+            end,
+            "listen.kafka: the topic ends before what was read of it; it is read from its beginning"
+        );
+        return None;
+    }
+    if known < first {
+        let count = first - known;
+        tracing::error!(partition, count, "listen.kafka: the topic has dropped records before they were read");
+    }
+    Some(known.max(first))
 }
 
 /// The last commit, after the last flush.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::config::ClientConfig;
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::message::Message;
 use rdkafka::mocking::MockCluster;
@@ -435,7 +435,8 @@ fn a_delete_resets_every_agent_and_those_that_were_away() {
 fn a_topic_that_was_taken_away_is_filled_again() {
     let kafka = Kafka::start();
     if kafka.mock.is_some() {
-        return; // it can't take a topic away; tests/kafka.sh has a broker that can
+        eprintln!("skipped: the mock can't take a topic away; tests/kafka.sh has a broker that can");
+        return;
     }
     let (a, b) = (kafka.agent(&[]), kafka.agent(&[]));
     ready(&a);
@@ -575,6 +576,27 @@ fn a_reader_of_a_topic_killed_at_any_moment_counts_each_record_once() {
     agent.wait_for("once", "value", all);
     let after = more(1);
     agent.wait_for("once", "value", after);
+}
+
+/// What was read of a topic that was taken away and made again says nothing about the records it has now.
+#[test]
+fn a_topic_that_ends_before_what_was_read_of_it_is_read_from_its_beginning() {
+    let kafka = Kafka::start();
+    let mut config = kafka.config();
+    config.set("group.id", kafka.topic("group"));
+    let consumer: BaseConsumer = config.create().unwrap();
+    let mut read = TopicPartitionList::new();
+    (0..3)
+        .for_each(|number| read.add_partition_offset(&kafka.topic("records"), number, Offset::Offset(1_000)).unwrap());
+    consumer.commit(&read, CommitMode::Sync).unwrap();
+    drop(consumer);
+    produce(&kafka, &(0..30).map(|_| one("anew")).collect::<Vec<_>>());
+    let agent = input(&kafka, &[]);
+    agent.wait_for("anew", "value", 30);
+    until("the group to be told", || (committed(&kafka) == 30).then_some(()));
+    let agent = agent.restart_after("KILL");
+    produce(&kafka, &[one("anew")]);
+    agent.wait_for("anew", "value", 31);
 }
 
 #[test]
