@@ -433,6 +433,16 @@ impl Worker {
         self.answered(source, |parser, core| parser.body(body, core))
     }
 
+    /// Reads a message of a log: one JSON record, or an array of them. One without any is rejected, and so is one that has
+    /// more than `limits.samples`.
+    pub fn record(&mut self, message: &[u8], source: Source) {
+        if message.trim_ascii().is_empty() {
+            self.refuse(Reason::BadJson, message, source);
+        } else if let Body::TooMany(_) = self.body(message, source).form {
+            self.refuse(Reason::TooManyValues, message, source);
+        }
+    }
+
     /// Reads an HTTP body that is said to be one record a line.
     pub fn body_of_lines(&mut self, body: &[u8], source: Source) -> Answer {
         self.answered(source, |parser, core| parser.body_of_lines(body, core))

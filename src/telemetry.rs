@@ -86,7 +86,7 @@ table! {
     LOST = "tallyd_lost_total", Counter, ["reason"], "Accepted changes of series that could not be kept; store_rolled_back and journal_damaged: batches of them.";
     LOST_SAMPLES = "tallyd_lost_samples_total", Counter, ["reason"], "Samples in these changes; sets, which keep members, have none, and those of a damaged record are not known.";
     STORE_ERRORS = "tallyd_store_errors_total", Counter, ["store", "reason"], "Errors of the journal and of the store.";
-    STORE_CONNECTED = "tallyd_store_connected", Gauge, ["store"], "1 while the store answers.";
+    STORE_CONNECTED = "tallyd_store_connected", Gauge, ["store"], "1 while the store answers, every server of it.";
     STORE_EXPIRED = "tallyd_store_expired_total", Counter, [], "Series that the store let go because nothing updated them for limits.store_expire.";
     OUTBOX_BATCHES = "tallyd_outbox_batches", Gauge, [], "Batches kept for the store.";
     OUTBOX_BYTES = "tallyd_outbox_bytes", Gauge, [], "Bytes of these batches.";

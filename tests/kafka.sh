@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests of tests/it/kafka.rs against a real Kafka, which this starts on loopback addresses and ends again: one node in
 # KRaft mode, of the artefacts that Maven fetches. They are kept in ${XDG_CACHE_HOME:-~/.cache}/tallyd-kafka.
-# Says what is missing and ends well where there is no Java 17, no mvn or no way to the artefacts.
+# `kafka.sh NAME` runs those whose names have that in them. Says what is missing and ends well where there is no Java 17, no mvn or no way to the artefacts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -82,4 +82,4 @@ done
 echo "== Kafka $version at 127.0.0.1:$port, process $broker"
 # One after the other: some of them stop the broker for a while.
 TALLYD_TEST_KAFKA=127.0.0.1:$port TALLYD_TEST_KAFKA_PID=$broker \
-  cargo test --locked --features kafka --test it kafka:: -- --test-threads=1
+  cargo test --locked --features kafka --test it "${1:-kafka::}" -- --test-threads=1

@@ -200,14 +200,14 @@ fn what_kubernetes_sets_for_services_of_these_names_is_no_setting() {
 fn an_unknown_key_is_an_error_with_its_place_and_the_nearest_key() {
     let file = "state_dirr = 'x'\n[lisen]\nudp = []\n[flush]\n  intervall = '1s'\n[store.redis]\nurl = 'redis://a'\nprefx = ''\n";
     assert_eq!(
-        problems(file, &[("TALLYD_LISTEN_UDP", ""), ("TALLYD_INGEST_PORT", "9")], &["flush.windo=1s", "port=1"]),
+        problems(file, &[("TALLYD_LISTEN_UDP", ""), ("TALLYD_PORT", "9")], &["flush.windo=1s", "port=1"]),
         [
             "t.toml:1:1: unknown key \"state_dirr\"; did you mean \"state_dir\"?",
             "t.toml:2:2: unknown key \"lisen\"; did you mean \"listen\"?",
             "t.toml:5:3: unknown key \"flush.intervall\"; did you mean \"flush.interval\"?",
             "t.toml:8:1: unknown key \"store.redis.prefx\"; did you mean \"store.redis.prefix\"?",
-            "environment TALLYD_INGEST_PORT: unknown key \"TALLYD_INGEST_PORT\"; `tallyd check --print-defaults` lists all keys",
             "environment TALLYD_LISTEN_UDP: unknown key \"TALLYD_LISTEN_UDP\"; did you mean \"TALLYD_LISTEN__UDP\"?",
+            "environment TALLYD_PORT: unknown key \"TALLYD_PORT\"; `tallyd check --print-defaults` lists all keys",
             "--set: unknown key \"flush.windo\"; did you mean \"flush.window\"?",
             "--set: unknown key \"port\"; `tallyd check --print-defaults` lists all keys",
         ]
@@ -326,6 +326,8 @@ fn what_a_part_refuses_is_told_with_its_place() {
 #[test]
 fn a_password_is_not_printed() {
     let set = ["store.redis.url=redis://u:hunter2@h"];
+    assert!(!load("", &[], &set).unwrap().print().contains("hunter2"));
+    let set = ["store.redis.nodes=[\"redis://u:hunter2@h\"]", "store.redis.url=unix:///s?pass=hunter2"];
     assert!(!load("", &[], &set).unwrap().print().contains("hunter2"));
     for key in ["listen.udp", "listen.workers", "store.kind"] {
         let wrong = problems("", &[], &[&format!("{key}=redis://u:hunter2@h")]).concat();

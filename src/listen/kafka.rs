@@ -32,8 +32,7 @@ use rdkafka::{Offset, TopicPartitionList};
 use super::OWES_SEAL;
 use crate::ingest::{self, Address, Listener, Source, Worker, Workers};
 use crate::kafka::{self, Config, Link, Quiet};
-use crate::protocol::Body;
-use crate::sample::{Marks, Reason};
+use crate::sample::Marks;
 use crate::telemetry;
 
 /// How many records are read before the worker has its turn.
@@ -370,11 +369,7 @@ impl Reading {
         let payload = message.payload().unwrap_or_default();
         self.bytes.increment(payload.len() as u64);
         self.worker.received(payload.len(), source);
-        if payload.trim_ascii().is_empty() {
-            self.worker.refuse(Reason::BadJson, payload, source);
-        } else if let Body::TooMany(_) = self.worker.body(payload, source).form {
-            self.worker.refuse(Reason::TooManyValues, payload, source);
-        }
+        self.worker.record(payload, source);
         partition.next = Some(offset + 1);
         self.worker.mark(&partition.mark, offset + 1);
     }

@@ -21,20 +21,20 @@ use arc_swap::ArcSwap;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
-use super::journal::{self, Journal, PARTITIONS, Resequenced};
-use super::redis::{
-    Applied, Asker, Claimed, Config, Connection, Deleted, Durability, Inherited, Limits, Mode, News, Polled, Stable,
-    backoff,
-};
-use super::{Batch, Partition, redis, samples_of};
+use super::journal::{self, Journal, PARTITIONS};
+use super::redis::{Asker, Config, Connection, Deleted, Durability, Inherited, Limits, Mode, Stable, backoff};
+use super::{Partition, redis};
 use crate::telemetry;
 use crate::units::Time;
 
+mod report;
 #[cfg(test)]
 mod tests;
 mod unstable;
+mod visit;
 
 use unstable::Unstable;
+use visit::{Place, Session};
 
 /// How many partitions of a server have a request under way at a time.
 const IN_FLIGHT: usize = 32;
@@ -244,30 +244,6 @@ impl fmt::Display for Problem {
             Self::Restless => write!(f, "the store contradicts itself about our batches"),
         }
     }
-}
-
-/// Where a partition stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-struct Place {
-    /// The sequence that the store has of us.
-    stored: u64,
-    /// The number of the last delete that we know; `None` before the first claim.
-    seen: Option<u64>,
-    /// When the store last applied something, by its clock, in milliseconds since the epoch; 0 if nothing since the last
-    /// look.
-    applied_ms: u64,
-    /// Whether it is ours, and nothing has happened since that would make us ask again.
-    claimed: bool,
-    /// Whether the store is not, or may not be, the one that it was: what it applied before says nothing any more.
-    renewed: bool,
-}
-
-/// What the store says that it has of us in a partition.
-#[derive(Debug, Clone, Copy)]
-struct Stored {
-    sequence: u64,
-    samples: u64,
-    now_ms: u64,
 }
 
 /// What the thread knows of a partition.
@@ -659,10 +635,10 @@ impl Shipper {
             Ok(Done::Visited { partition, server, place, outcome }) => {
                 self.visited(session, partition, &server, place);
                 match outcome {
-                    Ok(()) => self.went_well(partition, &server)?,
+                    Ok(()) => self.went_well(partition, &server),
                     Err(problem) => self.failed(partition, &server, problem)?,
                 }
-                self.settle_down(partition)
+                self.prune()
             }
             Ok(Done::Settled { server, since, outcome }) => self.settled(&server, since, outcome),
             // It panicked, which the panic has reported.
@@ -697,7 +673,7 @@ impl Shipper {
         }
     }
 
-    fn went_well(&mut self, partition: Partition, server: &Name) -> Result<(), Problem> {
+    fn went_well(&mut self, partition: Partition, server: &Name) {
         self.away = None;
         self.slots[usize::from(partition)].away = None;
         if let Some(node) = self.nodes.get_mut(server)
@@ -705,7 +681,6 @@ impl Shipper {
         {
             tracing::info!(%server, "the store answers again");
         }
-        Ok(())
     }
 
     fn failed(&mut self, partition: Partition, server: &Name, problem: Problem) -> Result<(), Problem> {
@@ -716,7 +691,9 @@ impl Shipper {
                 self.count(&problem);
                 let is_last = self.stopping;
                 let slot = &mut self.slots[usize::from(partition)];
-                tracing::warn!(partition, %problem, "the store did not take what it was sent; it is sent again");
+                if slot.away.is_none() {
+                    tracing::warn!(partition, %problem, "the store did not take what it was sent; it is sent again");
+                }
                 slot.away = Some(Away::after(slot.away.as_ref(), &problem, is_last));
                 slot.place.claimed = false;
             }
@@ -793,6 +770,8 @@ impl Shipper {
 
     /// Lets the journal drop what the store would not lose.
     fn stable(&mut self, partition: Partition, sequence: u64, since: Instant) {
+        // What is under way may be there already; it is not known yet as sent.
+        let sequence = sequence.min(self.slots[usize::from(partition)].place.stored);
         self.parts.journal.stable(partition, sequence);
         self.nodes.values_mut().for_each(|node| node.unstable.stable_upto(partition, sequence));
         let slot = &mut self.slots[usize::from(partition)];
@@ -810,10 +789,6 @@ impl Shipper {
         }
     }
 
-    fn settle_down(&mut self, partition: Partition) -> Result<(), Problem> {
-        if self.slots[usize::from(partition)].place.claimed { self.prune() } else { Ok(()) }
-    }
-
     /// Forgets the nonces of earlier processes once every partition has been claimed for good with the present one: one
     /// whose claim a failover took back is still ours.
     fn prune(&mut self) -> Result<(), Problem> {
@@ -826,100 +801,6 @@ impl Shipper {
 
     fn count(&self, problem: &Problem) {
         telemetry::STORE_ERRORS.counter(&["redis", problem.reason()]).increment(1);
-    }
-
-    /// Publishes how things stand.
-    fn report(&mut self) {
-        let claimed = self.slots.iter().filter(|slot| slot.place.claimed).count();
-        let connected = claimed == self.slots.len() && self.away.is_none();
-        if connected != self.connected {
-            self.connected = connected;
-            telemetry::STORE_CONNECTED.gauge(&["redis"]).set(if connected { 1.0 } else { 0.0 });
-            if connected {
-                tracing::info!(agent = %self.parts.journal.agent(), "the store is connected");
-            }
-        }
-        let mut reasons = self.problems();
-        if reasons.is_empty() && !connected {
-            // It is being asked; what was said before still holds.
-            return;
-        }
-        let away = claimed == 0 && !reasons.is_empty();
-        reasons.extend(self.warnings());
-        self.publish(Status { connected, away, reasons });
-    }
-
-    fn report_only(&self, problem: &Problem) {
-        self.count(problem);
-        self.publish(Status { connected: false, away: true, reasons: vec![format!("store: {problem}")] });
-    }
-
-    fn publish(&self, status: Status) {
-        if **self.shared.status.load() != status {
-            self.shared.status.store(Arc::new(status));
-        }
-    }
-
-    /// What fails at present.
-    fn problems(&self) -> Vec<String> {
-        let mut problems: Vec<_> = self.away.iter().map(|away| format!("store: {}", away.problem)).collect();
-        for (server, node) in &self.nodes {
-            let count = self.slots.iter().filter(|slot| slot.server == *server).count();
-            if let Some(away) = node.away.as_ref().filter(|_| count > 0) {
-                problems.push(format!("store: {}{}", self.share(server, count), away.problem));
-            }
-        }
-        let alone: Vec<_> = self.slots.iter().enumerate().filter(|(_, slot)| slot.away.is_some()).collect();
-        if let Some((partition, slot)) = alone.first()
-            && let Some(away) = &slot.away
-        {
-            let others = if alone.len() > 1 { format!(" and {} others", alone.len() - 1) } else { String::new() };
-            problems.push(format!("store: partition {partition:03}{others}: {}", away.problem));
-        }
-        problems
-    }
-
-    /// Which server, where there are several, and how much of the store it is.
-    fn share(&self, server: &Name, count: usize) -> String {
-        match self.parts.config.mode {
-            Mode::Cluster if !server.is_empty() => format!("{server} ({count} of {} partitions): ", self.slots.len()),
-            Mode::Single | Mode::Sentinel | Mode::Cluster => String::new(),
-        }
-    }
-
-    /// What works, and yet will not do.
-    fn warnings(&self) -> Vec<String> {
-        let mut reasons = Vec::new();
-        for (server, node) in &self.nodes {
-            let count = self.slots.iter().filter(|slot| slot.server == *server).count();
-            let share = self.share(server, count);
-            let mut reason = |text: String| {
-                if count > 0 {
-                    reasons.push(format!("store: {share}{text}"));
-                }
-            };
-            if let Some(policy) = &node.eviction {
-                reason(format!(
-                    "Redis throws series away when memory is short (maxmemory-policy {policy}); set noeviction"
-                ));
-            }
-            if let Some((has, wanted)) = node.short_of_replicas {
-                reason(format!(
-                    "Redis has {has} of the {wanted} replicas that store.redis.replicas asks for; the outbox keeps all until they are there"
-                ));
-            }
-            if let Some(error) = node.unsettled {
-                reason(format!("Redis does not say what it would not lose, so the outbox keeps all: {error}"));
-            }
-        }
-        if let Some(RolledBack { since, batches, samples }) = &*locked(&self.rolled_back)
-            && since.elapsed() < ALARM
-        {
-            reasons.push(format!(
-                "store: Redis lost {batches} batches with {samples} samples that it had acknowledged and that are kept nowhere else"
-            ));
-        }
-        reasons
     }
 }
 
@@ -943,190 +824,6 @@ impl Shared {
     async fn past_deadline(&self) {
         let deadline = self.stopping().await;
         tokio::time::sleep_until(deadline.into()).await;
-    }
-}
-
-/// What the tasks need.
-#[derive(Clone)]
-struct Session {
-    connection: Connection,
-    asker: Arc<Asker>,
-    /// Nonces under which a partition may still be ours.
-    known: Arc<Vec<String>>,
-    journal: Arc<Journal>,
-    on_deleted: OnDeleted,
-    shared: Arc<Shared>,
-    rolled_back: Arc<Mutex<Option<RolledBack>>>,
-}
-
-impl Session {
-    /// Does what there is to do for a partition. Where it stands then holds also after a problem.
-    async fn visit(self, partition: Partition, server: Name, mut place: Place, poll: bool) -> Done {
-        let outcome = self.attend(partition, &mut place, poll).await;
-        place.claimed = outcome.is_ok();
-        Done::Visited { partition, server, place, outcome }
-    }
-
-    async fn attend(&self, partition: Partition, place: &mut Place, poll: bool) -> Result<(), Problem> {
-        if !place.claimed {
-            self.claim(partition, place).await?;
-        }
-        self.ship(partition, place).await?;
-        if poll {
-            self.poll(partition, place).await?;
-            self.ship(partition, place).await?;
-        }
-        Ok(())
-    }
-
-    /// Makes a partition ours and finds out where it stands.
-    async fn claim(&self, partition: Partition, place: &mut Place) -> Result<(), Problem> {
-        let (maker, last) = self.journal.inherited(partition);
-        let inherited = Inherited { maker, last };
-        match self.connection.claim(&self.asker, partition, place.seen, &self.known, &inherited).await? {
-            Claimed::Ours { sequence, samples, seen, news } => {
-                place.seen = Some(seen);
-                let now_ms = news.now_ms;
-                self.hear(place, news);
-                self.resume(partition, place, Stored { sequence, samples, now_ms }).await
-            }
-            Claimed::Clone(inherited) => Err(Problem::Clone(inherited)),
-        }
-    }
-
-    /// Goes on from the sequence that the store has.
-    async fn resume(&self, partition: Partition, place: &mut Place, stored: Stored) -> Result<(), Problem> {
-        let Stored { sequence: stored, samples, now_ms } = stored;
-        (place.stored, place.applied_ms, place.renewed) = (stored, now_ms, true);
-        match self.journal.resequence(partition, stored, samples)? {
-            Resequenced::Continues => Ok(()),
-            Resequenced::JournalBehind => {
-                tracing::warn!(partition, stored, "the store has batches that this journal, an older copy, never sent");
-                Ok(())
-            }
-            Resequenced::StoreBehind { lost, samples } => self.leap(partition, place, lost, samples).await,
-        }
-    }
-
-    /// Brings a store that lost batches that nobody has any more to where the outbox begins.
-    async fn leap(&self, partition: Partition, place: &mut Place, lost: u64, samples: u64) -> Result<(), Problem> {
-        let sequence = place.stored + lost;
-        // Counted before it is so: an answer that does not come must not hide it, and counts nothing twice.
-        let lost = self.journal.write_off(partition, place.stored, samples);
-        self.count_lost(partition, lost, samples);
-        let empty = Batch { partition, sequence, flush: 0, samples: 0, operations: Vec::new() };
-        match self.connection.apply(&self.asker, &empty, place.stored, place.seen.unwrap_or(0)).await? {
-            Applied::Stored { sequence, news, .. } => {
-                place.stored = sequence;
-                self.hear(place, news);
-            }
-            Applied::Gap { .. } | Applied::NotOwner => return Err(Problem::Restless),
-        }
-        Ok(())
-    }
-
-    /// Counts what the store lost.
-    fn count_lost(&self, partition: Partition, lost: u64, samples: u64) {
-        if (lost, samples) == (0, 0) {
-            return;
-        }
-        telemetry::LOST.counter(&[ROLLED_BACK]).increment(lost);
-        telemetry::LOST_SAMPLES.counter(&[ROLLED_BACK]).increment(samples);
-        tracing::error!(
-            partition,
-            lost,
-            samples,
-            "the store lost batches that it had acknowledged and that are kept nowhere else"
-        );
-        let mut rolled_back = locked(&self.rolled_back);
-        let before = rolled_back.filter(|before| before.since.elapsed() < ALARM);
-        let (batches, before) = before.map_or((0, 0), |before| (before.batches, before.samples));
-        *rolled_back = Some(RolledBack { since: Instant::now(), batches: batches + lost, samples: before + samples });
-    }
-
-    /// Sends a partition's batches, one after the other, until there are no more.
-    async fn ship(&self, partition: Partition, place: &mut Place) -> Result<(), Problem> {
-        let mut tries = 0;
-        loop {
-            let batches = self.journal.outbox(partition, place.stored, READ_BYTES)?;
-            if batches.is_empty() {
-                return Ok(());
-            }
-            for batch in &batches {
-                if self.send(batch, place).await? {
-                    tries = 0;
-                } else {
-                    tries += 1;
-                    break;
-                }
-            }
-            if tries >= TRIES {
-                return Err(Problem::Restless);
-            }
-        }
-    }
-
-    /// Sends a batch. `false` when the store is elsewhere: then `place` says where.
-    async fn send(&self, batch: &Batch, place: &mut Place) -> Result<bool, Problem> {
-        let seen = place.seen.unwrap_or(0);
-        match self.connection.apply(&self.asker, batch, place.stored, seen).await? {
-            Applied::Stored { sequence, failed, news } => {
-                for (at, failure) in &failed {
-                    telemetry::LOST.counter(&[failure.reason()]).increment(1);
-                    let operation = batch.operations.get(*at);
-                    let samples = operation.map_or(0, |operation| samples_of(&operation.delta));
-                    telemetry::LOST_SAMPLES.counter(&[failure.reason()]).increment(samples);
-                    let key = operation.map_or("", |operation| operation.key.as_str());
-                    tracing::warn!(
-                        key,
-                        samples,
-                        reason = failure.reason(),
-                        "the store could not apply a change of a series"
-                    );
-                }
-                place.stored = sequence;
-                place.applied_ms = place.applied_ms.max(news.now_ms);
-                self.journal.acknowledge(batch.partition, sequence);
-                self.hear(place, news);
-                Ok(true)
-            }
-            Applied::Gap { sequence, samples, news } => {
-                let now_ms = news.now_ms;
-                self.hear(place, news);
-                self.resume(batch.partition, place, Stored { sequence, samples, now_ms }).await?;
-                Ok(false)
-            }
-            Applied::NotOwner => {
-                self.claim(batch.partition, place).await?;
-                Ok(false)
-            }
-        }
-    }
-
-    /// Asks for deletes, and whether the store still has what it had: a failover may have lost what it acknowledged.
-    async fn poll(&self, partition: Partition, place: &mut Place) -> Result<(), Problem> {
-        let Polled { sequence, news, .. } =
-            self.connection.poll(&self.asker, partition, place.seen.unwrap_or(0)).await?;
-        self.hear(place, news);
-        if sequence == place.stored {
-            return Ok(());
-        }
-        // It may not be ours any more either.
-        self.claim(partition, place).await
-    }
-
-    fn hear(&self, place: &mut Place, news: News) {
-        if news.expired > 0 {
-            telemetry::STORE_EXPIRED.counter(&[]).increment(news.expired);
-        }
-        let Some(last) = news.deletes.last() else { return };
-        place.seen = Some(last.number.max(place.seen.unwrap_or(0)));
-        let mut own = locked(&self.shared.own);
-        let others: Vec<_> = news.deletes.into_iter().filter(|deleted| !own.remove(deleted)).collect();
-        drop(own);
-        if !others.is_empty() {
-            (self.on_deleted)(others);
-        }
     }
 }
 

@@ -18,7 +18,7 @@ use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _};
 use rdkafka::{Offset, TopicPartitionList};
 use serde_json::{Value, json};
 
-use crate::agent::{Agent, same, tallyd, until};
+use crate::agent::{Agent, collect, same, tallyd, until};
 use crate::http;
 
 /// Brokers of a test, with topics of its own.
@@ -395,6 +395,33 @@ fn a_delete_resets_every_agent_and_those_that_were_away() {
     until("the topic to say so", || (kafka.stored() == ["c:both", "delete:c:both"]).then_some(()));
 }
 
+/// A topic that is gone is made again and filled from the journals.
+#[test]
+fn a_topic_that_was_taken_away_is_filled_again() {
+    let kafka = Kafka::start();
+    if kafka.mock.is_some() {
+        return; // it can't take a topic away; tests/kafka.sh has a broker that can
+    }
+    let (a, b) = (kafka.agent(&[]), kafka.agent(&[]));
+    ready(&a);
+    a.datagram("kept:5|c");
+    b.datagram("kept:7|c");
+    a.wait_for("kept", "value", 12);
+    let admin: AdminClient<DefaultClientContext> = kafka.config().create().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let topic = kafka.topic("state");
+    let gone = runtime.block_on(admin.delete_topics(&[&topic], &AdminOptions::new())).unwrap();
+    assert!(gone.iter().all(Result::is_ok), "{gone:?}");
+    until("the agents to find out", || (a.own("tallyd_store_errors_total", "rewound") >= 1.0).then_some(()));
+    let c = kafka.agent(&[]);
+    for agent in [&a, &b, &c] {
+        ready(agent);
+        agent.wait_for("kept", "value", 12);
+    }
+    b.datagram("kept:1|c");
+    c.wait_for("kept", "value", 13);
+}
+
 #[test]
 fn what_expired_is_taken_out_of_the_topic() {
     let kafka = Kafka::start();
@@ -497,11 +524,12 @@ fn a_reader_of_a_topic_killed_at_any_moment_counts_each_record_once() {
     };
     agent.wait_for("once", "value", more(30));
     for round in 0..5 {
+        let value = || agent.metric("once").map_or(0, |metric| metric["value"].as_u64().unwrap());
+        let had = value();
         more(3_000);
         if round > 0 {
             // Some of it is in memory alone, some in the journal, some with the group.
-            let had = agent.metric("once").map_or(0, |metric| metric["value"].as_u64().unwrap());
-            until("some more", || (agent.metric("once")?["value"].as_u64()? > had || round > 3).then_some(()));
+            until("some more", || (value() > had).then_some(()));
         }
         agent = agent.restart_after(if round == 2 { "TERM" } else { "KILL" });
     }
@@ -612,4 +640,85 @@ fn a_key_is_forwarded_once_and_brokers_that_are_away_are_a_503() {
     assert!(answer.header("retry-after").is_some());
     kafka.back();
     until("the brokers", || (agent.ingest(one("there")).status == 200).then_some(()));
+}
+
+/// The commands that the README shows for three services, as they stand there but for ports, directories and topics.
+#[test]
+fn the_readmes_three_services_work_together() {
+    let kafka = Kafka::start();
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+    let commands: Vec<_> = readme.lines().filter(|line| line.starts_with("STORE=")).collect();
+    let [taking, counting, reading] = commands.as_slice() else { panic!("{commands:?}") };
+    let services = [taking, counting, reading].map(|command| Service::start(&kafka, command));
+    let record = one("readme");
+    let headers = [("Content-Type", "application/json")];
+    let answer = http::request(services[0].address("ingest"), "POST", "/ingest/metrics", &headers, record.as_bytes());
+    assert_eq!((answer.status, answer.text().as_str()), (200, "Record readme UPDATED"));
+    for service in &services[1..] {
+        until("the record to be counted", || {
+            let answer = http::request(service.address("api"), "GET", "/data/metrics/readme", &[], b"");
+            (answer.status == 200 && same(&answer.json()["value"], &json!(1))).then_some(())
+        });
+    }
+}
+
+/// An agent that a command of a shell starts.
+struct Service {
+    child: Child,
+    ready: String,
+    _state: tempfile::TempDir,
+}
+
+impl Service {
+    fn start(kafka: &Kafka, command: &str) -> Self {
+        let state = tempfile::tempdir().unwrap();
+        let command = command.split(" #").next().unwrap().trim();
+        let directory = std::path::Path::new(env!("CARGO_BIN_EXE_tallyd")).parent().unwrap();
+        let mut bash = Command::new("bash");
+        bash.args(["-c", command])
+            .env("PATH", format!("{}:{}", directory.display(), std::env::var("PATH").unwrap()))
+            .env("KAFKA_BOOTSTRAP_SERVERS", &kafka.brokers)
+            .env("KAFKA_TOPIC", kafka.topic("records"))
+            .env("TALLYD_STORE__KAFKA__TOPIC", kafka.topic("state"))
+            .env("TALLYD_KAFKA__GROUP", kafka.topic("group"))
+            .env("TALLYD_STATE_DIR", state.path())
+            .env_remove("TALLYD_TEST_KAFKA")
+            .env_remove("TALLYD_TEST_KAFKA_PID");
+        for key in ["LISTEN__UDP", "LISTEN__TCP", "HTTP__INGEST", "HTTP__API"] {
+            bash.env(format!("TALLYD_{key}"), "127.0.0.1:0");
+        }
+        let mut child = bash.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let stderr = collect(child.stderr.take().unwrap());
+        let ready = || stderr.lock().unwrap().lines().find(|line| line.starts_with("ready")).map(str::to_owned);
+        let ready = until(command, ready);
+        Self { child, ready, _state: state }
+    }
+
+    fn address(&self, listener: &str) -> std::net::SocketAddr {
+        let mut addresses = self.ready.split(' ').filter_map(|word| word.split_once('='));
+        addresses.find(|(name, _)| *name == listener).unwrap().1.parse().unwrap()
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+#[test]
+fn agents_stop_in_time_though_the_brokers_are_away() {
+    let kafka = Kafka::start();
+    let mut agent = kafka.agent(&["listen.kafka=true", "ingest.forward=kafka"]);
+    ready(&agent);
+    until("partitions", || (agent.own("tallyd_kafka_partitions", "") == 3.0).then_some(()));
+    agent.datagram("a:1|c");
+    agent.wait_for("a", "value", 1);
+    kafka.away();
+    agent.datagram("a:1|c");
+    agent.wait_for("a", "value", 2);
+    agent.signal("TERM");
+    assert_eq!(agent.wait().code(), Some(0));
+    kafka.back();
 }

@@ -117,7 +117,8 @@ fn deletes(a: &Agent, b: &Agent) {
 
 #[test]
 fn a_node_that_is_away_holds_up_its_own_partitions_alone() {
-    let cluster = Cluster::start(3, 0);
+    // Else the others would soon refuse all keys.
+    let cluster = Cluster::start_with(3, 0, &["--cluster-require-full-coverage", "no"]);
     let agent = agent(&cluster.settings());
     let lines: Vec<_> = (0..60).map(|number| format!("part.{number:02}:1|c")).collect();
     agent.datagram(lines.join("\n"));
@@ -237,6 +238,27 @@ fn a_master_that_dies_is_replaced_though_a_sentinel_stands_still() {
 }
 
 #[test]
+fn a_replica_that_lacks_what_was_acknowledged_gets_it_when_it_takes_over() {
+    for replicas in ["auto", "1"] {
+        let mut sentinels = Sentinels::start(1, 1);
+        let agent = agent(&[sentinels.settings(), vec![format!("store.redis.replicas={replicas}")]].concat());
+        agent.datagram("lacks:1|c");
+        until("both to have it", || (watched(&sentinels, 1, "lacks") == 1).then_some(()));
+        // From now on the replica hears nothing.
+        sentinels.server(1).cli(&["REPLICAOF", "127.0.0.1", "1"]);
+        agent.datagram("lacks:10|c");
+        until("the master to have it", || (watched(&sentinels, 0, "lacks") == 11).then_some(()));
+        until("that to be acknowledged", || (agent.own("tallyd_outbox_unsent_batches", "") == 0.0).then_some(()));
+        sentinels.server_mut(0).kill();
+        until("the replica to be the master", || (sentinels.master() == 1).then_some(()));
+        // Nothing more is sent: that it lacks something must show by itself.
+        until("it to have all", || (watched(&sentinels, 1, "lacks") == 11).then_some(()));
+        agent.wait_for("lacks", "value", 11);
+        assert_eq!(agent.own("tallyd_lost_total", ""), 0.0);
+    }
+}
+
+#[test]
 fn batches_stay_in_the_outbox_until_the_replicas_have_them() {
     let sentinels = Sentinels::start(1, 1);
     (0..2).for_each(|at| drop(grant(sentinels.server(at), &["+wait", "+role", "+select"])));
@@ -337,6 +359,27 @@ fn a_user_needs_the_rights_that_are_documented_and_no_more() {
     until("the agent to say so", || told(&lacks));
 }
 
+#[test]
+fn without_the_right_to_scripts_others_do() {
+    let server = Server::start(&[]);
+    grant(&server, &["-evalsha", "-script|load", "+watch", "+unwatch", "+multi", "+exec", "+exists"]);
+    let url = format!("redis://tallyd:secret@{}", server.address());
+    let (a, b) = (single(&url, &[]), single(&url, &[]));
+    a.datagram("may:5|c\nt:1:2|ms\nu:x|s\ng:5|g\nm:3|m");
+    b.datagram("may:7|c\nt:3|ms\nu:y|s");
+    for (key, field, value) in [("may", "value", 12), ("t", "sum", 6), ("u", "value", 2), ("g", "value", 5)] {
+        a.wait_for(key, field, value);
+    }
+    assert!(server.cli(&["INFO", "commandstats"]).contains("cmdstat_exec:"));
+    assert_eq!(b.delete("/data/metrics/may").status, 200);
+    assert_eq!(b.metric("may"), None);
+    let refused = refused(&server);
+    let lines: Vec<_> = refused.lines().collect();
+    let objects = lines.windows(2).filter(|pair| pair[0] == "object").map(|pair| pair[1]);
+    assert!(objects.clone().all(|object| ["evalsha", "script|load"].contains(&object)), "{refused}");
+    assert!(objects.count() > 0, "{refused}");
+}
+
 /// Certificates of an authority of a test: PEM files.
 struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
@@ -377,17 +420,14 @@ fn tls_is_spoken_with_whom_the_own_authority_knows() {
     let authority = Authority::new();
     let (certificate, key) = authority.issue("server");
     let port = free_port().to_string();
-    let (ca, file) = (authority.file("ca.pem"), |path: &Path| path.display().to_string());
-    let server = Server::start(&[
-        "--tls-port",
-        &port,
-        "--tls-cert-file",
-        &file(&certificate),
-        "--tls-key-file",
-        &file(&key),
-        "--tls-ca-cert-file",
-        &ca,
-    ]);
+    let file = |path: &Path| path.display().to_string();
+    let tls = [
+        ["--tls-port", &port],
+        ["--tls-cert-file", &file(&certificate)],
+        ["--tls-key-file", &file(&key)],
+        ["--tls-ca-cert-file", &authority.file("ca.pem")],
+    ];
+    let server = Server::start(tls.as_flattened());
     let url = format!("rediss://127.0.0.1:{port}");
     let (ours, our_key) = authority.issue("ours");
     let trusts = |authority: &Authority| format!("store.redis.ca_file={}", authority.file("ca.pem"));
@@ -399,6 +439,20 @@ fn tls_is_spoken_with_whom_the_own_authority_knows() {
         (!server.cli(&["--scan", "--pattern", "tallyd:*:s:c:secret"]).trim().is_empty()).then_some(())
     });
     until("the agent to be ready", || (agent.get("/-/ready").status == 200).then_some(()));
+    // A node of a cluster tells others where it speaks TLS, in the port of the map.
+    let (other_port, bus) = (free_port().to_string(), free_port().to_string());
+    let as_node =
+        ["--tls-port", &other_port, "--tls-cluster", "yes", "--cluster-enabled", "yes", "--cluster-port", &bus];
+    let node = Server::start(&[tls.as_flattened(), &as_node].concat());
+    node.cli(&["CLUSTER", "ADDSLOTSRANGE", "0", "16383"]);
+    let in_cluster = [trusts(&authority), "store.redis.mode=cluster".to_owned()];
+    let clustered = single(&format!("rediss://127.0.0.1:{other_port}"), &[&in_cluster[..], &shows].concat());
+    clustered.datagram("secret:6|c");
+    until("the node to hold it", || {
+        (!node.cli(&["--scan", "--pattern", "tallyd:*:s:c:secret"]).trim().is_empty()).then_some(())
+    });
+    clustered.wait_for("secret", "value", 6);
+    until("the agent to be ready", || (clustered.get("/-/ready").status == 200).then_some(()));
     // Another authority, the usual ones, and no certificate of our own.
     let other = Authority::new();
     for settings in [&[&[trusts(&other)][..], &shows].concat()[..], &shows, &[trusts(&authority)]] {

@@ -307,11 +307,20 @@ impl Follower {
                 self.shared.learn(|facts| facts.connected = true);
                 Ok(())
             }
+            // Somebody took the topic away; it is made and filled again.
+            Err(_) if self.is_gone(consumer) => Err(Problem::Rewound),
             Err(error) => {
                 self.shared.fail(&error.into(), true);
                 Ok(())
             }
         }
+    }
+
+    /// Whether the brokers answer, and have no such topic any more.
+    fn is_gone(&self, consumer: &BaseConsumer<Quiet>) -> bool {
+        let Ok(metadata) = consumer.fetch_metadata(Some(&self.shared.topic), ANSWER) else { return false };
+        let found = metadata.topics().iter().find(|found| found.name() == self.shared.topic);
+        found.is_none_or(|found| found.error().is_some_and(|error| is_missing(error.into())))
     }
 
     /// Looks for what is to be taken out of the topic.

@@ -188,7 +188,7 @@ impl Error {
 
     /// Whether the other partitions of the node would fare no better.
     pub(in crate::store) const fn concerns_node(self) -> bool {
-        matches!(self, Self::OutOfMemory | Self::Busy) || self.ends_connection()
+        matches!(self, Self::OutOfMemory | Self::Busy | Self::ClusterDown) || self.ends_connection()
     }
 }
 

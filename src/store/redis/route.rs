@@ -24,6 +24,10 @@ const PARTITIONS: usize = Partition::MAX as usize + 1;
 /// How many slots a cluster has.
 const SLOTS: u16 = 16_384;
 
+/// How old the sentinels' word may be when a request relies on it: a master that was deposed answers for some seconds
+/// more.
+const TRUST: Duration = Duration::from_secs(1);
+
 /// The least time between two questions for the map.
 const REFRESH: Duration = Duration::from_millis(100);
 
@@ -43,6 +47,8 @@ struct Map {
     partitions: Vec<Option<Arc<Node>>>,
     /// It may not hold any more.
     stale: bool,
+    /// When it was last asked for beside the requests.
+    looked: Option<Instant>,
 }
 
 impl Map {
@@ -83,7 +89,10 @@ impl Route {
     }
 
     /// The node that has a partition.
-    pub(super) async fn node(&self, partition: Partition) -> Result<Arc<Node>, Error> {
+    pub(super) async fn node(self: &Arc<Self>, partition: Partition) -> Result<Arc<Node>, Error> {
+        if self.is_to_look() {
+            self.look_again();
+        }
         if let Some(node) = self.known(partition).filter(|_| !self.map().stale) {
             return Ok(node);
         }
@@ -93,6 +102,15 @@ impl Route {
             (None, Ok(())) => Err(Error::ClusterDown),
             (None, Err(error)) => Err(error),
         }
+    }
+
+    fn is_to_look(&self) -> bool {
+        let mut map = self.map();
+        let is = self.opener.deployment.mode == Mode::Sentinel && map.looked.is_none_or(|at| at.elapsed() >= TRUST);
+        if is {
+            map.looked = Some(Instant::now());
+        }
+        is
     }
 
     /// Says that the map may not hold any more.

@@ -534,6 +534,33 @@ fn a_script_that_the_server_forgot_is_loaded_again() {
 }
 
 #[test]
+fn a_cluster_without_slots_is_down_until_it_has_them() {
+    let bus = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    let server = Server::start(&["--cluster-enabled", "yes", "--cluster-port", &bus]);
+    let config = Config { mode: Mode::Cluster, ..server.config() };
+    let connection = Connection::new(&config, &Limits::default(), Duration::ZERO).unwrap();
+    run(async {
+        assert_eq!(
+            connection.claim(&asker("a", "o"), 17, None, &[], &Inherited::default()).await,
+            Err(Error::ClusterDown)
+        );
+        server.ask(&["CLUSTER", "ADDSLOTSRANGE", "0", "16383"]).unwrap();
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        while connection.claim(&asker("a", "o"), 17, None, &[], &Inherited::default()).await.is_err() {
+            assert!(std::time::Instant::now() < deadline);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        // A node that takes over, or that was started anew, has no scripts.
+        server.ask(&["SCRIPT", "FLUSH"]).unwrap();
+        assert_eq!(connection.poll(&asker("a", "o"), 17, 0).await.unwrap().sequence, 0);
+        let batch = batch(1, vec![counter(&keys(1)[0], 5.0)]);
+        let applied = connection.apply(&asker("a", "o"), &batch, 0, 0).await.unwrap();
+        assert!(matches!(applied, Applied::Stored { sequence: 1, .. }));
+        assert_eq!(connection.poll(&asker("a", "o"), 17, 0).await.unwrap().sequence, 1);
+    });
+}
+
+#[test]
 fn series_expire_and_leave_the_list() {
     both(&async |server| {
         let key = &keys(1)[0];

@@ -204,7 +204,8 @@ fn a_store_that_is_away_costs_time_alone() {
     server.resume();
     agent.flush(50..150, 1.0);
     wait_for("all is shipped", || agent.is_shipped());
-    assert_eq!(*agent.handle().status(), Status { connected: true, away: false, reasons: Vec::new() });
+    let well = Status { connected: true, away: false, reasons: Vec::new() };
+    wait_for("the status says so", || *agent.handle().status() == well);
     let sum: f64 = stored(&server).values().sum();
     assert_eq!(sum, 300.0);
     server.kill();
