@@ -54,13 +54,17 @@ free_port() {
 }
 port=$(free_port)
 controller=$(free_port)
+sasl=$(free_port)
 cat >"$work/server.properties" <<CONFIG
 process.roles=broker,controller
 node.id=1
 controller.quorum.bootstrap.servers=127.0.0.1:$controller
 controller.listener.names=CONTROLLER
-listeners=PLAINTEXT://127.0.0.1:$port,CONTROLLER://127.0.0.1:$controller
-advertised.listeners=PLAINTEXT://127.0.0.1:$port,CONTROLLER://127.0.0.1:$controller
+listeners=PLAINTEXT://127.0.0.1:$port,SASL_PLAINTEXT://127.0.0.1:$sasl,CONTROLLER://127.0.0.1:$controller
+advertised.listeners=PLAINTEXT://127.0.0.1:$port,SASL_PLAINTEXT://127.0.0.1:$sasl
+listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT
+sasl.enabled.mechanisms=PLAIN
+listener.name.sasl_plaintext.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required user_tallyd="a password";
 log.dirs=$work/data
 auto.create.topics.enable=false
 offsets.topic.replication.factor=1
@@ -81,5 +85,5 @@ for _ in $(seq 120); do
 done
 echo "== Kafka $version at 127.0.0.1:$port, process $broker"
 # One after the other: some of them stop the broker for a while.
-TALLYD_TEST_KAFKA=127.0.0.1:$port TALLYD_TEST_KAFKA_PID=$broker \
+TALLYD_TEST_KAFKA=127.0.0.1:$port TALLYD_TEST_KAFKA_SASL=127.0.0.1:$sasl TALLYD_TEST_KAFKA_PID=$broker \
   cargo test --locked --features kafka --test it "${1:-kafka::}" -- --test-threads=1

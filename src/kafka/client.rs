@@ -1,7 +1,7 @@
 //! librdkafka's clients as this program makes them.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rdkafka::client::ClientContext;
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
@@ -78,7 +78,16 @@ pub(super) fn refused(error: KafkaError) -> Error {
 #[derive(Debug, Clone)]
 pub struct Link {
     config: ClientConfig,
-    down: Arc<AtomicBool>,
+    heard: Arc<Heard>,
+}
+
+/// What clients found out by themselves.
+#[derive(Debug, Default)]
+struct Heard {
+    /// All brokers are gone.
+    down: AtomicBool,
+    /// Brokers do not take who we say we are, or we not who they are: librdkafka's words.
+    refusal: Mutex<Option<String>>,
 }
 
 impl Link {
@@ -87,7 +96,7 @@ impl Link {
     /// # Errors
     /// When the configuration can't be used.
     pub fn new(config: &Config) -> Result<Self, Error> {
-        Ok(Self { config: config.client()?, down: Arc::default() })
+        Ok(Self { config: config.client()?, heard: Arc::default() })
     }
 
     /// A client with further properties.
@@ -121,19 +130,31 @@ impl Link {
 
     /// What hears librdkafka's log and errors.
     pub fn context(&self) -> Quiet {
-        Quiet { down: Arc::clone(&self.down) }
+        Quiet { heard: Arc::clone(&self.heard) }
     }
 
     /// Whether a client has found all brokers gone since this was asked last.
     pub fn take_down(&self) -> bool {
-        self.down.swap(false, Ordering::AcqRel)
+        self.heard.down.swap(false, Ordering::AcqRel)
+    }
+
+    /// Why brokers refuse us, or we them, if that was so since this was asked last.
+    pub fn take_refusal(&self) -> Option<String> {
+        self.heard.refusal().take()
+    }
+}
+
+impl Heard {
+    fn refusal(&self) -> MutexGuard<'_, Option<String>> {
+        // It is replaced as a whole.
+        self.refusal.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Takes librdkafka's log and errors.
 #[derive(Debug, Clone, Default)]
 pub struct Quiet {
-    down: Arc<AtomicBool>,
+    heard: Arc<Heard>,
 }
 
 impl Quiet {
@@ -144,8 +165,12 @@ impl Quiet {
 
     /// Takes an error that concerns a whole client.
     pub fn failed(&self, error: &KafkaError, text: &str) {
-        if matches!(error, KafkaError::Global(RDKafkaErrorCode::AllBrokersDown)) {
-            self.down.store(true, Ordering::Release);
+        let code = error.rdkafka_error_code();
+        if code == Some(RDKafkaErrorCode::AllBrokersDown) {
+            self.heard.down.store(true, Ordering::Release);
+        }
+        if matches!(code, Some(RDKafkaErrorCode::Authentication | RDKafkaErrorCode::SSL)) {
+            *self.heard.refusal() = Some(text.to_owned());
         }
         tracing::debug!(target: "librdkafka", %error, "{text}");
     }

@@ -15,6 +15,8 @@ use rdkafka::error::KafkaError;
 use rdkafka::message::Message;
 use rdkafka::mocking::MockCluster;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _};
+use rdkafka::types::RDKafkaApiKey;
+use rdkafka::types::RDKafkaRespErr::{self, RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED};
 use rdkafka::{Offset, TopicPartitionList};
 use serde_json::{Value, json};
 
@@ -184,7 +186,8 @@ impl Mock {
         answer.expect("the mock cluster ended")
     }
 
-    /// Takes the broker away (`down`), brings it back (`up`), or makes a topic; returns when that is done.
+    /// Takes the broker away (`down`), brings it back (`up`), lets it refuse what is produced (`deny`), or fail some of it in
+    /// ways that pass (`stumble`), or not any more (`allow`), or makes a topic; returns when that is done.
     fn tell(&self, order: &str) {
         writeln!(self.orders.borrow_mut(), "{order}").unwrap();
         assert_eq!(self.answer(), order);
@@ -199,6 +202,16 @@ impl Drop for Mock {
     }
 }
 
+/// What brokers say in passing: of some of it the record was written all the same.
+const STUMBLES: [RDKafkaRespErr; 6] = [
+    RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION,
+    RDKafkaRespErr::RD_KAFKA_RESP_ERR_REQUEST_TIMED_OUT,
+    RDKafkaRespErr::RD_KAFKA_RESP_ERR__TRANSPORT,
+    RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS,
+    RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS_AFTER_APPEND,
+    RDKafkaRespErr::RD_KAFKA_RESP_ERR__TRANSPORT,
+];
+
 #[test]
 #[ignore = "these are the brokers of the other tests"]
 #[allow(clippy::print_stdout, reason = "they are told so what was done")]
@@ -209,6 +222,11 @@ fn mock_brokers() {
         match order.as_str() {
             "down" => mock.broker_down(1).unwrap(),
             "up" => mock.broker_up(1).unwrap(),
+            "deny" => {
+                mock.request_errors(RDKafkaApiKey::Produce, &[RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED; 1_000])
+            }
+            "stumble" => mock.request_errors(RDKafkaApiKey::Produce, &STUMBLES),
+            "allow" => mock.clear_request_errors(RDKafkaApiKey::Produce),
             topic => mock.create_topic(topic, 3, 1).unwrap(),
         }
         println!("{ANSWER}{order}");
@@ -338,6 +356,23 @@ fn brokers_that_are_away_delay_nothing_and_lose_nothing() {
         ready(&agent);
     }
     assert_eq!(agent.own("tallyd_lost_total", ""), 0.0);
+}
+
+#[test]
+fn errors_in_passing_lose_nothing_and_a_refusal_is_named() {
+    let kafka = Kafka::start();
+    let Some(mock) = &kafka.mock else { return }; // a real broker fails for nobody's sake
+    let (agent, other) = (kafka.agent(&[]), kafka.agent(&[]));
+    ready(&agent);
+    ready(&other);
+    let sum = under_load(&agent, "load", || mock.tell("stumble"));
+    other.wait_for("load", "value", sum);
+    mock.tell("deny");
+    agent.datagram("load:1|c");
+    until("the refusal", || agent.get("/-/ready").text().contains("are not taken").then_some(()));
+    mock.tell("allow");
+    other.wait_for("load", "value", sum + 1);
+    ready(&agent);
 }
 
 #[test]
@@ -572,6 +607,34 @@ fn without_a_journal_offsets_are_committed_all_the_same() {
 }
 
 #[test]
+fn a_password_from_a_file_lets_an_agent_in_and_a_wrong_one_is_named() {
+    let Ok(brokers) = std::env::var("TALLYD_TEST_KAFKA_SASL") else {
+        return; // the mock cluster takes everybody; tests/kafka.sh has a broker that asks
+    };
+    let kafka = Kafka::start();
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("password");
+    let options = "'security.protocol' = 'SASL_PLAINTEXT', 'sasl.mechanism' = 'PLAIN', 'sasl.username' = 'tallyd'";
+    let settings = [
+        format!("kafka.brokers={brokers}"),
+        format!("kafka.options={{ {options} }}"),
+        format!("kafka.password_file={}", file.display()),
+    ];
+    let settings: Vec<_> = settings.iter().map(String::as_str).chain(["listen.kafka=true"]).collect();
+    std::fs::write(&file, "a wrong one\n").unwrap();
+    let agent = kafka.agent(&settings);
+    let reason = || agent.get("/-/ready").text();
+    until("the refusal", || reason().contains("uthentication").then_some(()));
+    assert!(!(agent.stderr() + &reason()).contains("a wrong one"));
+    std::fs::write(&file, "a password\n").unwrap();
+    let agent = kafka.agent(&settings);
+    ready(&agent);
+    produce(&kafka, &[one("let_in")]);
+    agent.wait_for("let_in", "value", 1);
+    assert!(!agent.stderr().contains("a password"));
+}
+
+#[test]
 fn what_can_not_work_is_refused_at_the_start() {
     for (setting, said) in [
         ("kafka.options={ 'sekurity.protocol' = 'x' }", "sekurity.protocol"),
@@ -681,9 +744,10 @@ impl Service {
             .env("KAFKA_TOPIC", kafka.topic("records"))
             .env("TALLYD_STORE__KAFKA__TOPIC", kafka.topic("state"))
             .env("TALLYD_KAFKA__GROUP", kafka.topic("group"))
-            .env("TALLYD_STATE_DIR", state.path())
-            .env_remove("TALLYD_TEST_KAFKA")
-            .env_remove("TALLYD_TEST_KAFKA_PID");
+            .env("TALLYD_STATE_DIR", state.path());
+        for name in ["", "_PID", "_SASL"] {
+            bash.env_remove(format!("TALLYD_TEST_KAFKA{name}"));
+        }
         for key in ["LISTEN__UDP", "LISTEN__TCP", "HTTP__INGEST", "HTTP__API"] {
             bash.env(format!("TALLYD_{key}"), "127.0.0.1:0");
         }

@@ -108,7 +108,12 @@ impl Follower {
         while !self.shared.is_stopping() {
             if let Err(problem) = self.follow(&mut failures) {
                 self.shared.fail(&problem, !matches!(problem, Problem::Rewound));
-                self.shared.learn(|facts| facts.loaded = false);
+                // A client that is refused finds no broker that answers; why, it says by the way.
+                let refusal = self.link.take_refusal();
+                self.shared.learn(|facts| {
+                    facts.loaded = false;
+                    facts.problem = refusal.or(facts.problem.take());
+                });
                 failures += 1;
                 self.shared.rest(backoff(failures));
             }

@@ -107,11 +107,17 @@ impl Publisher {
         let mut failures = 0;
         while let Some(mut work) = self.shared.next_work(Duration::from_secs(1)) {
             match self.round(&work) {
-                Ok(()) => failures = 0,
+                Ok(()) if failures == 0 => {}
+                Ok(()) => {
+                    failures = 0;
+                    self.shared.learn(|facts| facts.refused = None);
+                }
                 Err(problem) => {
                     failures += 1;
                     let is_away = matches!(&problem, Problem::Kafka(error) if kafka::is_away(error));
                     self.shared.fail(&problem, is_away);
+                    let refused = (!is_away && !matches!(problem, Problem::Unknown)).then(|| problem.to_string());
+                    self.shared.learn(|facts| facts.refused = refused);
                     self.producer = None;
                     self.give_up(&mut work);
                     if self.shared.is_stopping() {

@@ -191,6 +191,8 @@ pub(super) struct Facts {
     pub(super) loaded: bool,
     /// Why something failed last.
     pub(super) problem: Option<String>,
+    /// Why the brokers do not take totals though they answer.
+    pub(super) refused: Option<String>,
     /// Whether another process writes under this agent's name.
     pub(super) has_clone: bool,
 }
@@ -329,6 +331,9 @@ impl Shared {
             let topic = &self.topic;
             reasons.push(format!("store: Kafka: topic {topic:?} is still being read; reads show this agent alone"));
         }
+        if let Some(refused) = facts.refused.as_deref().filter(|_| facts.connected) {
+            reasons.push(format!("store: Kafka: this agent's totals are not taken: {refused}"));
+        }
         if !self.table().is_whole() {
             reasons.push(
                 "store: Kafka: the other agents' totals are more than limits.kafka_table; reads show this agent alone"
@@ -377,6 +382,7 @@ pub struct Handle {
 pub fn start(parts: Parts) -> Result<Handle, Error> {
     let link = Link::new(&parts.kafka).map_err(Error::Config)?;
     telemetry::STORE_ERRORS.begin(REASONS.map(|reason| ["kafka", reason]));
+    telemetry::KAFKA_PRODUCED.begin([["state"]]);
     telemetry::STORE_CONNECTED.gauge(&["kafka"]).set(0.0);
     parts.journal.tell_expired();
     let shared = Arc::new(Shared::new(&parts, parts.journal.agent().to_string()));
