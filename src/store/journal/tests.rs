@@ -868,7 +868,7 @@ fn receipts_are_kept_with_their_flush_and_taken_from_a_damaged_file() {
     let dir = scratch();
     let receipt = |number: u64, at_ms: u64| Receipt {
         key: format!("key {number}").into_bytes().into(),
-        is_json: number % 2 == 0,
+        is_json: number.is_multiple_of(2),
         text: format!("answer {number}").into(),
         at_ms,
     };
