@@ -296,7 +296,7 @@ impl Agent {
         if let Some(ship) = self.ship {
             ship.stop(deadline);
         }
-        self.api.stop();
+        self.api.stop(deadline);
         tracing::info!("stopped");
     }
 }
@@ -493,14 +493,16 @@ impl HttpSockets {
 
 /// A thread with a runtime that ends when it is told to.
 struct Thread {
-    stop: oneshot::Sender<()>,
+    /// How long requests under way have.
+    stop: oneshot::Sender<Duration>,
     thread: JoinHandle<()>,
 }
 
 impl Thread {
-    fn stop(self) {
+    fn stop(self, deadline: Instant) {
+        let grace = http::GRACE.min(deadline.saturating_duration_since(Instant::now()));
         // Both fail only when it has ended already.
-        let _ = self.stop.send(());
+        let _ = self.stop.send(grace);
         drop(self.thread.join());
     }
 }
@@ -524,12 +526,14 @@ fn start_api(
                 Ok(server) => {
                     drop(started.send(Ok(())));
                     // An agent that is gone without a word stops as well.
-                    drop(stopped.await);
-                    server.stop(http::GRACE).await;
+                    let grace = stopped.await.unwrap_or(http::GRACE);
+                    server.stop(grace).await;
                 }
                 Err(error) => drop(started.send(Err(Error::Http(error)))),
             }
         });
+        // A name that is being looked up holds up no stop.
+        runtime.shutdown_background();
     };
     let thread = thread::Builder::new().name("api".to_owned()).spawn(run).map_err(Error::System)?;
     match outcome.recv() {

@@ -405,8 +405,8 @@ impl Folding {
 
     fn do_what_is_due(&mut self) {
         self.answer_readers();
-        self.flush_if_due();
         self.expire_if_due();
+        self.flush_if_due();
     }
 
     fn is_done(&self) -> bool {
@@ -547,7 +547,8 @@ impl Folding {
             });
             return;
         };
-        if jobs.is_full() {
+        // Before idle series can go the journal must have caught up; where each commit outlasts its interval it would never.
+        if jobs.is_full() || self.is_expiry_due() && self.is_journal_behind() {
             return;
         }
         let job = self.next_job(until_ms);
@@ -572,8 +573,12 @@ impl Folding {
         }
     }
 
+    fn is_expiry_due(&self) -> bool {
+        Instant::now() >= self.next_expiry
+    }
+
     fn expire_if_due(&mut self) {
-        if Instant::now() < self.next_expiry || self.is_journal_behind() {
+        if !self.is_expiry_due() || self.is_journal_behind() {
             return;
         }
         self.next_expiry = Instant::now() + expire_every(&self.limits);

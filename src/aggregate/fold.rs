@@ -606,6 +606,22 @@ mod tests {
         assert_eq!(pair.state(Kind::Counter, "a").total.aggregate.samples(), 3);
     }
 
+    /// Else a flush could write a part of a request whose receipt comes with the next.
+    #[test]
+    fn what_a_flush_takes_beside_receipts_does_not_change_any_more() {
+        let mut pair = pair();
+        pair.count("a", 0);
+        assert!(pair.writer.take_changed()[0].total.is_none(), "it is read when it is written");
+        pair.writer.takes_totals = true;
+        pair.count("a", 1);
+        let taken = pair.writer.take_changed();
+        pair.count("a", 2);
+        let samples = |total: &Total| total.aggregate.samples();
+        assert_eq!(samples(taken[0].total.as_ref().unwrap()), 2);
+        assert_eq!(samples(&taken[0].series.total()), 3);
+        assert_eq!(samples(pair.writer.take_changed()[0].total.as_ref().unwrap()), 3);
+    }
+
     #[test]
     fn what_a_wrong_clock_wrote_into_the_journal_holds_nothing_up() {
         let ahead_ms = BEGIN_MS + 86_400_000;

@@ -137,7 +137,11 @@ pub fn start(parts: Parts) -> Result<Handle, Error> {
     begin_counters();
     let shared = Arc::new(Shared::default());
     let shipper = Shipper::new(parts, Arc::clone(&shared));
-    let run = move || runtime.block_on(shipper.run());
+    let run = move || {
+        runtime.block_on(shipper.run());
+        // A name that is being looked up holds up no stop.
+        runtime.shutdown_background();
+    };
     let thread = std::thread::Builder::new().name("ship".to_owned()).spawn(run).map_err(Error::Thread)?;
     Ok(Handle { shared, thread })
 }

@@ -14,6 +14,7 @@ use super::*;
 use crate::aggregate::ledger::{Changed, Series, Shipped, State as LedgerState, Total};
 use crate::aggregate::shard::SeriesId;
 use crate::aggregate::{Aggregate, Counter, Sum};
+use crate::receipt::Receipt;
 use crate::store::{Batch, partition};
 
 const NOW: u64 = 1_764_000_000_000;
@@ -860,4 +861,41 @@ fn records_newer_than_a_revision_and_those_asked_for_are_found_and_expired_ones_
     assert!(done.expired > 0 && expired.len() as u64 == done.expired, "{}", expired.len());
     assert!(expired.iter().all(|(kind, key)| journal.total(*kind, key).unwrap().is_none()));
     assert_eq!(journal.take_expired(), []);
+}
+
+#[test]
+fn receipts_are_kept_with_their_flush_and_taken_from_a_damaged_file() {
+    let dir = scratch();
+    let receipt = |number: u64, at_ms: u64| Receipt {
+        key: format!("key {number}").into_bytes().into(),
+        is_json: number.is_multiple_of(2),
+        text: format!("answer {number}").into(),
+        at_ms,
+    };
+    let limits = Limits { receipts: 40, ..Limits::default() };
+    let (journal, _) = open_with(dir.path(), &limits);
+    let all: Vec<_> = (0..60).map(|number| receipt(number, NOW + number)).collect();
+    for (flush, some) in (1..).zip(all.chunks(20)) {
+        journal
+            .commit_with(
+                flush,
+                &[changed(0, flush as f64, Some(1.0))],
+                &[],
+                Beside { receipts: some, ..Beside::NOTHING },
+                NOW + 60,
+            )
+            .unwrap();
+    }
+    assert_eq!(journal.receipts().unwrap(), all[20..], "the oldest beyond the limit are gone");
+    // With the next flush those go that are a day old.
+    let later = NOW + 24 * 3_600_000 + 50;
+    journal.commit_with(4, &[], &[], Beside { receipts: &[receipt(60, later)], ..Beside::NOTHING }, later).unwrap();
+    let left: Vec<_> = all[51..].iter().cloned().chain([receipt(60, later)]).collect();
+    assert_eq!(journal.receipts().unwrap(), left);
+    drop(journal);
+    std::fs::write(dir.path().join("journal.opening"), "...").unwrap();
+    let (journal, opened) = open_with(dir.path(), &limits);
+    assert!(opened.damage.is_some());
+    let copied = journal.receipts().unwrap();
+    assert!(left.iter().all(|receipt| copied.contains(receipt)), "{copied:?}");
 }

@@ -209,3 +209,21 @@ fn a_second_process_on_the_same_state_directory_ends_with_69_and_harms_nothing()
     let agent = agent.restart_after("KILL");
     assert_eq!(wrong(&agent, 50, 4), 0);
 }
+
+/// A commit after the other, so that the journal is never at rest: a series that is idle is freed all the same.
+#[test]
+fn idle_series_are_freed_though_every_commit_outlasts_its_interval() {
+    let agent = Agent::start(&["flush.interval=10ms", "flush.window=100ms", "limits.idle=1s"]);
+    agent.ingest(r#"{"name":"idle","type":"COUNTER","value":1}"#);
+    until("the idle series to be freed", || {
+        fill_quickly(&agent, 3_000);
+        (agent.own("tallyd_series_expired_total", "") >= 1.0).then_some(())
+    });
+    assert!(same(&agent.metric("idle").unwrap()["value"], &json!(1)), "the journal keeps it");
+}
+
+fn fill_quickly(agent: &Agent, series: u64) {
+    let records: Vec<_> =
+        (0..series).map(|number| json!({"name": format!("busy.{number}"), "type": "COUNTER", "value": 1})).collect();
+    assert_eq!(agent.ingest(serde_json::to_vec(&records).unwrap()).status, 200);
+}

@@ -1,6 +1,8 @@
 //! What an answer promises: `?durable=1` outlives `kill -9`, and a request with an `Idempotency-Key` counts once,
 //! however often and to whichever process it is sent.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -37,17 +39,38 @@ fn send_key(to: std::net::SocketAddr, number: u64) -> bool {
     post(to, "/ingest/metrics", &format!("Idempotency-Key: key-{number}\r\n"), BODY) == Some(200)
 }
 
+/// Makes commits long, by many series, and lets readers have what comes meanwhile folded: what a commit writes of a series
+/// must be what it was when the flush began.
+fn make_noise(agent: &Agent, noise: &str, ends: &AtomicBool) {
+    while !ends.load(Ordering::SeqCst) && post(agent.address("ingest"), "/ingest/metrics", "", noise).is_some() {
+        // The answer does not matter; the agent may be gone.
+        read(agent.address("api"));
+    }
+}
+
+fn read(api: std::net::SocketAddr) {
+    let Ok(mut stream) = TcpStream::connect(api) else { return };
+    let request = format!("GET /data/metrics/k.c?scope=local HTTP/1.0\r\nHost: {api}\r\n\r\n");
+    if stream.write_all(request.as_bytes()).is_ok() {
+        drop(stream.read_to_end(&mut Vec::new()));
+    }
+}
+
 /// Kills the agent at random instants while requests with keys come in, and sends each of them again: those whose samples
 /// were in the journal count no more, those whose samples went with the process count now.
 fn retries_after_kills(settings: &[String], kills: u64, seed: u64) -> (Agent, u64) {
     let mut random = Random(seed);
     let mut agent = begin(settings);
     let (mut total, mut told_again) = (0, 0.0);
+    let noise: Vec<_> =
+        (0..1_000).map(|number| json!({"name": format!("noise.{number}"), "type": "COUNTER", "value": 1})).collect();
+    let noise = json!(noise).to_string();
     for _ in 0..kills {
         let (ends, begun) = (AtomicBool::new(false), AtomicU64::new(0));
         let pause = Duration::from_micros(random.below(250_000));
         let last = std::thread::scope(|scope| {
             let sender = scope.spawn(|| send_keys(&agent, total, &ends, &begun));
+            scope.spawn(|| make_noise(&agent, &noise, &ends));
             until("the first request", || (begun.load(Ordering::SeqCst) > 0).then_some(()));
             std::thread::sleep(pause);
             agent.signal("KILL");
