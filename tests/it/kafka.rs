@@ -631,7 +631,8 @@ fn without_a_journal_offsets_are_committed_all_the_same() {
 #[test]
 fn a_password_from_a_file_lets_an_agent_in_and_a_wrong_one_is_named() {
     let Ok(brokers) = std::env::var("TALLYD_TEST_KAFKA_SASL") else {
-        return; // the mock cluster takes everybody; tests/kafka.sh has a broker that asks
+        eprintln!("skipped: the mock takes everybody; tests/kafka.sh has a broker that asks for a password");
+        return;
     };
     let kafka = Kafka::start();
     let directory = tempfile::tempdir().unwrap();
