@@ -17,6 +17,7 @@ use laws::{Call, Name, Reading, Readings, Record};
 use proptest::prelude::*;
 use tallyd::aggregate::fold::Writer;
 use tallyd::aggregate::ledger::{At, Ledger, Total};
+use tallyd::aggregate::meter::Rates;
 use tallyd::aggregate::shard::{self, Budget, SeriesId};
 use tallyd::aggregate::{Aggregate, Gauge};
 use tallyd::config::{Config, Sources};
@@ -166,6 +167,43 @@ proptest! {
         let before = key(&tags);
         tags.reverse();
         prop_assert_eq!(key(&tags), before);
+    }
+}
+
+/// A total as it stands in a record: kind, key and times, then its figures and, of a meter, rates.
+fn total() -> impl Strategy<Value = Vec<u8>> {
+    let values = prop::collection::vec(-1e9..1e9_f64, 0..40);
+    (prop::sample::select(Kind::ALL.to_vec()), values, any::<u64>()).prop_map(|(kind, values, at_ms)| {
+        let mut aggregate = Aggregate::new(kind);
+        for value in &values {
+            match &mut aggregate {
+                Aggregate::Counter(counter) => _ = counter.increments.add(value.abs()),
+                Aggregate::Gauge(gauge) => gauge.set = Some((*value, at_ms)),
+                Aggregate::Observed(observed) => _ = observed.observe(*value, 2.0, at_ms),
+                Aggregate::Set(members) => _ = members.insert(&value.to_le_bytes()),
+                Aggregate::Meter(marks) => _ = marks.count.add(value.abs()),
+            }
+        }
+        let rates = (kind == Kind::Meter).then(|| Rates::new(at_ms));
+        let head = (kind, "a.b;tag=value", at_ms, at_ms);
+        [postcard::to_stdvec(&head), postcard::to_stdvec(&aggregate), postcard::to_stdvec(&rates)]
+            .map(Result::unwrap)
+            .concat()
+    })
+}
+
+proptest! {
+    #![proptest_config(cases(2_000))]
+
+    #[test]
+    fn a_total_of_a_topic_is_of_its_kind_or_left_out(bytes in total(), wrong in wrong_byte()) {
+        prop_assert!(laws::total(&bytes));
+        let mut bytes = bytes;
+        if let Some((at, byte)) = wrong {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        laws::total(&bytes);
     }
 }
 

@@ -6,6 +6,7 @@ mod configuration;
 mod mapping;
 mod print;
 mod record;
+mod total;
 
 use std::ops::ControlFlow;
 
@@ -17,6 +18,7 @@ pub use configuration::config;
 pub use mapping::mapping;
 pub use print::{print, reads_back};
 pub use record::{Call, Name, Reading, Readings, Record};
+pub use total::total;
 
 /// The settings under which the laws are held: the defaults, and limits that small inputs meet.
 fn settings() -> [(Config, Limits); 2] {

@@ -3,6 +3,7 @@
 //! A record says by itself what it is and which of two is newer, so that [`super::salvage`] can take it from the bytes of
 //! a file that the database no longer opens. Nothing here reads or writes a file.
 
+use std::mem::discriminant;
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
@@ -239,7 +240,11 @@ pub(super) fn read_total_head(record: &[u8]) -> Option<TotalHead<'_>> {
 pub(super) fn read_total(record: &[u8]) -> Option<(Kind, &str, Total)> {
     let (_, payload) = open_as(record, Content::Total)?;
     let (head, rest): (TotalHead<'_>, _) = postcard::take_from_bytes(payload).ok()?;
-    let (aggregate, rates) = postcard::from_bytes(rest).ok()?;
+    let (aggregate, rates): (Aggregate, Option<Rates>) = postcard::from_bytes(rest).ok()?;
+    // Records come from a topic too, where others write.
+    if discriminant(&aggregate) != discriminant(&Aggregate::new(head.kind)) {
+        return None;
+    }
     let total = Total { start_ms: head.start_ms, update_ms: head.update_ms, aggregate, rates };
     Some((head.kind, head.key, total))
 }
