@@ -28,6 +28,8 @@ use crate::http::scrape::Mapper;
 use crate::http::{self, Api, Health, Keeping, Reload};
 use crate::ingest::{Rejects, Settings, Sources, Times, Worker, Workers};
 #[cfg(feature = "kafka")]
+use crate::kafka::NotStarted;
+#[cfg(feature = "kafka")]
 use crate::listen::kafka::{Input, Kept};
 use crate::listen::{self, Listeners};
 #[cfg(feature = "kafka")]
@@ -53,12 +55,9 @@ pub enum Error {
     Flush(flush::Error),
     /// The store.
     Ship(ship::Error),
-    /// The store, or an input from the same brokers.
+    /// What speaks to Kafka: store, input or forward.
     #[cfg(feature = "kafka")]
-    Kafka(kafka::Error),
-    /// The topic of JSON records.
-    #[cfg(feature = "kafka")]
-    Input(listen::kafka::Error),
+    Kafka(NotStarted),
     /// Our own metrics.
     Telemetry(telemetry::Error),
     /// A thread, a runtime or a signal.
@@ -75,8 +74,6 @@ impl Error {
             Self::Ship(ship::Error::Config(error)) => error.exit_code(),
             #[cfg(feature = "kafka")]
             Self::Kafka(error) => error.exit_code(),
-            #[cfg(feature = "kafka")]
-            Self::Input(error) => error.exit_code(),
             Self::Ship(ship::Error::Thread(_))
             | Self::Flush(flush::Error::Thread(_))
             | Self::Telemetry(_)
@@ -94,8 +91,6 @@ impl fmt::Display for Error {
             Self::Ship(error) => error.fmt(f),
             #[cfg(feature = "kafka")]
             Self::Kafka(error) => error.fmt(f),
-            #[cfg(feature = "kafka")]
-            Self::Input(error) => error.fmt(f),
             Self::Telemetry(error) => error.fmt(f),
             Self::Flush(flush::Error::Thread(error)) | Self::System(error) => {
                 write!(f, "{error}; raise the limit of threads or open files")
@@ -402,7 +397,7 @@ fn start_input(
         return Ok(None);
     }
     let (member, marks) = kept.unzip();
-    let input = Input::start(&config.kafka, member, marks.unwrap_or_default(), workers).map_err(Error::Input)?;
+    let input = Input::start(&config.kafka, member, marks.unwrap_or_default(), workers).map_err(Error::Kafka)?;
     bells.input.get_or_init(|| input.kept());
     Ok(Some(input))
 }
@@ -548,7 +543,7 @@ fn start_forwarder(config: &Config) -> Result<Option<Forwarder>, Error> {
         Forward::None => Ok(None),
         #[cfg(feature = "kafka")]
         Forward::Kafka => {
-            Forwarder::new(&config.kafka).map(Some).map_err(|error| Error::Kafka(kafka::Error::Config(error)))
+            Forwarder::new(&config.kafka).map(Some).map_err(|error| Error::Kafka(NotStarted::Config(error)))
         }
     }
 }

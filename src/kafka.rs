@@ -10,6 +10,8 @@ mod client;
 
 use std::collections::BTreeMap;
 use std::fmt;
+#[cfg(feature = "kafka")]
+use std::io;
 
 use serde::{Deserialize, Serialize};
 
@@ -107,6 +109,40 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+/// Why a part that speaks to Kafka did not start.
+#[cfg(feature = "kafka")]
+#[derive(Debug)]
+pub enum NotStarted {
+    /// The section `[kafka]` can't be used.
+    Config(Error),
+    /// A thread could not be made.
+    Thread(io::Error),
+}
+
+#[cfg(feature = "kafka")]
+impl NotStarted {
+    /// The exit code of a start that failed so, after sysexits.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config(_) => 78,
+            Self::Thread(_) => 74,
+        }
+    }
+}
+
+#[cfg(feature = "kafka")]
+impl fmt::Display for NotStarted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Config(error) => error.fmt(f),
+            Self::Thread(error) => write!(f, "a thread for Kafka: {error}; raise the limit of threads"),
+        }
+    }
+}
+
+#[cfg(feature = "kafka")]
+impl std::error::Error for NotStarted {}
 
 /// Whether the value of an option is a secret.
 pub fn is_secret(option: &str) -> bool {

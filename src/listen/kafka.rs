@@ -15,8 +15,6 @@
 //! `tallyd_kafka_partitions`, `tallyd_accept_errors_total`.
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -32,7 +30,7 @@ use rdkafka::{Offset, TopicPartitionList};
 
 use super::OWES_SEAL;
 use crate::ingest::{self, Address, Listener, Source, Worker, Workers};
-use crate::kafka::{self, Config, Link, Quiet};
+use crate::kafka::{self, Config, Link, NotStarted, Quiet};
 use crate::sample::Marks;
 use crate::telemetry;
 
@@ -47,36 +45,6 @@ const ANSWER: Duration = Duration::from_secs(5);
 
 /// The pause after an error.
 const PAUSE: Duration = Duration::from_millis(500);
-
-/// Why the input could not start.
-#[derive(Debug)]
-pub enum Error {
-    /// The section `[kafka]` can't be used.
-    Config(kafka::Error),
-    /// The thread could not be made.
-    Thread(io::Error),
-}
-
-impl Error {
-    /// The exit code of a start that failed so, after sysexits.
-    pub fn exit_code(&self) -> u8 {
-        match self {
-            Self::Config(_) => 78,
-            Self::Thread(_) => 74,
-        }
-    }
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Config(error) => error.fmt(f),
-            Self::Thread(error) => write!(f, "listen.kafka: {error}; raise the limit of threads"),
-        }
-    }
-}
-
-impl std::error::Error for Error {}
 
 /// What others tell the thread.
 #[derive(Debug, Default)]
@@ -143,12 +111,17 @@ impl Input {
     ///
     /// # Errors
     /// When the configuration can't be used or the thread not be made.
-    pub fn start(config: &Config, member: Option<String>, kept: Marks, workers: &Arc<Workers>) -> Result<Self, Error> {
-        let link = Link::new(config).map_err(Error::Config)?;
+    pub fn start(
+        config: &Config,
+        member: Option<String>,
+        kept: Marks,
+        workers: &Arc<Workers>,
+    ) -> Result<Self, NotStarted> {
+        let link = Link::new(config).map_err(NotStarted::Config)?;
         let shared = Arc::new(Shared { told: Mutex::new(Told { kept, ..Told::default() }), ..Shared::default() });
         let (config, inner) = (config.clone(), Arc::clone(&shared));
         // That a client can be made shows at the start, and not only in a log later.
-        consumer(&link, &config, member.as_deref(), &shared).map_err(Error::Config)?;
+        consumer(&link, &config, member.as_deref(), &shared).map_err(NotStarted::Config)?;
         ingest::begin(Listener::Kafka);
         telemetry::ACCEPT_ERRORS.begin([[Listener::Kafka.name()]]);
         let waker = Arc::clone(&shared);
@@ -157,7 +130,7 @@ impl Input {
         let reading =
             Reading { link, config, member, worker, workers, shared: inner, bytes, partitions: BTreeMap::new() };
         let thread = std::thread::Builder::new().name("kafka-input".to_owned()).spawn(move || reading.run());
-        thread.map(|thread| Self { shared, thread }).map_err(Error::Thread)
+        thread.map(|thread| Self { shared, thread }).map_err(NotStarted::Thread)
     }
 
     /// Who is to be told of what the journal keeps.

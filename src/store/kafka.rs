@@ -46,7 +46,7 @@ use serde::{Deserialize, Serialize};
 #[cfg(feature = "kafka")]
 pub use read::Reader;
 #[cfg(feature = "kafka")]
-pub use run::{Bell, Error, Handle, OnDeleted, Parts, start};
+pub use run::{Bell, Handle, OnDeleted, Parts, start};
 
 use crate::units::Size;
 

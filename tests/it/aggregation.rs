@@ -10,7 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde_json::{Map, Value};
 
 use crate::agent::{Agent, until};
-use crate::net::Redis;
+use crate::redis_servers::Server;
 
 /// Cases that nothing here can run, and why.
 const LEFT: &[(&str, &str)] = &[
@@ -308,7 +308,7 @@ fn compare_total(case: &Value, agent: &Agent, key: &str, want: &Value) {
 
 #[test]
 fn agents_that_share_a_store_have_one_true_percentile() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     for case in of_way(Way::Agents) {
         let agents: Vec<_> =
             case["agents"].as_array().unwrap().iter().map(|lines_| (store_agent(&redis), lines_)).collect();
@@ -325,7 +325,7 @@ fn agents_that_share_a_store_have_one_true_percentile() {
     }
 }
 
-fn store_agent(redis: &Redis) -> Agent {
+fn store_agent(redis: &Server) -> Agent {
     Agent::start(&["store.kind=redis", &redis.url(), "flush.interval=100ms", "flush.window=1s"])
 }
 

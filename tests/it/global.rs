@@ -5,20 +5,20 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 
 use crate::agent::{Agent, same, until};
-use crate::net::Redis;
+use crate::redis_servers::Server;
 
 const FAST: [&str; 3] = ["store.kind=redis", "flush.interval=100ms", "flush.window=1s"];
 
-fn agent_with(redis: &Redis, more: &[&str]) -> Agent {
+fn agent_with(redis: &Server, more: &[&str]) -> Agent {
     Agent::start(&[&FAST[..], &[&redis.url()], more].concat())
 }
 
-fn agent(redis: &Redis) -> Agent {
+fn agent(redis: &Server) -> Agent {
     agent_with(redis, &[])
 }
 
 /// An agent that takes nothing in.
-fn reader(redis: &Redis) -> Agent {
+fn reader(redis: &Server) -> Agent {
     agent_with(redis, &["listen.udp=[]", "listen.tcp=[]", "http.ingest=[]"])
 }
 
@@ -47,7 +47,7 @@ fn send_all(agent: &Agent, name: &str, letter: &str, values: impl Iterator<Item 
 
 #[test]
 fn quantiles_are_those_of_all_that_was_observed_anywhere() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     // The second agent has to keep its histogram half as fine: the values fall into 640 buckets.
     let (a, b, reader) = (agent(&redis), agent_with(&redis, &["limits.buckets=320"]), reader(&redis));
     for (name, letter, other, within) in [("t", "ms", &a, 0.01), ("d", "d", &b, 0.02)] {
@@ -73,7 +73,7 @@ fn quantiles_are_those_of_all_that_was_observed_anywhere() {
 
 #[test]
 fn members_count_once_over_all_agents() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let (a, b, reader) = (agent(&redis), agent(&redis), reader(&redis));
     send_all(&a, "few", "s", 1..=600);
     send_all(&b, "few", "s", 401..=1_000);
@@ -88,7 +88,7 @@ fn members_count_once_over_all_agents() {
 
 #[test]
 fn the_newest_set_of_a_gauge_wins_and_changes_after_it_add_up() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let (a, b, reader) = (agent(&redis), agent(&redis), reader(&redis));
     a.datagram("g:10|g");
     read(&reader, "g", "value", 10);
@@ -104,7 +104,7 @@ fn the_newest_set_of_a_gauge_wins_and_changes_after_it_add_up() {
 
 #[test]
 fn rates_of_meters_add_up() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let (a, b, reader) = (agent(&redis), agent(&redis), reader(&redis));
     a.datagram("m:600|m");
     b.datagram("m:300|m");
@@ -123,7 +123,7 @@ fn rates_of_meters_add_up() {
 
 #[test]
 fn a_list_goes_through_all_series_of_all_agents_page_by_page() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let (a, b, reader) = (agent(&redis), agent(&redis), reader(&redis));
     for number in 0..40 {
         a.datagram(format!("list.a{number}:1|c"));
@@ -159,7 +159,7 @@ fn a_list_goes_through_all_series_of_all_agents_page_by_page() {
 
 #[test]
 fn an_agent_that_listens_to_nothing_reads_and_deletes_for_all() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let (a, reader) = (agent(&redis), reader(&redis));
     a.datagram("gone:5|c");
     read(&reader, "gone", "value", 5);
@@ -173,7 +173,7 @@ fn an_agent_that_listens_to_nothing_reads_and_deletes_for_all() {
 
 #[test]
 fn a_series_leaves_the_store_after_its_time() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let settings = ["limits.store_expire=2s", "limits.idle=500ms"];
     let (a, reader) = (agent_with(&redis, &settings), reader(&redis));
     a.datagram("brief:5|c");
@@ -188,7 +188,7 @@ fn a_series_leaves_the_store_after_its_time() {
 
 #[test]
 fn without_its_store_a_reader_knows_what_it_has_itself() {
-    let mut redis = Redis::start();
+    let mut redis = Server::persistent();
     let (a, reader) = (agent(&redis), reader(&redis));
     a.datagram("away:5|c");
     read(&reader, "away", "value", 5);

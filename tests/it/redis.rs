@@ -8,14 +8,14 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::agent::{Agent, same, until};
-use crate::net::Redis;
+use crate::redis_servers::Server;
 
-fn agent(redis: &Redis) -> Agent {
+fn agent(redis: &Server) -> Agent {
     Agent::start(&["store.kind=redis", &redis.url(), "flush.interval=100ms", "flush.window=1s"])
 }
 
 /// The sum of a counter's increments as redis-cli reads it.
-fn stored(redis: &Redis, key: &str) -> f64 {
+fn stored(redis: &Server, key: &str) -> f64 {
     let pattern = format!("tallyd:*:s:c:{key}");
     let name = redis.cli(&["--scan", "--pattern", &pattern]);
     let fields = redis.cli(&["HMGET", name.trim(), "increments", "incrementsfrac"]);
@@ -23,14 +23,14 @@ fn stored(redis: &Redis, key: &str) -> f64 {
 }
 
 /// A field of a series as it stands in Redis; empty where there is none.
-fn stored_field(redis: &Redis, letter: &str, key: &str, field: &str) -> String {
+fn stored_field(redis: &Server, letter: &str, key: &str, field: &str) -> String {
     let name = redis.cli(&["--scan", "--pattern", &format!("tallyd:*:s:{letter}:{key}")]);
     redis.cli(&["HGET", name.trim(), field]).trim().to_owned()
 }
 
 #[test]
 fn two_agents_share_one_total() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let (a, b) = (agent(&redis), agent(&redis));
     a.datagram("shared:5|c\nt:1:2|ms\nu:x|s");
     b.datagram("shared:7|c\nt:3|ms\nu:x|s\nu:y|s");
@@ -47,7 +47,7 @@ fn two_agents_share_one_total() {
 
 #[test]
 fn agents_share_one_total_where_scripts_are_forbidden() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     redis.cli(&["ACL", "SETUSER", "default", "-@scripting"]);
     let (mut a, b) = (agent(&redis), agent(&redis));
     for (agent, count) in [(&a, 5), (&b, 7)] {
@@ -70,7 +70,7 @@ fn agents_share_one_total_where_scripts_are_forbidden() {
 
 #[test]
 fn a_sample_is_in_the_next_global_read() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let agent = agent(&redis);
     for i in 1..=100 {
         agent.ingest(r#"{"name":"seen","type":"COUNTER","value":1}"#);
@@ -81,7 +81,7 @@ fn a_sample_is_in_the_next_global_read() {
 
 /// A way to a Redis on which all that is asked on the second connection and later ones takes a while: an agent ships on
 /// its first one and reads on its second.
-fn with_slow_reads(redis: &Redis) -> String {
+fn with_slow_reads(redis: &Server) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("store.redis.url=redis://{}", listener.local_addr().unwrap());
     let port = redis.port;
@@ -111,7 +111,7 @@ fn pass(mut from: TcpStream, mut to: TcpStream, delay: Duration) {
 
 #[test]
 fn a_batch_that_arrives_while_the_store_is_read_counts_once() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let agent =
         Agent::start(&["store.kind=redis", &with_slow_reads(&redis), "flush.interval=100ms", "flush.window=1s"]);
     for i in 1..=10 {
@@ -123,7 +123,7 @@ fn a_batch_that_arrives_while_the_store_is_read_counts_once() {
 
 #[test]
 fn a_redis_that_is_away_delays_nothing_and_loses_nothing() {
-    let mut redis = Redis::start();
+    let mut redis = Server::persistent();
     let agent = agent(&redis);
     agent.datagram("away:1|c");
     until("the first to be stored", || (stored(&redis, "away") == 1.0).then_some(()));
@@ -141,7 +141,7 @@ fn a_redis_that_is_away_delays_nothing_and_loses_nothing() {
 
 #[test]
 fn an_agent_killed_at_any_moment_goes_on_exactly() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let mut agent = agent(&redis);
     let mut sent = 0;
     for round in 0..5 {
@@ -163,7 +163,7 @@ fn an_agent_killed_at_any_moment_goes_on_exactly() {
 
 #[test]
 fn a_delete_resets_every_agent() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let (a, b) = (agent(&redis), agent(&redis));
     a.datagram("both:5|c");
     b.datagram("both:7|c");
@@ -210,7 +210,7 @@ pub fn under_load(agent: &Agent, key: &str, fault: impl FnOnce()) -> u64 {
 
 #[test]
 fn a_redis_that_hangs_or_is_killed_under_load_has_all_in_the_end() {
-    let mut redis = Redis::start();
+    let mut redis = Server::persistent();
     let agent = Agent::start(&[
         "store.kind=redis",
         &redis.url(),
@@ -219,7 +219,7 @@ fn a_redis_that_hangs_or_is_killed_under_load_has_all_in_the_end() {
         "limits.redis_reply=500ms",
         "limits.redis_connect=500ms",
     ]);
-    let stored_all = |redis: &Redis, sum: u64| {
+    let stored_all = |redis: &Server, sum: u64| {
         until("the store to hold all", || (stored(redis, "load") == sum as f64).then_some(()));
         agent.wait_for("load", "value", sum);
     };
@@ -244,7 +244,7 @@ fn a_redis_that_hangs_or_is_killed_under_load_has_all_in_the_end() {
 
 #[test]
 fn a_redis_that_lost_everything_gets_what_is_left_once_and_the_loss_is_named() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let agent = agent(&redis);
     for _ in 0..5 {
         agent.ingest(r#"{"name":"before","type":"COUNTER","value":1}"#);
@@ -268,7 +268,7 @@ fn a_redis_that_lost_everything_gets_what_is_left_once_and_the_loss_is_named() {
 
 #[test]
 fn a_spoilt_key_spoils_only_itself() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let agent = agent(&redis);
     agent.datagram("spoilt:1|c\nother:1|c");
     until("both to be stored", || (stored(&redis, "spoilt") == 1.0 && stored(&redis, "other") == 1.0).then_some(()));
@@ -283,7 +283,7 @@ fn a_spoilt_key_spoils_only_itself() {
 
 #[test]
 fn a_copied_state_directory_counts_nothing_twice() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let agent = agent(&redis);
     let mut sum = 0;
     let mut count = |agent: &Agent| {
@@ -313,7 +313,7 @@ fn a_copied_state_directory_counts_nothing_twice() {
 /// A set that bears an earlier time than the one that stands changes nothing, here and in the store.
 #[test]
 fn a_late_set_of_a_gauge_changes_nothing_in_the_store_either() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     // The window is long enough that the earlier time lies in it or the one before.
     let agent = Agent::start(&["store.kind=redis", &redis.url(), "flush.interval=100ms"]);
     agent.datagram("q:5|g");

@@ -1,7 +1,8 @@
-//! Deployments of Redis for tests: a cluster, and a master with replicas under Sentinel. All on free ports of the
+//! Deployments of Redis for tests: one server, a cluster, and a master with replicas under Sentinel. All on free ports of the
 //! loopback, each server with a directory of its own; what was started ends with the value.
 
 use std::net::TcpStream;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ const SLOTS: usize = 16_384;
 
 /// A redis-server, or a sentinel; it is killed when dropped.
 pub struct Server {
+    program: &'static str,
     child: Child,
     pub port: u16,
     arguments: Vec<String>,
@@ -25,17 +27,27 @@ pub struct Server {
 }
 
 impl Server {
+    /// A server that persists every write.
+    pub fn persistent() -> Self {
+        Self::start(&["--appendonly", "yes", "--appendfsync", "always"])
+    }
+
     /// A server with these options that keeps nothing on disk unless they say so.
     pub fn start(options: &[&str]) -> Self {
+        Self::start_program("redis-server", options)
+    }
+
+    /// The same of another make.
+    pub fn start_program(program: &'static str, options: &[&str]) -> Self {
         let port = free_port();
         let mut arguments: Vec<String> =
             ["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", ""].map(str::to_owned).to_vec();
         arguments.extend(options.iter().map(|option| (*option).to_owned()));
-        Self::start_on(port, tempfile::tempdir().unwrap(), arguments)
+        Self::start_on(program, port, tempfile::tempdir().unwrap(), arguments)
     }
 
-    fn start_on(port: u16, directory: TempDir, arguments: Vec<String>) -> Self {
-        let server = Self { child: spawn(&directory, &arguments), port, arguments, directory };
+    fn start_on(program: &'static str, port: u16, directory: TempDir, arguments: Vec<String>) -> Self {
+        let server = Self { program, child: spawn(program, &directory, &arguments), port, arguments, directory };
         server.await_answer();
         server
     }
@@ -79,8 +91,18 @@ impl Server {
 
     /// Starts it again after [`Server::kill`], on the same port with the same files.
     pub fn start_again(&mut self) {
-        self.child = spawn(&self.directory, &self.arguments);
+        self.child = spawn(self.program, &self.directory, &self.arguments);
         self.await_answer();
+    }
+
+    /// The setting that points an agent to it.
+    pub fn url(&self) -> String {
+        format!("store.redis.url=redis://{}", self.address())
+    }
+
+    /// Its files.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
     }
 
     fn says(&self, words: &[&str], what: &str) -> bool {
@@ -88,8 +110,8 @@ impl Server {
     }
 }
 
-fn spawn(directory: &TempDir, arguments: &[String]) -> Child {
-    Command::new("redis-server")
+fn spawn(program: &str, directory: &TempDir, arguments: &[String]) -> Child {
+    Command::new(program)
         .args(arguments)
         .current_dir(directory.path())
         .stdin(Stdio::null())
@@ -380,5 +402,5 @@ fn sentinel(master: &str, quorum: usize) -> Server {
     ];
     // It writes what it learns into this file.
     std::fs::write(directory.path().join("sentinel.conf"), lines.join("\n")).unwrap();
-    Server::start_on(port, directory, vec!["sentinel.conf".to_owned(), "--sentinel".to_owned()])
+    Server::start_on("redis-server", port, directory, vec!["sentinel.conf".to_owned(), "--sentinel".to_owned()])
 }

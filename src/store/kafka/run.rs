@@ -2,7 +2,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -16,7 +15,7 @@ use super::read::Reader;
 use super::table::Table;
 use super::{Config, Limits};
 use crate::aggregate::shard::SeriesId;
-use crate::kafka::{self, Link};
+use crate::kafka::{self, Link, NotStarted};
 use crate::sample::{Kind, Marks, SeriesKey};
 use crate::store::journal::{self, Journal};
 use crate::telemetry;
@@ -45,36 +44,6 @@ pub struct Parts {
     /// Who resets series.
     pub on_deleted: OnDeleted,
 }
-
-/// Why the threads did not start.
-#[derive(Debug)]
-pub enum Error {
-    /// The section `[kafka]` can't be used.
-    Config(kafka::Error),
-    /// A thread could not be made.
-    Thread(io::Error),
-}
-
-impl Error {
-    /// The exit code of a start that failed so, after sysexits.
-    pub fn exit_code(&self) -> u8 {
-        match self {
-            Self::Config(_) => 78,
-            Self::Thread(_) => 74,
-        }
-    }
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Config(error) => error.fmt(f),
-            Self::Thread(error) => write!(f, "a thread for Kafka could not be started: {error}"),
-        }
-    }
-}
-
-impl std::error::Error for Error {}
 
 /// Why a thread has to try again.
 #[derive(Debug)]
@@ -379,8 +348,8 @@ pub struct Handle {
 ///
 /// # Errors
 /// When the configuration can't be used or a thread not be started.
-pub fn start(parts: Parts) -> Result<Handle, Error> {
-    let link = Link::new(&parts.kafka).map_err(Error::Config)?;
+pub fn start(parts: Parts) -> Result<Handle, NotStarted> {
+    let link = Link::new(&parts.kafka).map_err(NotStarted::Config)?;
     telemetry::STORE_ERRORS.begin(REASONS.map(|reason| ["kafka", reason]));
     telemetry::KAFKA_PRODUCED.begin([["state"]]);
     telemetry::STORE_CONNECTED.gauge(&["kafka"]).set(0.0);
@@ -389,13 +358,13 @@ pub fn start(parts: Parts) -> Result<Handle, Error> {
     let publisher = Publisher::new(Arc::clone(&shared), Arc::clone(&parts.journal), link.clone());
     let publisher = spawn("kafka-publish", move || publisher.run())?;
     let journal = Arc::clone(&parts.journal);
-    let follower = Follower::new(Arc::clone(&shared), parts, link).map_err(Error::Config)?;
+    let follower = Follower::new(Arc::clone(&shared), parts, link).map_err(NotStarted::Config)?;
     let follower = spawn("kafka-follow", move || follower.run())?;
     Ok(Handle { shared, journal, publisher, follower })
 }
 
-fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, Error> {
-    std::thread::Builder::new().name(name.to_owned()).spawn(run).map_err(Error::Thread)
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, NotStarted> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(run).map_err(NotStarted::Thread)
 }
 
 impl Handle {

@@ -2,7 +2,7 @@
 
 use super::{Load, exact, settled, start};
 use crate::agent::{Agent, until};
-use crate::net::Redis;
+use crate::redis_servers::Server;
 
 /// Waits until one of two agents has taken another name.
 fn until_renamed(agents: [&Agent; 2]) {
@@ -11,7 +11,7 @@ fn until_renamed(agents: [&Agent; 2]) {
 
 #[test]
 fn of_two_agents_with_one_name_one_takes_another_and_nothing_counts_twice() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let (agent, load) = (start(&redis.url()), Load::default());
     load.send_all(&agent, 30);
     exact(&[&agent], &redis, &load);
@@ -41,7 +41,7 @@ const OWNERS: &str = "local names = {} \
 /// goes on under a name of its own.
 #[test]
 fn an_old_state_directory_put_back_counts_on_beside_what_the_store_has() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let (mut agent, load) = (start(&redis.url()), Load::default());
     load.send_all(&agent, 30);
     exact(&[&agent], &redis, &load);
@@ -69,7 +69,7 @@ fn copy_all(from: &std::path::Path, to: &std::path::Path) {
 /// What is not acknowledged when the copy is made is in both journals, and each could send it under a name of its own.
 #[test]
 fn batches_that_both_of_two_agents_hold_count_once() {
-    let mut redis = Redis::start();
+    let mut redis = Server::persistent();
     let (agent, load) = (start(&redis.url()), Load::default());
     load.send_all(&agent, 30);
     exact(&[&agent], &redis, &load);

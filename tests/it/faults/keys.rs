@@ -11,7 +11,7 @@ use serde_json::json;
 use super::{Random, begin, post, shipping};
 use crate::agent::{Agent, same, until};
 use crate::http;
-use crate::net::Redis;
+use crate::redis_servers::Server;
 
 const BODY: &str = r#"[{"name":"k.c","type":"COUNTER","value":3},{"name":"k.t","type":"TIMER","value":2},
     {"name":"k.d","type":"COUNTER","value":-1}]"#;
@@ -104,7 +104,7 @@ fn a_retry_after_kill_9_counts_once_with_the_journal() {
 
 #[test]
 fn a_retry_after_kill_9_counts_once_with_redis() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let (agent, total) = retries_after_kills(&shipping(&redis.url()), 20, 0x5eed_0002);
     for (key, field, want) in [("k.c", "value", 3 * total), ("k.t", "sum", 2 * total), ("k.t", "count", total)] {
         agent.wait_for(key, field, want);

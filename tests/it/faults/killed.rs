@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::{Random, begin, post, shipping};
 use crate::agent::{Agent, same, until};
-use crate::net::Redis;
+use crate::redis_servers::Server;
 
 const KILLS: u64 = 50;
 
@@ -69,7 +69,7 @@ fn counted(agent: &Agent, name: &str) -> u64 {
 
 #[test]
 fn an_agent_killed_fifty_times_at_random_instants_has_exactly_what_its_journal_had() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let mut agent = begin(&shipping(&redis.url()));
     let mut random = Random(0x5eed_0050);
     let (mut durable_kept, mut quick_kept) = (0, 0);

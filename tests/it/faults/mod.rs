@@ -22,7 +22,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::agent::{Agent, PATIENCE, same, until};
-use crate::net::Redis;
+use crate::redis_servers::Server;
 
 /// Settings of an agent that ships to a Redis often, and soon finds out that it is gone.
 fn shipping(url: &str) -> Vec<String> {
@@ -51,7 +51,7 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// What one series of the load has, in the fields that add up: those of JSON and of Redis.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 struct Sums {
-    /// Readings: Redis' `samples` or `n`.
+    /// Readings: Server' `samples` or `n`.
     samples: f64,
     /// Increments, or the sum of values or marks.
     sum: f64,
@@ -158,7 +158,7 @@ trait Store {
     fn ports(&self) -> Vec<u16>;
 }
 
-impl Store for Redis {
+impl Store for Server {
     fn ports(&self) -> Vec<u16> {
         vec![self.port]
     }
@@ -396,7 +396,7 @@ struct Direction {
 }
 
 impl Wire {
-    fn to(redis: &Redis) -> Self {
+    fn to(redis: &Server) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let wire = Self { port: listener.local_addr().unwrap().port(), shared: Arc::default() };
         let (shared, target) = (Arc::clone(&wire.shared), redis.port);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{Load, balanced, exact, missing, settled, start};
 use crate::agent::{Agent, until};
-use crate::net::Redis;
+use crate::redis_servers::Server;
 
 const EVERY_SECOND: &[&str] = &["--appendonly", "yes", "--appendfsync", "everysec"];
 
@@ -16,7 +16,7 @@ fn until_stable(agent: &Agent) {
 }
 
 /// What Redis appends writes to: the newest part of its append-only file.
-fn append_file(redis: &Redis) -> std::path::PathBuf {
+fn append_file(redis: &Server) -> std::path::PathBuf {
     let files = std::fs::read_dir(redis.directory().join("appendonlydir")).unwrap();
     let mut files: Vec<_> = files.map(|file| file.unwrap().path()).collect();
     files.retain(|path| path.to_string_lossy().ends_with(".incr.aof"));
@@ -26,7 +26,7 @@ fn append_file(redis: &Redis) -> std::path::PathBuf {
 
 #[test]
 fn a_redis_killed_under_load_that_lost_its_last_second_has_all_in_the_end() {
-    let mut redis = Redis::start_with(EVERY_SECOND);
+    let mut redis = Server::start(EVERY_SECOND);
     let (agent, load) = (start(&redis.url()), Load::default());
     for round in 0..4 {
         load.during(&agent, || {
@@ -45,7 +45,7 @@ fn a_redis_killed_under_load_that_lost_its_last_second_has_all_in_the_end() {
 
 #[test]
 fn a_redis_that_stands_still_for_ten_seconds_under_load_has_all_in_the_end() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let (agent, load) = (start(&redis.url()), Load::default());
     load.during(&agent, || {
         redis.signal("STOP");
@@ -59,7 +59,7 @@ fn a_redis_that_stands_still_for_ten_seconds_under_load_has_all_in_the_end() {
 
 #[test]
 fn a_redis_that_keeps_nothing_and_comes_back_empty_gets_all_again() {
-    let mut redis = Redis::start_with(&[]);
+    let mut redis = Server::start(&[]);
     let (agent, load) = (start(&redis.url()), Load::default());
     for _ in 0..2 {
         load.during(&agent, || {
@@ -83,7 +83,7 @@ fn loss_is_told(agent: &Agent) {
 
 #[test]
 fn what_flushall_took_is_counted_to_the_sample_and_nothing_is_applied_twice() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let (agent, load) = (start(&redis.url()), Load::default());
     load.send_all(&agent, 50);
     exact(&[&agent], &redis, &load);
@@ -103,7 +103,7 @@ fn what_flushall_took_is_counted_to_the_sample_and_nothing_is_applied_twice() {
 
 #[test]
 fn a_redis_restored_from_an_older_copy_lacks_what_is_counted_as_lost() {
-    let mut redis = Redis::start();
+    let mut redis = Server::persistent();
     let (agent, load) = (start(&redis.url()), Load::default());
     load.send_all(&agent, 50);
     exact(&[&agent], &redis, &load);
@@ -130,7 +130,7 @@ fn a_redis_restored_from_an_older_copy_lacks_what_is_counted_as_lost() {
 
 #[test]
 fn a_spoilt_key_or_field_costs_its_own_samples_which_are_counted() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let (agent, load) = (start(&redis.url()), Load::default());
     // The keys must be there to be spoilt; what they have so far is taken away and no part of the sums.
     for name in ["not.a.hash", "no.number"] {
@@ -162,7 +162,7 @@ fn a_spoilt_key_or_field_costs_its_own_samples_which_are_counted() {
 
 #[test]
 fn at_its_maxmemory_redis_takes_nothing_and_all_of_it_when_there_is_room() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let (agent, load) = (start(&redis.url()), Load::default());
     load.send_all(&agent, 20);
     exact(&[&agent], &redis, &load);
@@ -178,11 +178,11 @@ fn at_its_maxmemory_redis_takes_nothing_and_all_of_it_when_there_is_room() {
 
 #[test]
 fn a_redis_made_a_replica_and_a_master_again_has_all_in_the_end() {
-    let (redis, other) = (Redis::start(), Redis::start());
+    let (redis, other) = (Server::persistent(), Server::persistent());
     let (agent, load) = (start(&redis.url()), Load::default());
     load.send_all(&agent, 20);
     exact(&[&agent], &redis, &load);
-    let linked = |server: &Redis| {
+    let linked = |server: &Server| {
         until("the replica to be in step", || {
             server.cli(&["INFO", "replication"]).contains("master_link_status:up").then_some(())
         });
@@ -211,7 +211,7 @@ fn valkey_is_as_good_as_redis() {
         eprintln!("SKIPPED: no valkey-server on this machine");
         return;
     }
-    let mut valkey = Redis::start_program("valkey-server", EVERY_SECOND);
+    let mut valkey = Server::start_program("valkey-server", EVERY_SECOND);
     let (agent, load) = (start(&valkey.url()), Load::default());
     for _ in 0..2 {
         load.during(&agent, || {

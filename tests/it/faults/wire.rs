@@ -5,11 +5,11 @@ use std::sync::atomic::Ordering;
 
 use super::{Load, Message, Wire, begin, exact, missing, shipping, start};
 use crate::agent::{Agent, until};
-use crate::net::Redis;
+use crate::redis_servers::Server;
 
 #[test]
 fn an_answer_lost_after_the_batch_was_applied_counts_nothing_twice() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let wire = Wire::to(&redis);
     // It must not give the connection up before it is cut.
     let mut settings = shipping(&wire.url());
@@ -34,7 +34,7 @@ fn an_answer_lost_after_the_batch_was_applied_counts_nothing_twice() {
 #[test]
 fn a_connection_cut_at_any_byte_of_a_batch_counts_nothing_twice() {
     const LANES: u64 = 10;
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let lanes: Vec<_> = (0..LANES).map(|_| Wire::to(&redis)).collect();
     let agents: Vec<_> = lanes.iter().map(|wire| start(&wire.url())).collect();
     let load = Load::default();
@@ -68,7 +68,7 @@ fn cut_at_each(wire: &Wire, agent: &Agent, load: &Load, first: u64, lanes: u64) 
 
 #[test]
 fn what_was_given_up_and_arrives_after_the_reconnect_counts_nothing_twice() {
-    let redis = Redis::start();
+    let redis = Server::persistent();
     let wire = Wire::to(&redis);
     let (agent, load) = (start(&wire.url()), Load::default());
     for _ in 0..5 {
