@@ -208,6 +208,15 @@ proptest! {
 }
 
 #[test]
+fn a_gauge_that_is_no_number_is_left_out() {
+    // Found by fuzz/total.
+    let gauge = Aggregate::Gauge(Gauge { set: Some((f64::NAN, 1)), ..Gauge::default() });
+    let head = (Kind::Gauge, "a", 1_u64, 1_u64);
+    let bytes = [postcard::to_stdvec(&head), postcard::to_stdvec(&gauge), postcard::to_stdvec(&None::<Rates>)];
+    assert!(!laws::total(&bytes.map(Result::unwrap).concat()));
+}
+
+#[test]
 fn mapping_files_of_the_corpus_obey_the_laws() {
     let corpus = include_str!("corpus/mapping.jsonl");
     let cases = corpus.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());

@@ -5,6 +5,7 @@
 //! as a whole. Bounds: [`Limits`], and [`EXACT_MAX`].
 
 use std::borrow::Cow;
+use std::mem::discriminant;
 
 use serde::{Deserialize, Serialize};
 
@@ -268,6 +269,15 @@ impl Default for Observed {
 }
 
 impl Observed {
+    /// Whether it has no number that observations can't give.
+    fn is_sound(&self) -> bool {
+        let is_range = self.min.is_finite() && self.max.is_finite() && self.min <= self.max;
+        let is_none = self.n == 0 && self.min == f64::INFINITY && self.max == f64::NEG_INFINITY;
+        (is_range || is_none)
+            && self.last.0.is_finite()
+            && self.exact.iter().all(|(value, weight)| value.is_finite() && weight.is_finite() && *weight > 0.0)
+    }
+
     /// Adds one value that stands for `weight` observations. Refused, with nothing changed, when a sum would not stay
     /// finite; that of the squares counts, so a value lies within 1.3e154.
     pub fn observe(&mut self, value: f64, weight: f64, now_ms: u64) -> bool {
@@ -469,6 +479,19 @@ impl Aggregate {
             Self::Set(members) => members.is_empty(),
             Self::Counter(_) | Self::Gauge(_) | Self::Observed(_) | Self::Meter(_) => self.samples() == 0,
         }
+    }
+
+    /// Whether it is of a kind and has no number that samples can't give. What others write may hold anything.
+    pub fn is_sound(&self, kind: Kind) -> bool {
+        let finite = |sums: &[&Sum]| sums.iter().all(|sum| sum.value().is_finite());
+        discriminant(self) == discriminant(&Self::new(kind))
+            && match self {
+                Self::Counter(counter) => finite(&[&counter.increments, &counter.decrements]),
+                Self::Gauge(gauge) => finite(&[&gauge.change]) && gauge.set.is_none_or(|(value, _)| value.is_finite()),
+                Self::Observed(observed) => observed.is_sound(),
+                Self::Set(_) => true,
+                Self::Meter(marks) => finite(&[&marks.count]) && marks.last.0.is_finite(),
+            }
     }
 
     /// Brings times back that lie ahead of now: they are of a clock that was wrong, and what is newer would seem older.

@@ -3,7 +3,6 @@
 //! A record says by itself what it is and which of two is newer, so that [`super::salvage`] can take it from the bytes of
 //! a file that the database no longer opens. Nothing here reads or writes a file.
 
-use std::mem::discriminant;
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
@@ -242,7 +241,7 @@ pub(super) fn read_total(record: &[u8]) -> Option<(Kind, &str, Total)> {
     let (head, rest): (TotalHead<'_>, _) = postcard::take_from_bytes(payload).ok()?;
     let (aggregate, rates): (Aggregate, Option<Rates>) = postcard::from_bytes(rest).ok()?;
     // Records come from a topic too, where others write.
-    if discriminant(&aggregate) != discriminant(&Aggregate::new(head.kind)) {
+    if !aggregate.is_sound(head.kind) {
         return None;
     }
     let total = Total { start_ms: head.start_ms, update_ms: head.update_ms, aggregate, rates };

@@ -28,6 +28,9 @@ pub(super) fn total(kind: Kind, elements: &[Value]) -> Result<Option<Total>, Err
         Kind::Set => Aggregate::Set(Box::new(fields.members()?)),
         Kind::Meter => Aggregate::Meter(fields.marks()?),
     };
+    if !aggregate.is_sound(kind) {
+        return Err(Error::Foreign);
+    }
     let start_ms = fields.count("startTime")?;
     let update_ms = fields.count("updateTime")?;
     let rates = match &aggregate {
@@ -153,7 +156,8 @@ impl<'a> Fields<'a> {
     }
 
     fn sum(&self, whole: &str, fraction: &str) -> Result<Sum, Error> {
-        Ok(Sum::join(self.get(whole)?.unwrap_or(0), self.get(fraction)?.unwrap_or(0.0)))
+        let fraction: f64 = self.get(fraction)?.unwrap_or(0.0);
+        if fraction.is_finite() { Ok(Sum::join(self.get(whole)?.unwrap_or(0), fraction)) } else { Err(Error::Foreign) }
     }
 
     fn count(&self, field: &str) -> Result<u64, Error> {
@@ -178,4 +182,50 @@ fn parts(value: &str) -> Result<Parts, Error> {
 
 fn parse<T: std::str::FromStr>(text: &str) -> Result<T, Error> {
     text.parse().map_err(|_| Error::Foreign)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A field as agents write it, or nearly so, and what may stand in it.
+    fn field() -> impl Strategy<Value = (String, String)> {
+        let names = "samples|increments|incrementsfrac|value|valueTime|change|changefrac|changeTime|n|sum|sumfrac|count|min|max|zero\
+            |members|startTime|updateTime|(b|neg):-?[0-9]{1,3}:-?[0-9]{1,11}|m:[0-9a-f]{0,17}|r:[0-9]{0,6}|rates:[a-f]{1,3}";
+        let values = "-?[0-9]{1,20}(\\.[0-9]{1,4})?|nan|-?inf|1e30[0-9]|[0-9]{1,3} [0-9]{1,9}( [0-9.e]{1,4}){0,6}|";
+        (names, values)
+    }
+
+    fn read(kind: Kind, fields: &[(String, String)]) -> Result<Option<Total>, Error> {
+        let words = fields.iter().flat_map(|(field, value)| [field, value]);
+        let words: Vec<_> = words.map(|word| Value::BulkString(word.clone().into_bytes())).collect();
+        total(kind, &words)
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_a_hash_holds_is_a_sound_total_or_foreign(
+            kind in prop::sample::select(Kind::ALL.to_vec()),
+            fields in prop::collection::vec(field(), 0..12),
+        ) {
+            if let Ok(Some(total)) = read(kind, &fields) {
+                prop_assert!(total.aggregate.is_sound(kind));
+                let mut sum = Total::new(kind, 1);
+                sum.aggregate.merge(&total.aggregate, 0);
+                prop_assert!(sum.aggregate.is_sound(kind));
+            }
+        }
+    }
+
+    #[test]
+    fn a_number_that_is_none_makes_a_series_foreign() {
+        for (kind, field) in [(Kind::Gauge, "value"), (Kind::Counter, "incrementsfrac"), (Kind::Timer, "min")] {
+            for value in ["nan", "inf", "-inf"] {
+                let fields = [(field.to_owned(), value.to_owned()), ("n".to_owned(), "1".to_owned())];
+                assert_eq!(read(kind, &fields), Err(Error::Foreign), "{field} {value}");
+            }
+        }
+    }
 }
