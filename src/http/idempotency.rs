@@ -3,6 +3,8 @@
 //! Only answers of requests that counted something are kept: the others can be sent again without harm, and better. For
 //! 24 hours, no more than `limits.idempotency_keys` and 32 MiB of text; the oldest go. The journal keeps the same ones,
 //! each with the samples of its request; here they are in memory, and read back from there at the start.
+//!
+//! Metric: `tallyd_idempotency_keys_forgotten_total`.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -10,6 +12,7 @@ use std::sync::Arc;
 use hashbrown::HashMap;
 
 use crate::receipt::{BYTES_MAX, Receipt};
+use crate::telemetry;
 
 /// The answers of the last day.
 #[derive(Debug)]
@@ -24,6 +27,7 @@ pub(super) struct Answers {
 impl Answers {
     /// With those of earlier processes, oldest first.
     pub(super) fn new(max: usize, earlier: Vec<Receipt>) -> Self {
+        telemetry::IDEMPOTENCY_FORGOTTEN.begin([[]]);
         let mut answers = Self { by_key: HashMap::new(), order: VecDeque::new(), bytes: 0, max };
         for receipt in earlier {
             let at_ms = receipt.at_ms;
@@ -57,6 +61,7 @@ impl Answers {
             }
             if let Some(answer) = self.by_key.remove(oldest) {
                 self.bytes -= answer.bytes();
+                telemetry::IDEMPOTENCY_FORGOTTEN.counter(&[]).increment(u64::from(!old));
             }
             self.order.pop_front();
         }

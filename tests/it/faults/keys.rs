@@ -151,6 +151,7 @@ fn only_as_many_keys_as_the_limit_says_are_kept() {
     for number in 0..30 {
         assert!(send_key(agent.address("ingest"), number));
     }
+    assert_eq!(agent.own("tallyd_idempotency_keys_forgotten_total", ""), 20.0);
     assert_eq!(post(agent.address("ingest"), "/ingest/metrics?durable=1", "", BODY), Some(200));
     let agent = agent.restart_after("KILL");
     // The last ten are known, the others count again.
