@@ -95,9 +95,11 @@ impl Ingest {
         if key.is_some() {
             self.keep_receipts().await?;
         }
-        let (is_json, text) = match &self.forwarder {
-            Some(forwarder) => self.forward(forwarder, key, &body, media, source).await?,
-            None => self.count(key, &body, media, source)?,
+        // What the first request with a key was told is told again. From here to its own answer nothing waits that counts.
+        let (is_json, text) = match (self.earlier(key.as_ref()), &self.forwarder) {
+            (Some(first), _) => first,
+            (None, Some(forwarder)) => self.forward(forwarder, key, &body, media, source).await?,
+            (None, None) => self.count(key, &body, media, source)?,
         };
         drop((body, held));
         if durable && self.forwarder.is_none() {
@@ -106,8 +108,7 @@ impl Ingest {
         Ok(ok(if is_json { JSON } else { TEXT }, text))
     }
 
-    /// Counts a body, unless its key was there before, and gives the answer: whether it is JSON, and its text. Nothing in
-    /// here waits.
+    /// Counts a body and gives the answer: whether it is JSON, and its text. Nothing in here waits.
     fn count(
         &self,
         key: Option<Arc<[u8]>>,
@@ -115,9 +116,6 @@ impl Ingest {
         media: Media,
         source: Source,
     ) -> Result<(bool, Bytes), Problem> {
-        if let Some(first) = self.earlier(key.as_ref()) {
-            return Ok(first);
-        }
         let mut worker = self.worker.borrow_mut();
         worker.stamp();
         let answer = match media {
@@ -128,8 +126,8 @@ impl Ingest {
         Ok((is_json, self.remember(&mut worker, key, is_json, text)))
     }
 
-    /// Delivers the good records of a body, unless its key was there before. A request with the key of one that is still
-    /// under way is told to wait, since what becomes of that one is not known yet.
+    /// Delivers the good records of a body. A request with the key of one that is still under way is told to wait, since
+    /// what becomes of that one is not known yet.
     async fn forward(
         &self,
         forwarder: &Forwarder,
@@ -138,9 +136,6 @@ impl Ingest {
         media: Media,
         source: Source,
     ) -> Result<(bool, Bytes), Problem> {
-        if let Some(first) = self.earlier(key.as_ref()) {
-            return Ok(first);
-        }
         let _under_way = key.as_deref().map(|key| UnderWay::new(&self.under_way, key)).transpose()?;
         let (answer, sorted) = {
             let mut worker = self.worker.borrow_mut();
