@@ -25,6 +25,7 @@ use crate::config::{Config, Kind};
 use crate::flush::{self, Parts, Running};
 use crate::http::forward::{Forward, Forwarder};
 use crate::http::scrape::Mapper;
+use crate::inherited::{Inherited, Use};
 use crate::http::{self, Api, Health, Keeping, Reload};
 use crate::ingest::{Rejects, Settings, Sources, Times, Worker, Workers};
 #[cfg(feature = "kafka")]
@@ -156,7 +157,7 @@ struct Agent {
 impl Agent {
     fn start(config: &Config, orders: mpsc::Sender<Reload>) -> Result<Self, Error> {
         let exporter = telemetry::install().map_err(Error::Telemetry)?;
-        let sockets = HttpSockets::bind(&config.http).map_err(Error::Http)?;
+        let sockets = HttpSockets::bind(&config.http, &mut Inherited::default()).map_err(Error::Http)?;
         let journal = open_journal(config).map_err(Error::Journal)?;
         let ledger = Arc::new(Ledger::new(config.flush.window.as_millis()));
         let is_remote = config.store.kind == Kind::Redis;
@@ -464,11 +465,11 @@ struct HttpSockets {
 }
 
 impl HttpSockets {
-    fn bind(config: &http::Config) -> Result<Self, http::Error> {
+    fn bind(config: &http::Config, inherited: &mut Inherited) -> Result<Self, http::Error> {
         Ok(Self {
-            ingest: http::bind("ingest", &config.ingest)?,
-            api: http::bind("api", &config.api)?,
-            scrape: http::bind("scrape", &config.scrape)?,
+            ingest: http::bind(Use::Ingest, &config.ingest, inherited)?,
+            api: http::bind(Use::Api, &config.api, inherited)?,
+            scrape: http::bind(Use::Scrape, &config.scrape, inherited)?,
         })
     }
 
@@ -569,7 +570,7 @@ fn start_listeners(
             Err(error) => drop(started.send(Err(error))),
         }
     };
-    let listeners = listen::start(&config.listen, &config.limits.listen, workers, beside).map_err(Error::Listen)?;
+    let listeners = listen::start(&config.listen, &config.limits.listen, workers, &mut crate::inherited::Inherited::default(), beside).map_err(Error::Listen)?;
     match outcome.recv() {
         Ok(Ok(())) => Ok(listeners),
         Ok(Err(error)) => {

@@ -18,6 +18,8 @@ pub mod sample;
 
 pub mod receipt;
 
+pub mod inherited;
+
 pub mod listen;
 
 pub mod protocol;
@@ -47,6 +49,8 @@ pub mod sync;
 pub mod telemetry;
 
 pub mod config;
+
+pub mod handover;
 
 pub mod agent;
 
