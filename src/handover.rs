@@ -2,9 +2,9 @@
 //!
 //! The one that runs starts the other by the path at which it was started itself, and gives it all listening sockets. The
 //! successor reads them at once, and says so. Then the first stops reading, passes its open streams on, writes what it has,
-//! lets go of the journal, and says so; the successor opens the journal and says that it could. With that word the first
-//! ends. Until then it can go on with all that it has: the successor that dies, is silent for too long or cannot open the
-//! journal changes nothing but that what it had read itself is gone.
+//! lets go of the journal, and says so; the successor opens the journal, starts all its parts and says that it could. With
+//! that word the first ends. Until then it can go on with all that it has: a successor that dies, is silent for too long or
+//! cannot open the journal changes nothing but that the datagrams are gone which it had read itself.
 //!
 //! They speak over a pair of unix sockets, the successor's end of which is its standard input: messages of a line of JSON,
 //! bytes behind it, and at most one descriptor. A message that one of them does not know is passed over, since they may be
@@ -41,8 +41,8 @@ pub const VARIABLE: &str = "TALLYD_HANDOVER";
 /// How long a successor may take to read its configuration and the first datagram.
 const TO_READ: Duration = Duration::from_secs(30);
 
-/// How long a successor may take to open the journal.
-const TO_OPEN: Duration = Duration::from_secs(60);
+/// How long a successor may take to open the journal and to read back what is in it.
+const TO_START: Duration = Duration::from_secs(120);
 
 /// How long a message may wait for the other to take it.
 const TO_TAKE: Duration = Duration::from_secs(10);
@@ -75,8 +75,8 @@ enum Message {
     },
     /// Streams and journal are the successor's.
     Yours,
-    /// The successor has the journal.
-    Opened,
+    /// The successor has taken all of it.
+    Taken,
     /// What another version says.
     #[serde(other)]
     Unknown,
@@ -134,9 +134,17 @@ impl Program {
     }
 }
 
+impl fmt::Display for Program {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.path.display().fmt(f)
+    }
+}
+
 /// The process that is to take over; it is ended when this is dropped before it did.
 #[derive(Debug)]
 pub struct Successor {
+    id: u32,
+    /// None once it is on its own.
     process: Option<Child>,
     channel: Channel,
 }
@@ -154,7 +162,7 @@ impl Successor {
         let process = command.spawn().map_err(|error| Error::NotStarted { program: program.path.clone(), error })?;
         // The command holds the other's end of the channel.
         drop(command);
-        let mut successor = Self { process: Some(process), channel: ours };
+        let mut successor = Self { id: process.id(), process: Some(process), channel: ours };
         for named in sockets {
             successor.tell(&Message::Socket { name: named.name() }, &[], Some(named.socket.as_fd()))?;
         }
@@ -165,18 +173,18 @@ impl Successor {
 
     /// Its process.
     pub fn id(&self) -> u32 {
-        self.process.as_ref().map_or(0, Child::id)
+        self.id
     }
 
-    /// Gives it the open streams and the journal, which this process has let go of. Blocks until it has opened that; then
-    /// it is on its own.
-    pub fn hand_over(mut self, streams: &[Passed]) -> Result<(), Error> {
+    /// Gives it the open streams and the journal, which this process has let go of. Blocks until it has taken both. From
+    /// then on it is on its own, and waits until this is dropped.
+    pub fn hand_over(&mut self, streams: &[Passed]) -> Result<(), Error> {
         for Passed { listener, socket, rest } in streams {
             let message = Message::Stream { listener: listener.name().to_owned(), skip: rest.skip };
             self.tell(&message, &rest.partial, Some(socket.as_fd()))?;
         }
         self.tell(&Message::Yours, &[], None)?;
-        self.wait_for(&Message::Opened, TO_OPEN)?;
+        self.wait_for(&Message::Taken, TO_START)?;
         self.process = None;
         Ok(())
     }
@@ -278,9 +286,9 @@ impl Predecessor {
         }
     }
 
-    /// Says that the journal is open here, and waits until the other has ended.
-    pub fn let_go(self) -> io::Result<()> {
-        self.channel.send(&Message::Opened, &[], None)?;
+    /// Says that all is taken, and waits until the other has ended.
+    pub fn dismiss(self) -> io::Result<()> {
+        self.channel.send(&Message::Taken, &[], None)?;
         // It ends with that word, and the channel with it; if it cannot, nothing is to be done about it here.
         drop(self.channel.receive(TO_TAKE));
         Ok(())

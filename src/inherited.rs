@@ -34,9 +34,6 @@ pub enum Use {
 }
 
 impl Use {
-    const ALL: [Self; 7] =
-        [Self::Udp, Self::Tcp, Self::Unixgram, Self::Unix, Self::Ingest, Self::Api, Self::Scrape];
-
     /// The last word of its configuration key.
     pub const fn name(self) -> &'static str {
         match self {
@@ -106,6 +103,18 @@ impl Inherited {
             match take(&mut passed, index) {
                 Some(socket) => inherited.add(name, socket),
                 None => inherited.strange.push(name.to_owned()),
+            }
+        }
+        inherited
+    }
+
+    /// What this process used before, to begin again with.
+    pub fn again(used: &[Named]) -> Self {
+        let mut inherited = Self::default();
+        for named in used {
+            // One that cannot be had twice now, for want of descriptors, is bound anew.
+            if let Ok(socket) = named.socket.try_clone() {
+                inherited.add(&named.name(), socket);
             }
         }
         inherited

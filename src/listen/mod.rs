@@ -460,9 +460,9 @@ impl Listeners {
         }
     }
 
-    /// Leaves the files of unix sockets there at the end, since somebody else has the sockets.
-    pub fn leave_files(&mut self) {
-        self.files.iter_mut().for_each(unix::File::stay);
+    /// Whether the files of unix sockets stay there at the end, because somebody else has the sockets too.
+    pub fn leave_files(&mut self, stay: bool) {
+        self.files.iter_mut().for_each(|file| file.stay(stay));
     }
 
     /// Stops reading once all that the kernel held is read, or after `grace`, and closes the workers. Blocks until all
@@ -474,7 +474,7 @@ impl Listeners {
     /// Stops reading at once, since another agent reads the same sockets, and closes the workers; requests under way have
     /// `grace`. Blocks until all of that is done, and gives the open streams, for [`Listeners::adopt`] of the other.
     pub fn pass_on(mut self, grace: Duration) -> Vec<Passed> {
-        self.leave_files();
+        self.leave_files(true);
         let stop = Arc::clone(&self.stop);
         self.end(End::PassOn(grace));
         let mut passed = stop.passed.lock().unwrap_or_else(PoisonError::into_inner);

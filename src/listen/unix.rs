@@ -29,6 +29,7 @@ pub(super) struct File {
     path: PathBuf,
     device: u64,
     inode: u64,
+    is_of_unit: bool,
     stays: bool,
 }
 
@@ -36,23 +37,23 @@ impl File {
     /// That of a socket which is bound to this path.
     fn of(path: &Path) -> io::Result<Self> {
         let file = fs::symlink_metadata(path)?;
-        Ok(Self { path: path.to_owned(), device: file.dev(), inode: file.ino(), stays: false })
+        Ok(Self { path: path.to_owned(), device: file.dev(), inode: file.ino(), is_of_unit: false, stays: false })
     }
 
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Leaves the file there, since others have the socket too.
-    pub(super) fn stay(&mut self) {
-        self.stays = true;
+    /// Whether the file stays there, because others have the socket too.
+    pub(super) fn stay(&mut self, stays: bool) {
+        self.stays = stays;
     }
 }
 
 impl Drop for File {
     fn drop(&mut self) {
         let is_ours = |file: fs::Metadata| (file.dev(), file.ino()) == (self.device, self.inode);
-        if !self.stays && fs::symlink_metadata(&self.path).is_ok_and(is_ours) {
+        if !self.stays && !self.is_of_unit && fs::symlink_metadata(&self.path).is_ok_and(is_ours) {
             // A file that stays is taken over by the next start.
             drop(fs::remove_file(&self.path));
         }
@@ -94,7 +95,7 @@ fn bind_each(
     let of_unit = |socket: Socket| {
         let path = socket.local_addr()?.as_pathname().unwrap_or_else(|| Path::new("")).to_owned();
         let mut file = File::of(&path)?;
-        file.stay();
+        file.is_of_unit = true;
         socket.set_nonblocking(true)?;
         if r#use == Use::Unixgram {
             socket.set_passcred(true)?;
