@@ -3,7 +3,9 @@
 //! Start: own metrics, addresses of HTTP, journal, ledger and flush, store, API, then listeners, and the line `ready` on
 //! standard error. Stop: `/-/ready` says 503, the listeners read what the kernel holds, shards seal and close, the last
 //! flush, the store's turn, then HTTP ends. What is left at the deadline is in the journal. Reloads are read beside all
-//! that, one after the other.
+//! that, one after the other. Systemd is told of each, where it runs the agent.
+
+mod lookout;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -23,6 +25,7 @@ use crate::aggregate::ledger::Ledger;
 use crate::aggregate::shard::{Budget, SeriesId};
 use crate::config::{Config, Kind};
 use crate::flush::{self, Parts, Running};
+use crate::heartbeat::Beat;
 use crate::http::forward::{Forward, Forwarder};
 use crate::http::scrape::Mapper;
 use crate::http::{self, Api, Health, Keeping, Reload};
@@ -39,8 +42,10 @@ use crate::store::journal::{self, Damage, Journal, Opened};
 use crate::store::kafka;
 use crate::store::redis::{Deleted, RedisReader};
 use crate::store::ship;
+use crate::systemd::{self, MoreTime};
 use crate::telemetry;
 use crate::view::{Batched, Remote, View};
+use lookout::{Lookout, Refused};
 
 /// Why an agent could not start.
 #[derive(Debug)]
@@ -109,9 +114,12 @@ impl std::error::Error for Error {}
 pub fn run(config: &Config, reload: impl FnMut() -> Result<Config, String> + Send + 'static) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::System)?;
     let (orders, inbox) = mpsc::channel(1);
+    let more_time = MoreTime::asking("starting: reading the journal");
     let agent = Agent::start(config, orders.clone())?;
+    drop(more_time);
     agent.serve_reloads(inbox, reload)?;
     agent.say_ready();
+    agent.lookout.borrow_mut().begin();
     let told = runtime.block_on(agent.obey(&orders)).map_err(Error::System);
     agent.stop(config.limits.agent.stop.0);
     told
@@ -151,6 +159,8 @@ struct Agent {
     mapper: Arc<Mapper>,
     exporter: telemetry::Exporter,
     bound: BTreeMap<String, Vec<String>>,
+    refused: Arc<Refused>,
+    lookout: RefCell<Lookout>,
 }
 
 impl Agent {
@@ -186,7 +196,10 @@ impl Agent {
         let kept = journal.as_ref().map(|journal| (journal.agent().to_string(), journal.marks()));
         let view =
             View::new(ledger, running.fold(), journal, rejects, workers.events(), workers.sources()).sharing(remote);
-        let health = Arc::new(Health::default());
+        let health = Arc::new(Health::watching(Arc::clone(workers.beats())));
+        let (refused, store) = (Arc::new(Refused::default()), config.store.kind);
+        let lookout =
+            Lookout::new(Arc::clone(&workers), view.clone(), Arc::clone(&health), store, Arc::clone(&refused));
         let mapper = Arc::new(Mapper::new(config.mapping.rules.clone()));
         let mut bound = sockets.bound();
         let api = Api {
@@ -199,7 +212,7 @@ impl Agent {
             exporter: exporter.clone(),
         };
         let HttpSockets { ingest, api: api_sockets, scrape } = sockets;
-        let api = start_api(api_sockets, scrape, api, config)?;
+        let api = start_api(api_sockets, scrape, api, config, workers.beats().begin("api"))?;
         let listeners = start_listeners(ingest, config, &workers, keeping, start_forwarder(config)?)?;
         #[cfg(feature = "kafka")]
         let input = start_input(config, kept, &workers, &bells)?;
@@ -222,6 +235,8 @@ impl Agent {
             mapper,
             exporter,
             bound,
+            refused,
+            lookout: RefCell::new(lookout),
         })
     }
 
@@ -245,7 +260,10 @@ impl Agent {
                 _ = interrupt.recv() => return Ok(()),
                 // Where an order waits already, it will read what this one would.
                 _ = hangup.recv() => drop(orders.try_send(oneshot::channel().0)),
-                _ = second.tick() => self.exporter.upkeep(),
+                _ = second.tick() => {
+                    self.exporter.upkeep();
+                    self.lookout.borrow_mut().look(Instant::now());
+                }
             }
         }
     }
@@ -257,7 +275,8 @@ impl Agent {
         mut orders: mpsc::Receiver<Reload>,
         mut reload: impl FnMut() -> Result<Config, String> + Send + 'static,
     ) -> Result<(), Error> {
-        let (workers, mapper) = (Arc::clone(&self.workers), Arc::clone(&self.mapper));
+        let (workers, mapper, refused) =
+            (Arc::clone(&self.workers), Arc::clone(&self.mapper), Arc::clone(&self.refused));
         let mut obey = move || {
             let config = reload().inspect_err(|error| tracing::error!("the configuration is refused: {error}"))?;
             workers.set(settings(&config));
@@ -266,7 +285,10 @@ impl Agent {
         };
         let serve = move || {
             while let Some(answer) = orders.blocking_recv() {
-                let wrong = obey().err().into_iter().collect();
+                systemd::reloading();
+                let outcome = obey();
+                refused.note(&outcome);
+                let wrong = outcome.err().into_iter().collect();
                 // Who asked may have gone.
                 drop(answer.send(wrong));
             }
@@ -276,6 +298,8 @@ impl Agent {
 
     fn stop(self, within: Duration) {
         tracing::info!("stopping");
+        systemd::stopping(within);
+        let _more_time = MoreTime::asking("stopping: the last flush");
         let deadline = Instant::now() + within;
         self.health.stopping();
         #[cfg(feature = "kafka")]
@@ -507,6 +531,7 @@ fn start_api(
     scrape: Vec<TcpListener>,
     api: Api,
     config: &Config,
+    beat: Beat,
 ) -> Result<Thread, Error> {
     let (stop, stopped) = oneshot::channel();
     let (started, outcome) = std::sync::mpsc::channel();
@@ -520,6 +545,7 @@ fn start_api(
             match http::start_api(listeners, scrape, api, &http, &limits) {
                 Ok(server) => {
                     drop(started.send(Ok(())));
+                    tokio::task::spawn_local(pulse(beat));
                     // An agent that is gone without a word stops as well.
                     let grace = stopped.await.unwrap_or(http::GRACE);
                     server.stop(grace).await;
@@ -534,6 +560,14 @@ fn start_api(
     match outcome.recv() {
         Ok(result) => result.map(|()| Thread { stop, thread }),
         Err(_) => Err(Error::System(io::Error::other("the API's thread ended at once"))),
+    }
+}
+
+/// Beats as long as a runtime goes round.
+async fn pulse(beat: Beat) {
+    loop {
+        beat.beat();
+        tokio::time::sleep(Duration::from_secs(1)).await;
     }
 }
 
