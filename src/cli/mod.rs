@@ -6,6 +6,7 @@
 pub mod bench;
 pub mod check;
 pub mod explain;
+mod log;
 pub mod run;
 pub mod send;
 
@@ -20,6 +21,7 @@ use clap::{Parser, Subcommand};
 use crate::config::{Config, Loaded, Problem, Sources};
 use crate::kafka::Password;
 use crate::mapping;
+use crate::systemd;
 
 /// A StatsD-compatible metrics agent: every dialect on one port, exact aggregates, JSON and Prometheus out.
 #[derive(Debug, Parser)]
@@ -219,12 +221,14 @@ impl Failure {
 
     /// Explains itself on `stderr`, in one line unless each of several problems has its own.
     pub fn report(&self, stderr: &mut impl Write) -> ExitCode {
+        // The priority of a line in systemd's journal; who reads it elsewhere is not bothered with that.
+        let priority = if systemd::stderr_is_journal() { "<3>" } else { "" };
         let written = match self {
             Self::Configuration(problems) => {
-                problems.iter().try_for_each(|problem| writeln!(stderr, "tallyd: {problem}"))
+                problems.iter().try_for_each(|problem| writeln!(stderr, "{priority}tallyd: {problem}"))
             }
             Self::Output(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
-            Self::Told(..) | Self::Output(_) => writeln!(stderr, "tallyd: {self}"),
+            Self::Told(..) | Self::Output(_) => writeln!(stderr, "{priority}tallyd: {self}"),
         };
         // With standard error gone as well, the code is all that is left to say.
         drop(written);

@@ -22,6 +22,7 @@ use socket2::Socket;
 use super::burst::{self, BURST, Burst, Wake};
 use super::{OWES_SEAL, PAUSE, SEAL_BURSTS, Stop, sockets};
 use crate::clock::Clock;
+use crate::heartbeat::Beat;
 use crate::ingest::{self, Listener, Question, Source, Worker};
 use crate::telemetry;
 
@@ -113,7 +114,7 @@ impl Receiver {
     }
 
     /// Reads until it is told to stop.
-    pub(super) fn run(mut self) {
+    pub(super) fn run(mut self, beat: &Beat) {
         let sockets = self.inlets.iter().map(|inlet| burst::readable(&inlet.socket));
         let mut descriptors: Vec<_> = sockets.chain([self.wake.readable()]).collect();
         let time = loop {
@@ -127,6 +128,7 @@ impl Receiver {
                 self.pace.add(more);
             }
             let wait = self.turn(question);
+            beat.beat();
             match self.pace.rest(self.clock.monotonic(), read) {
                 Rest::None => {}
                 Rest::Nap(time) => self.nap(time.min(wait)),

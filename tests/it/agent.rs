@@ -76,6 +76,11 @@ impl Agent {
     }
 
     fn start_in(state: Arc<TempDir>, settings: &[&str]) -> Self {
+        Self::start_changed(state, settings, |_| {})
+    }
+
+    /// An agent in this directory whose command is changed before it starts.
+    pub fn start_changed(state: Arc<TempDir>, settings: &[&str], change: impl FnOnce(&mut Command)) -> Self {
         let free = [
             "listen.udp=127.0.0.1:0",
             "listen.tcp=127.0.0.1:0",
@@ -92,6 +97,7 @@ impl Agent {
         for setting in free.iter().chain(settings) {
             command.args(["--set", setting]);
         }
+        change(&mut command);
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let stderr = collect(child.stderr.take().unwrap());
         let settings = settings.iter().map(|setting| (*setting).to_owned()).collect();

@@ -36,4 +36,5 @@ mod redis;
 mod redis_modes;
 mod sources;
 mod stress;
+mod systemd;
 mod unix;
