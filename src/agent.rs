@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsFd as _;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
@@ -35,8 +36,8 @@ use crate::heartbeat::Beat;
 use crate::http::forward::{Forward, Forwarder};
 use crate::http::scrape::Mapper;
 use crate::http::{self, Api, Health, Keeping, Reload};
-use crate::inherited::{Inherited, Left, Named, Use};
 use crate::ingest::{Rejects, Settings, Sources, Times, Worker, Workers};
+use crate::inherited::{Inherited, Left, Named, Use};
 #[cfg(feature = "kafka")]
 use crate::kafka::NotStarted;
 #[cfg(feature = "kafka")]
@@ -106,7 +107,9 @@ impl fmt::Display for Error {
             Self::Ship(error) => error.fmt(f),
             #[cfg(feature = "kafka")]
             Self::Kafka(error) => error.fmt(f),
-            Self::HandOver(error) => write!(f, "nothing to take over: {error}; start tallyd without {}", handover::VARIABLE),
+            Self::HandOver(error) => {
+                write!(f, "nothing to take over: {error}; start tallyd without {}", handover::VARIABLE)
+            }
             Self::Telemetry(error) => error.fmt(f),
             Self::Flush(flush::Error::Thread(error)) | Self::System(error) => {
                 write!(f, "{error}; raise the limit of threads or open files")
@@ -308,7 +311,6 @@ impl Agent {
         let forwarder = start_forwarder(config)?;
         if let Some(predecessor) = predecessor {
             predecessor.dismiss().map_err(Error::HandOver)?;
-            listeners.leave_files(false);
             telemetry::HANDOVERS.counter(&["taken_over"]).increment(1);
         }
         // What follows is acknowledged to clients, so nobody else may go on with what was there before.
@@ -322,7 +324,9 @@ impl Agent {
         for warning in listeners.warnings() {
             tracing::warn!("{warning}");
         }
-        warn_of(left);
+        warn_of(&left);
+        listeners.leave_files(systemd::is_there());
+        keep_at_systemd(&sockets, &left);
         health.started(bound.clone());
         Ok(Self {
             running,
@@ -466,15 +470,24 @@ fn not_taken_over(error: &handover::Error) {
     tracing::error!("nobody took over, this agent goes on: {error}");
 }
 
-/// Says what was inherited for nothing. It is closed here.
-fn warn_of(left: Left) {
-    for named in left.sockets {
+/// Lets systemd keep the sockets that it has not opened itself, for the next start. What it has already it does not keep
+/// twice.
+fn keep_at_systemd(sockets: &[Named], left: &Left) {
+    let own = |named: &&Named| !named.is_of_unit;
+    // It forgets by name.
+    left.sockets.iter().filter(own).for_each(|named| systemd::forget(&named.name()));
+    sockets.iter().filter(own).for_each(|named| systemd::store(&named.name(), &[named.socket.as_fd()]));
+}
+
+/// Says what was inherited for nothing. It is closed at the end of the start.
+fn warn_of(left: &Left) {
+    for named in &left.sockets {
         let address = named.socket.local_addr().ok();
         let address = address.as_ref().and_then(|address| address.as_socket()).map(|address| address.to_string());
         let (name, address) = (named.name(), address.unwrap_or_default());
         tracing::warn!(name, address, "an inherited socket is closed, since it is not configured any more");
     }
-    for name in left.strange {
+    for name in &left.strange {
         tracing::warn!(name, "an inherited descriptor is no listening socket that lines or requests could come by");
     }
 }

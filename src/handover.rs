@@ -305,7 +305,10 @@ impl Predecessor {
     fn next(&mut self) -> io::Result<Received> {
         // As long as the other lives it has its reasons, and it bounds each step itself.
         self.channel.receive(Duration::MAX)?.ok_or_else(|| {
-            io::Error::new(io::ErrorKind::UnexpectedEof, "the agent that was to be taken over from has ended or gone on")
+            io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "the agent that was to be taken over from has ended or gone on",
+            )
         })
     }
 }

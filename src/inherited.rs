@@ -137,7 +137,9 @@ impl Inherited {
     /// Takes what an agent opened for a use at an address.
     pub fn take_bound(&mut self, r#use: Use, mut is_there: impl FnMut(&SockAddr) -> bool) -> io::Result<Vec<Socket>> {
         self.take(|found| {
-            !found.is_of_unit && found.r#use == r#use && found.socket.local_addr().is_ok_and(|address| is_there(&address))
+            !found.is_of_unit
+                && found.r#use == r#use
+                && found.socket.local_addr().is_ok_and(|address| is_there(&address))
         })
     }
 

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use tallyd::aggregate::ledger::Ledger;
 use tallyd::aggregate::shard::{self, Budget};
 use tallyd::flush::{self, OnCommit, Parts, Running};
-use tallyd::inherited::Inherited;
 use tallyd::ingest::{self, Listener, Rejects, Settings, Source, Times, Worker, Workers};
+use tallyd::inherited::Inherited;
 use tallyd::listen::{self, Address, Listeners};
 use tallyd::store::journal::Journal;
 use tallyd::telemetry::{self, Exporter};
@@ -162,7 +162,8 @@ fn listen(workers: &Arc<Workers>) -> Listeners {
         workers: 1,
         ..listen::Config::default()
     };
-    listen::start(&config, &listen::Limits::default(), workers, &mut Inherited::default(), |_, _| future::ready(())).expect("a listener")
+    listen::start(&config, &listen::Limits::default(), workers, &mut Inherited::default(), |_, _| future::ready(()))
+        .expect("a listener")
 }
 
 impl Drop for Engine {

@@ -85,11 +85,7 @@ fn udp(
     bind_each("listen.udp", &config.udp, &Config::default().udp, bind, warnings)
 }
 
-fn tcp(
-    config: &Config,
-    inherited: &mut Inherited,
-    warnings: &mut Vec<Warning>,
-) -> Result<Vec<TcpListener>, Error> {
+fn tcp(config: &Config, inherited: &mut Inherited, warnings: &mut Vec<Warning>) -> Result<Vec<TcpListener>, Error> {
     let of_units = inherited.take_of_units(Use::Tcp).map_err(Error::System)?;
     if !of_units.is_empty() {
         return of_units.into_iter().map(listening).collect::<io::Result<_>>().map_err(Error::System);

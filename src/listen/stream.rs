@@ -78,12 +78,7 @@ pub struct Passed {
 
 impl Streams {
     /// A worker for these listeners and all that runs beside them.
-    pub(super) fn new(
-        sockets: Sockets,
-        limits: Limits,
-        workers: &Arc<Workers>,
-        stop: Arc<Stop>,
-    ) -> io::Result<Self> {
+    pub(super) fn new(sockets: Sockets, limits: Limits, workers: &Arc<Workers>, stop: Arc<Stop>) -> io::Result<Self> {
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().event_interval(TASKS_A_LOOK).build()?;
         let Sockets { tcp, unix, adopted } = sockets;

@@ -63,7 +63,8 @@ impl Drop for File {
 /// Binds the paths of `listen.unixgram`.
 pub(super) fn datagrams(config: &Config, inherited: &mut Inherited) -> Result<Vec<Bound>, Error> {
     let bind = |path: &PathBuf, inherited: &mut Inherited| {
-        let place = Place { key: "listen.unixgram", r#use: Use::Unixgram, path, kind: Type::DGRAM, mode: config.unix_mode };
+        let place =
+            Place { key: "listen.unixgram", r#use: Use::Unixgram, path, kind: Type::DGRAM, mode: config.unix_mode };
         place.bind(inherited)
     };
     bind_each(&config.unixgram, Use::Unixgram, inherited, bind)

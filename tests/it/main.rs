@@ -22,6 +22,7 @@ mod config;
 mod faults;
 mod flood;
 mod global;
+mod handover;
 mod idle;
 mod ingest;
 #[cfg(feature = "kafka")]
