@@ -33,7 +33,7 @@ pub use tally::begin;
 use crate::aggregate::baselines::Baselines;
 use crate::aggregate::shard::{Budget, Cells, IGNORED, Sealed, Shard, Sight};
 use crate::aggregate::window::start_of;
-use crate::clock::Clock;
+use crate::clock::{self, Clock};
 use crate::heartbeat::Board;
 use crate::mapping::Mapping;
 use crate::protocol::{self, Body, Event, Parser, Reject, ServiceCheck, Sink};
@@ -187,6 +187,7 @@ pub struct Workers {
     sources: Arc<Sources>,
     baselines: Arc<Baselines>,
     times: Times,
+    begun_ms: u64,
     beats: Arc<Board>,
     /// Samples accepted by all workers, up to their last seals.
     samples: AtomicU64,
@@ -230,6 +231,7 @@ impl Workers {
             sources,
             baselines,
             times,
+            begun_ms: clock::wall_ms(),
             beats,
             samples,
         };
@@ -242,6 +244,11 @@ impl Workers {
         let mut seats = self.seats.lock().unwrap_or_else(PoisonError::into_inner);
         seats.push(Arc::new(Seat { returned, wake: Box::new(wake) }));
         Worker::new(Arc::clone(self), seats.len() - 1, receiver)
+    }
+
+    /// When there was no worker yet, in milliseconds since the epoch.
+    pub fn begun_ms(&self) -> u64 {
+        self.begun_ms
     }
 
     /// How many workers there are.

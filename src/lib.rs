@@ -18,6 +18,8 @@ pub mod sample;
 
 pub mod receipt;
 
+pub mod inherited;
+
 pub mod listen;
 
 pub mod protocol;
@@ -51,6 +53,8 @@ pub mod telemetry;
 pub mod systemd;
 
 pub mod config;
+
+pub mod handover;
 
 pub mod agent;
 

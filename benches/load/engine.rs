@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use tallyd::aggregate::ledger::Ledger;
 use tallyd::aggregate::shard::{self, Budget};
 use tallyd::flush::{self, OnCommit, Parts, Running};
+use tallyd::inherited::Inherited;
 use tallyd::ingest::{self, Listener, Rejects, Settings, Source, Times, Worker, Workers};
 use tallyd::listen::{self, Address, Listeners};
 use tallyd::store::journal::Journal;
@@ -161,7 +162,7 @@ fn listen(workers: &Arc<Workers>) -> Listeners {
         workers: 1,
         ..listen::Config::default()
     };
-    listen::start(&config, &listen::Limits::default(), workers, |_, _| future::ready(())).expect("a listener")
+    listen::start(&config, &listen::Limits::default(), workers, &mut Inherited::default(), |_, _| future::ready(())).expect("a listener")
 }
 
 impl Drop for Engine {

@@ -17,6 +17,7 @@ use super::burst::Outgoing;
 use super::*;
 use crate::aggregate::{self, Aggregate};
 use crate::clock;
+use crate::inherited::Inherited;
 use crate::ingest::{Delivery, Rejects, Returned, Settings, Times};
 use crate::protocol;
 use crate::sample::Reason;
@@ -52,7 +53,7 @@ impl House {
         let budget = Arc::new(aggregate::shard::Budget::new(&aggregate::shard::Limits::default()));
         let rejects = Arc::new(Rejects::new(&crate::ingest::Limits { reject_log: 1_000 }));
         let (workers, deliveries) = Workers::new(settings, budget, Arc::clone(&rejects), RARELY);
-        let listeners = start(config, limits, &workers, |_worker, _ends| async {}).unwrap();
+        let listeners = start(config, limits, &workers, &mut Inherited::default(), |_worker, _ends| async {}).unwrap();
         let answers = vec![0; workers.len()];
         let (names, totals) = (HashMap::new(), HashMap::new());
         Self { workers, deliveries, rejects, listeners: Some(listeners), names, totals, answers, closed: 0 }
@@ -409,7 +410,7 @@ fn what_runs_beside_has_the_worker_of_the_streams() {
             std::future::pending::<()>().await;
         });
     };
-    let listeners = start(&config, &Limits::default(), &workers, beside).unwrap();
+    let listeners = start(&config, &Limits::default(), &workers, &mut Inherited::default(), beside).unwrap();
     listeners.stop(DEADLINE);
     let mut last = deliveries.try_iter().last().unwrap();
     assert!(last.last);
