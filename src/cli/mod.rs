@@ -7,6 +7,7 @@ pub mod bench;
 pub mod check;
 pub mod explain;
 mod log;
+pub mod pages;
 pub mod run;
 pub mod send;
 
@@ -46,6 +47,10 @@ pub enum Command {
     Send(send::Args),
     /// Send a load of exact size at a steady pace, and say what became of it
     Bench(bench::Args),
+    /// Print a manual page, as packages install them
+    Man(pages::ManArgs),
+    /// Print what a shell completes the arguments by
+    Completions(pages::CompletionsArgs),
 }
 
 /// The layers of the configuration that stand on the command line.

@@ -31,6 +31,7 @@ mod lifecycle;
 mod limits;
 mod load;
 mod mapping;
+mod package;
 mod prometheus;
 mod readme;
 mod redis;
