@@ -9,7 +9,6 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
@@ -25,7 +24,7 @@ use crate::config::{Config, Kind};
 use crate::flush::{self, Parts, Running};
 use crate::http::forward::{Forward, Forwarder};
 use crate::http::scrape::Mapper;
-use crate::http::{self, Api, Health, Keeping, Reload};
+use crate::http::{self, Access, Api, Health, Keeping, Reload};
 use crate::ingest::{Rejects, Settings, Sources, Times, Worker, Workers};
 #[cfg(feature = "kafka")]
 use crate::kafka::NotStarted;
@@ -40,6 +39,7 @@ use crate::store::kafka;
 use crate::store::redis::{Deleted, RedisReader};
 use crate::store::ship;
 use crate::telemetry;
+use crate::tls;
 use crate::view::{Batched, Remote, View};
 
 /// Why an agent could not start.
@@ -106,7 +106,7 @@ impl std::error::Error for Error {}
 ///
 /// # Errors
 /// When a part cannot start.
-pub fn run(config: &Config, reload: impl FnMut() -> Result<Config, String> + Send + 'static) -> Result<(), Error> {
+pub fn run(config: &Config, reload: impl FnMut() -> Result<Config, Vec<String>> + Send + 'static) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::System)?;
     let (orders, inbox) = mpsc::channel(1);
     let agent = Agent::start(config, orders.clone())?;
@@ -149,8 +149,29 @@ struct Agent {
     input: Option<Input>,
     health: Arc<Health>,
     mapper: Arc<Mapper>,
+    entry: Entry,
     exporter: telemetry::Exporter,
     bound: BTreeMap<String, Vec<String>>,
+}
+
+/// Who may come in, and as whom we speak TLS: what a reload may change under all listeners. Clones share it.
+#[derive(Clone)]
+struct Entry {
+    access: Access,
+    tls: tls::Acceptor,
+}
+
+impl Entry {
+    fn new(config: &Config) -> Self {
+        let tls = tls::Acceptor::new(config.tls.identity.clone(), config.limits.http.header_time.0);
+        let access = Access::new(&config.http.tokens, config.limits.ingest.reject_log, tls.clone());
+        Self { access, tls }
+    }
+
+    fn set(&self, config: &Config) {
+        self.access.set(&config.http.tokens);
+        self.tls.set(config.tls.identity.clone());
+    }
 }
 
 impl Agent {
@@ -199,8 +220,9 @@ impl Agent {
             exporter: exporter.clone(),
         };
         let HttpSockets { ingest, api: api_sockets, scrape } = sockets;
-        let api = start_api(api_sockets, scrape, api, config)?;
-        let listeners = start_listeners(ingest, config, &workers, keeping, start_forwarder(config)?)?;
+        let entry = Entry::new(config);
+        let api = start_api(api_sockets, scrape, entry.access.clone(), api, config)?;
+        let listeners = start_listeners(ingest, &entry, config, &workers, keeping, start_forwarder(config)?)?;
         #[cfg(feature = "kafka")]
         let input = start_input(config, kept, &workers, &bells)?;
         for (listener, address) in listeners.bound() {
@@ -220,6 +242,7 @@ impl Agent {
             input,
             health,
             mapper,
+            entry,
             exporter,
             bound,
         })
@@ -255,18 +278,22 @@ impl Agent {
     fn serve_reloads(
         &self,
         mut orders: mpsc::Receiver<Reload>,
-        mut reload: impl FnMut() -> Result<Config, String> + Send + 'static,
+        mut reload: impl FnMut() -> Result<Config, Vec<String>> + Send + 'static,
     ) -> Result<(), Error> {
-        let (workers, mapper) = (Arc::clone(&self.workers), Arc::clone(&self.mapper));
+        let (workers, mapper, entry) = (Arc::clone(&self.workers), Arc::clone(&self.mapper), self.entry.clone());
         let mut obey = move || {
-            let config = reload().inspect_err(|error| tracing::error!("the configuration is refused: {error}"))?;
+            let refused = |wrong: &Vec<String>| {
+                wrong.iter().for_each(|problem| tracing::error!("the configuration is refused: {problem}"));
+            };
+            let config = reload().inspect_err(refused)?;
             workers.set(settings(&config));
+            entry.set(&config);
             mapper.set(config.mapping.rules);
-            Ok(())
+            Ok::<_, Vec<String>>(())
         };
         let serve = move || {
             while let Some(answer) = orders.blocking_recv() {
-                let wrong = obey().err().into_iter().collect();
+                let wrong: Vec<String> = obey().err().unwrap_or_default();
                 // Who asked may have gone.
                 drop(answer.send(wrong));
             }
@@ -458,9 +485,9 @@ fn open_journal(config: &Config) -> Result<Option<Arc<Journal>>, journal::Error>
 
 /// The listening sockets of all HTTP servers, bound before anything else starts, since that is what goes wrong first.
 struct HttpSockets {
-    ingest: Vec<TcpListener>,
-    api: Vec<TcpListener>,
-    scrape: Vec<TcpListener>,
+    ingest: Vec<http::Socket>,
+    api: Vec<http::Socket>,
+    scrape: Vec<http::Socket>,
 }
 
 impl HttpSockets {
@@ -473,15 +500,11 @@ impl HttpSockets {
     }
 
     fn bound(&self) -> BTreeMap<String, Vec<String>> {
-        let of = |listeners: &[TcpListener]| {
-            listeners
-                .iter()
-                .filter_map(|listener| listener.local_addr().ok())
-                .map(|a: SocketAddr| a.to_string())
-                .collect()
+        let of = |sockets: &[http::Socket]| {
+            sockets.iter().filter_map(http::Socket::address).map(|address| address.to_string()).collect()
         };
         [("ingest", &self.ingest), ("api", &self.api), ("scrape", &self.scrape)]
-            .map(|(name, listeners)| (name.to_owned(), of(listeners)))
+            .map(|(name, sockets)| (name.to_owned(), of(sockets)))
             .into()
     }
 }
@@ -503,8 +526,9 @@ impl Thread {
 }
 
 fn start_api(
-    listeners: Vec<TcpListener>,
-    scrape: Vec<TcpListener>,
+    sockets: Vec<http::Socket>,
+    scrape: Vec<http::Socket>,
+    access: Access,
     api: Api,
     config: &Config,
 ) -> Result<Thread, Error> {
@@ -517,7 +541,7 @@ fn start_api(
             Err(error) => return drop(started.send(Err(Error::System(error)))),
         };
         LocalSet::new().block_on(&runtime, async {
-            match http::start_api(listeners, scrape, api, &http, &limits) {
+            match http::start_api(sockets, scrape, access, api, &http, &limits) {
                 Ok(server) => {
                     drop(started.send(Ok(())));
                     // An agent that is gone without a word stops as well.
@@ -550,16 +574,17 @@ fn start_forwarder(config: &Config) -> Result<Option<Forwarder>, Error> {
 
 /// Starts the listeners for lines, and HTTP ingest beside them on the stream worker's thread.
 fn start_listeners(
-    ingest: Vec<TcpListener>,
+    ingest: Vec<http::Socket>,
+    entry: &Entry,
     config: &Config,
     workers: &Arc<Workers>,
     keeping: Keeping,
     forwarder: Option<Forwarder>,
 ) -> Result<Listeners, Error> {
-    let (http, limits) = (config.http.clone(), config.limits.http.clone());
+    let (http, limits, access) = (config.http.clone(), config.limits.http.clone(), entry.access.clone());
     let (started, outcome) = std::sync::mpsc::channel();
     let beside = move |worker: Rc<RefCell<Worker>>, mut ends: watch::Receiver<bool>| async move {
-        match http::start_ingest(ingest, worker, keeping, forwarder, &http, &limits) {
+        match http::start_ingest(ingest, access, worker, keeping, forwarder, &http, &limits) {
             Ok(server) => {
                 drop(started.send(Ok(())));
                 // An error means that the listeners are gone, which is an end as well.
@@ -569,7 +594,8 @@ fn start_listeners(
             Err(error) => drop(started.send(Err(error))),
         }
     };
-    let listeners = listen::start(&config.listen, &config.limits.listen, workers, beside).map_err(Error::Listen)?;
+    let started = listen::start(&config.listen, &config.limits.listen, entry.tls.clone(), workers, beside);
+    let listeners = started.map_err(Error::Listen)?;
     match outcome.recv() {
         Ok(Ok(())) => Ok(listeners),
         Ok(Err(error)) => {

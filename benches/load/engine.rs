@@ -13,6 +13,7 @@ use tallyd::ingest::{self, Listener, Rejects, Settings, Source, Times, Worker, W
 use tallyd::listen::{self, Address, Listeners};
 use tallyd::store::journal::Journal;
 use tallyd::telemetry::{self, Exporter};
+use tallyd::tls;
 use tallyd::units::{Size, Time};
 
 use super::clock::{PATIENCE, Thread};
@@ -80,7 +81,7 @@ impl Engine {
         let bound = self.listeners.as_ref().map_or(&[][..], Listeners::bound);
         let udp = bound.iter().find_map(|(_, address)| match address {
             Address::Inet(address) => Some(*address),
-            Address::Unix(_) => None,
+            Address::Tls(_) | Address::Unix(_) => None,
         });
         udp.expect("a listener")
     }
@@ -161,7 +162,8 @@ fn listen(workers: &Arc<Workers>) -> Listeners {
         workers: 1,
         ..listen::Config::default()
     };
-    listen::start(&config, &listen::Limits::default(), workers, |_, _| future::ready(())).expect("a listener")
+    let tls = tls::Acceptor::new(None, Duration::ZERO);
+    listen::start(&config, &listen::Limits::default(), tls, workers, |_, _| future::ready(())).expect("a listener")
 }
 
 impl Drop for Engine {

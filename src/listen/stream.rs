@@ -4,7 +4,9 @@
 //! A connection reads at most `limits.stream_buffer` before the others have their turn, and holds at most one partial
 //! line or packet. What is too long is refused and the stream goes on; an HTTP client's request line, or what cannot be
 //! the length of a packet, is counted and the stream closed, as is one that stays silent for `limits.stream_idle`, or
-//! inside a line or packet for `limits.partial_line`. Connections beyond `limits.connections`,
+//! inside a line or packet for `limits.partial_line`. A connection to a `tls://` address has a seat from its handshake on,
+//! and is told when its stream ends; one of a client of TLS to another address is counted and closed, and so is a unix stream
+//! of a user that may not send. Connections beyond `limits.connections`,
 //! `limits.connections_per_address` or what `limits.reserved_fds` leaves are accepted and closed.
 
 use std::cell::{Cell, RefCell};
@@ -31,14 +33,26 @@ use tokio::time::sleep;
 
 use super::frames::{self, Frames};
 use super::lines::{self, Lines};
-use super::{DATAGRAM_MAX, Limits, OWES_SEAL, PAUSE, SEAL_BURSTS, Stop, burst};
+use super::peers::Peers;
+use super::{DATAGRAM_MAX, Limits, OWES_SEAL, PAUSE, SEAL_BURSTS, Stop, burst, sockets};
 use crate::clock::Clock;
 use crate::ingest::{self, Address, Listener, Source, Worker, Workers};
 use crate::sample::Reason;
 use crate::telemetry;
+use crate::tls;
 
 /// Tasks that run before the runtime looks at sockets and timers again, so that a seal is not late under load.
 const TASKS_A_LOOK: u32 = 16;
+
+/// Where streams come in, and on which terms.
+pub(super) struct Sockets {
+    pub(super) tcp: Vec<sockets::Stream>,
+    /// What makes connections speak TLS, where they do.
+    pub(super) tls: tls::Acceptor,
+    pub(super) unix: Vec<Socket>,
+    /// Whose processes may connect to these.
+    pub(super) peers: Peers,
+}
 
 /// What the stream worker's thread needs.
 pub(super) struct Streams {
@@ -46,6 +60,7 @@ pub(super) struct Streams {
     doors: Vec<Door>,
     worker: Worker,
     workers: Arc<Workers>,
+    peers: Peers,
     limits: Limits,
     stop: Arc<Stop>,
     wake: Arc<Notify>,
@@ -54,8 +69,7 @@ pub(super) struct Streams {
 impl Streams {
     /// A worker for these listeners and all that runs beside them.
     pub(super) fn new(
-        tcp: Vec<std::net::TcpListener>,
-        unix: Vec<Socket>,
+        Sockets { tcp, tls, unix, peers }: Sockets,
         limits: Limits,
         workers: &Arc<Workers>,
         stop: Arc<Stop>,
@@ -64,14 +78,17 @@ impl Streams {
             tokio::runtime::Builder::new_current_thread().enable_all().event_interval(TASKS_A_LOOK).build()?;
         let doors = {
             let _inside = runtime.enter();
-            let tcp = tcp.into_iter().map(|socket| TcpListener::from_std(socket).map(Door::Tcp));
+            let tcp = tcp.into_iter().map(|sockets::Stream { listener, tls: speaks }| {
+                let tls = speaks.then(|| tls.clone());
+                TcpListener::from_std(listener).map(|listener| Door::Tcp(listener, tls))
+            });
             let unix = unix.into_iter().map(|socket| UnixListener::from_std(socket.into()).map(Door::Unix));
             tcp.chain(unix).collect::<io::Result<_>>()?
         };
         let wake = Arc::new(Notify::new());
         let caller = Arc::clone(&wake);
         let worker = workers.register(move || caller.notify_one());
-        Ok(Self { runtime, doors, worker, workers: Arc::clone(workers), limits, stop, wake })
+        Ok(Self { runtime, doors, worker, workers: Arc::clone(workers), peers, limits, stop, wake })
     }
 
     /// Serves until it is told to stop, and `beside` too.
@@ -79,12 +96,13 @@ impl Streams {
     where
         F: Future<Output = ()> + 'static,
     {
-        let Self { runtime, doors, worker, workers, limits, stop, wake } = self;
+        let Self { runtime, doors, worker, workers, peers, limits, stop, wake } = self;
         let worker = Rc::new(RefCell::new(worker));
         let ends = stop.ends.subscribe();
         let tasks = LocalSet::new();
         tasks.block_on(&runtime, async {
-            let streams = serve(doors, Rc::clone(&worker), workers, limits, ends.clone());
+            let intake = Rc::new(Intake::new(Rc::clone(&worker), workers, peers, limits));
+            let streams = serve(doors, intake, ends.clone());
             let beside = beside(Rc::clone(&worker), ends.clone());
             let mut until = ends.clone();
             // Readers wait for every worker, so this one stays even if it has nothing to serve.
@@ -135,18 +153,14 @@ async fn turns(worker: &RefCell<Worker>, wake: &Notify) {
 }
 
 /// Serves streams until `ends` says true; then it reads what the kernel holds, and returns.
-async fn serve(
-    doors: Vec<Door>,
-    worker: Rc<RefCell<Worker>>,
-    workers: Arc<Workers>,
-    limits: Limits,
-    ends: watch::Receiver<bool>,
-) {
+async fn serve(doors: Vec<Door>, intake: Rc<Intake>, ends: watch::Receiver<bool>) {
     for listener in doors.iter().map(Door::listener) {
         ingest::begin(listener);
         telemetry::CONNECTIONS_REFUSED.begin(Refusal::ALL.map(|refusal| [listener.name(), refusal.name()]));
     }
-    let intake = Rc::new(Intake::new(worker, workers, limits));
+    if doors.iter().any(|door| door.listener() == Listener::Tcp) {
+        tls::Acceptor::begin(Listener::Tcp.name());
+    }
     let accepting = doors.into_iter().map(|door| spawn_local(accept(door, intake.clone(), ends.clone())));
     for task in accepting.collect::<Vec<_>>() {
         // A task that panicked has ended too.
@@ -156,30 +170,40 @@ async fn serve(
 
 /// A listening socket.
 enum Door {
-    Tcp(TcpListener),
+    /// With what makes its connections speak TLS, where they do.
+    Tcp(TcpListener, Option<tls::Acceptor>),
     Unix(UnixListener),
 }
 
 impl Door {
     const fn listener(&self) -> Listener {
         match self {
-            Self::Tcp(_) => Listener::Tcp,
+            Self::Tcp(..) => Listener::Tcp,
             Self::Unix(_) => Listener::Unix,
+        }
+    }
+
+    fn tls(&self) -> Option<tls::Acceptor> {
+        match self {
+            Self::Tcp(_, tls) => tls.clone(),
+            Self::Unix(_) => None,
         }
     }
 
     /// The next connection, and the address of its peer, if it has one.
     async fn accept(&self) -> io::Result<(Transport, Option<SocketAddr>)> {
         match self {
-            Self::Tcp(socket) => socket.accept().await.map(|(stream, peer)| (Transport::Tcp(stream), Some(peer))),
+            Self::Tcp(socket, _) => socket.accept().await.map(|(stream, peer)| (Transport::tcp(stream), Some(peer))),
             Self::Unix(socket) => socket.accept().await.map(|(stream, _)| (Transport::Unix(stream), None)),
         }
     }
 
-    /// Connections that the kernel has accepted and nobody has taken. The runtime may not have looked yet; this does.
+    /// Connections that the kernel has accepted and nobody has taken. The runtime may not have looked yet; this does. Those
+    /// that would speak TLS have not said anything yet.
     fn waiting(&self, intake: &Rc<Intake>) -> Vec<Connection> {
         let door = match self {
-            Self::Tcp(socket) => SockRef::from(socket),
+            Self::Tcp(_, Some(_)) => return Vec::new(),
+            Self::Tcp(socket, None) => SockRef::from(socket),
             Self::Unix(socket) => SockRef::from(socket),
         };
         let taken = std::iter::from_fn(|| door.accept().ok());
@@ -189,7 +213,7 @@ impl Door {
     fn taken(&self, socket: Socket, peer: &SockAddr, intake: &Rc<Intake>) -> Option<Connection> {
         socket.set_nonblocking(true).ok()?;
         let stream = match self {
-            Self::Tcp(_) => Transport::Tcp(TcpStream::from_std(socket.into()).ok()?),
+            Self::Tcp(..) => Transport::tcp(TcpStream::from_std(socket.into()).ok()?),
             Self::Unix(_) => Transport::Unix(UnixStream::from_std(socket.into()).ok()?),
         };
         Connection::begin(stream, peer.as_socket(), intake).ok()
@@ -206,7 +230,7 @@ async fn accept(door: Door, intake: Rc<Intake>, mut ends: watch::Receiver<bool>)
             accepted = door.accept() => {
                 let begun = accepted.map(|(stream, peer)| Connection::begin(stream, peer, &intake));
                 match begun {
-                    Ok(Ok(connection)) => drop(connections.spawn_local(connection.run(ends.clone()))),
+                    Ok(Ok(connection)) => drop(connections.spawn_local(connection.run(door.tls(), ends.clone()))),
                     Ok(Err(refusal)) => intake.refused(door.listener(), refusal).await,
                     Err(_) => intake.failed(door.listener()).await,
                 }
@@ -214,7 +238,7 @@ async fn accept(door: Door, intake: Rc<Intake>, mut ends: watch::Receiver<bool>)
         }
     }
     for connection in door.waiting(&intake) {
-        connections.spawn_local(connection.run(ends.clone()));
+        connections.spawn_local(connection.run(None, ends.clone()));
     }
     drop(door);
     while connections.join_next().await.is_some() {}
@@ -224,6 +248,7 @@ async fn accept(door: Door, intake: Rc<Intake>, mut ends: watch::Receiver<bool>)
 struct Intake {
     worker: Rc<RefCell<Worker>>,
     workers: Arc<Workers>,
+    peers: Peers,
     limits: Limits,
     descriptors_max: u64,
     clock: Clock,
@@ -259,26 +284,29 @@ enum Refusal {
     Connections,
     PerAddress,
     Descriptors,
+    Peer,
 }
 
 impl Refusal {
-    const ALL: [Self; 3] = [Self::Connections, Self::PerAddress, Self::Descriptors];
+    const ALL: [Self; 4] = [Self::Connections, Self::PerAddress, Self::Descriptors, Self::Peer];
 
-    /// The limit, as a label.
+    /// The key that says so, as a label.
     const fn name(self) -> &'static str {
         match self {
             Self::Connections => "connections",
             Self::PerAddress => "connections_per_address",
             Self::Descriptors => "reserved_fds",
+            Self::Peer => "unix_uids",
         }
     }
 }
 
 impl Intake {
-    fn new(worker: Rc<RefCell<Worker>>, workers: Arc<Workers>, limits: Limits) -> Self {
+    fn new(worker: Rc<RefCell<Worker>>, workers: Arc<Workers>, peers: Peers, limits: Limits) -> Self {
         Self {
             worker,
             workers,
+            peers,
             descriptors_max: burst::descriptors_max(),
             clock: Clock::default(),
             buffer: RefCell::new(vec![0; limits.stream_buffer.bytes().max(1)].into_boxed_slice()),
@@ -297,6 +325,10 @@ impl Intake {
     /// A seat for a connection of this source, if there is one. The kernel numbers descriptors from below, so a
     /// connection's own says how many there are.
     fn admit(self: &Rc<Self>, source: Source, descriptor: u64) -> Result<Seat, Refusal> {
+        if source.listener == Listener::Unix && !self.peers.admit(source.address) {
+            self.worker.borrow_mut().refuse(Reason::PeerDenied, b"", source);
+            return Err(Refusal::Peer);
+        }
         let reserved = self.limits.reserved_fds.min(self.descriptors_max / 2);
         if descriptor >= self.descriptors_max - reserved {
             return Err(Refusal::Descriptors);
@@ -334,6 +366,13 @@ impl Intake {
         let mut worker = self.worker.borrow_mut();
         worker.stamp();
         worker.received(bytes, source);
+    }
+
+    /// Counts a client of TLS where none is spoken, as one line of what it said.
+    fn hello(&self, bytes: &[u8], source: Source) {
+        tls::Failure::Unexpected.count(source.listener.name());
+        self.received(bytes.len(), source);
+        self.worker.borrow_mut().refuse(Reason::TlsHello, bytes, source);
     }
 
     /// Gives a line to the worker; a request line ends the stream.
@@ -388,14 +427,18 @@ impl Drop for Seat {
 
 /// The kernel's side of a connection.
 enum Transport {
-    Tcp(TcpStream),
+    Tcp(tls::Stream),
     Unix(UnixStream),
 }
 
 impl Transport {
+    fn tcp(stream: TcpStream) -> Self {
+        Self::Tcp(tls::Stream::Plain(stream))
+    }
+
     fn socket(&self) -> SockRef<'_> {
         match self {
-            Self::Tcp(stream) => SockRef::from(stream),
+            Self::Tcp(stream) => SockRef::from(stream.tcp()),
             Self::Unix(stream) => SockRef::from(stream),
         }
     }
@@ -404,6 +447,29 @@ impl Transport {
         match self {
             Self::Tcp(stream) => Pin::new(stream).poll_read(context, buffer),
             Self::Unix(stream) => Pin::new(stream).poll_read(context, buffer),
+        }
+    }
+
+    /// Reads what there is, without the runtime and without waiting.
+    fn read_held(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => stream.read_held(buffer),
+            Self::Unix(stream) => (&*SockRef::from(&*stream)).read(buffer),
+        }
+    }
+
+    /// Whether bytes come as they are.
+    fn is_plain_tcp(&self) -> bool {
+        match self {
+            Self::Tcp(tls::Stream::Plain(_)) => true,
+            Self::Tcp(tls::Stream::Tls(_)) | Self::Unix(_) => false,
+        }
+    }
+
+    fn farewell(&mut self) {
+        match self {
+            Self::Tcp(stream) => stream.farewell(),
+            Self::Unix(_) => {}
         }
     }
 }
@@ -456,6 +522,8 @@ struct Connection {
     /// When something came last, and when the line or packet began that has not ended.
     heard: Duration,
     begun: Option<Duration>,
+    /// Whether nothing has come yet.
+    is_new: bool,
     seat: Seat,
 }
 
@@ -487,10 +555,29 @@ impl Connection {
         let descriptor = u64::from(stream.socket().as_raw_fd().unsigned_abs());
         let seat = intake.admit(Source { listener, address }, descriptor)?;
         let heard = intake.clock.monotonic();
-        Ok(Self { stream, framing, heard, begun: None, seat })
+        Ok(Self { stream, framing, heard, begun: None, is_new: true, seat })
     }
 
-    async fn run(mut self, mut ends: watch::Receiver<bool>) {
+    async fn run(self, tls: Option<tls::Acceptor>, mut ends: watch::Receiver<bool>) {
+        if let Some(connection) = self.secured(tls, &mut ends).await {
+            connection.read(ends).await;
+        }
+    }
+
+    /// The same in TLS, where that is to be spoken and comes about.
+    async fn secured(self, tls: Option<tls::Acceptor>, ends: &mut watch::Receiver<bool>) -> Option<Self> {
+        let stream = match (self.stream, tls) {
+            (Transport::Tcp(tls::Stream::Plain(stream)), Some(tls)) => tokio::select! {
+                made = tls.accept(stream, Listener::Tcp.name()) => Transport::Tcp(made.ok()?),
+                () = stopped(ends) => return None,
+            },
+            (stream, _) => stream,
+        };
+        let heard = self.seat.intake.clock.monotonic();
+        Some(Self { stream, heard, ..self })
+    }
+
+    async fn read(mut self, mut ends: watch::Receiver<bool>) {
         let end = loop {
             let patience = self.patience();
             if patience.is_zero() {
@@ -534,7 +621,7 @@ impl Connection {
         let mut buffer = intake.buffer.borrow_mut();
         let mut left = self.stream.socket().recv_buffer_size().unwrap_or(0);
         while left > 0 {
-            let read = (&*self.stream.socket()).read(&mut buffer);
+            let read = self.stream.read_held(&mut buffer);
             left = left.saturating_sub(*read.as_ref().unwrap_or(&0));
             if let ControlFlow::Break(end) = self.take(read.map(|length| &buffer[..length]), 0) {
                 return end;
@@ -550,6 +637,10 @@ impl Connection {
             Ok([]) => return ControlFlow::Break(End::Closed),
             Ok(bytes) => bytes,
         };
+        if std::mem::take(&mut self.is_new) && self.stream.is_plain_tcp() && tls::is_hello(bytes) {
+            self.seat.intake.hello(bytes, self.seat.source);
+            return ControlFlow::Break(End::Foreign);
+        }
         let Self { seat, framing, .. } = self;
         seat.intake.meters(seat.source.listener).bytes.increment(bytes.len() as u64);
         seat.intake.received(bytes.len(), seat.source);
@@ -562,10 +653,13 @@ impl Connection {
         } else if self.begun.is_none() || ended {
             self.begun = Some(self.heard);
         }
-        ControlFlow::Continue(if room == 0 { Fill::Whole } else { Fill::Part })
+        // What TLS holds ready is read without a look at the socket, where the runtime would think of the others.
+        let has_more = room == 0 || matches!(self.stream, Transport::Tcp(tls::Stream::Tls(_)));
+        ControlFlow::Continue(if has_more { Fill::Whole } else { Fill::Part })
     }
 
-    fn finish(self, end: End) {
+    fn finish(mut self, end: End) {
+        self.stream.farewell();
         let Seat { intake, source } = &self.seat;
         match (end, self.framing) {
             (End::Closed, Framing::Lines(mut lines)) => lines.end(|piece| intake.line(piece, *source)),
@@ -605,7 +699,7 @@ mod tests {
         let workers =
             Workers::new(settings, budget, rejects, ingest::Times { interval_ms: 1_000, window_ms: 10_000 }).0;
         let worker = Rc::new(RefCell::new(workers.register(|| {})));
-        Intake::new(worker, workers, limits)
+        Intake::new(worker, workers, Peers::default(), limits)
     }
 
     fn source(ip: [u8; 4]) -> Source {

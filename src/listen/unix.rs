@@ -5,14 +5,13 @@
 
 use std::fs::{self, Permissions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::sockets::BACKLOG;
-use super::{Config, Error};
-use crate::units::Mode;
+use super::{Config, Error, peers};
 
 /// A bound socket and its file.
 #[derive(Debug)]
@@ -47,14 +46,14 @@ impl Drop for File {
 
 /// Binds the paths of `listen.unixgram`.
 pub(super) fn datagrams(config: &Config) -> Result<Vec<Bound>, Error> {
-    config.unixgram.iter().map(|path| bind("listen.unixgram", path, Type::DGRAM, config.unix_mode)).collect()
+    config.unixgram.iter().map(|path| bind("listen.unixgram", path, Type::DGRAM, config)).collect()
 }
 
 /// Binds the paths of `listen.unix`, and listens.
 pub(super) fn streams(config: &Config) -> Result<Vec<Bound>, Error> {
     let key = "listen.unix";
     let listen = |path: &PathBuf| {
-        let bound = bind(key, path, Type::STREAM, config.unix_mode)?;
+        let bound = bind(key, path, Type::STREAM, config)?;
         let listening = bound.socket.listen(BACKLOG).and_then(|()| bound.socket.set_nonblocking(true));
         listening.map_err(|error| Error::bind(key, path.clone(), error))?;
         Ok(bound)
@@ -62,7 +61,8 @@ pub(super) fn streams(config: &Config) -> Result<Vec<Bound>, Error> {
     config.unix.iter().map(listen).collect()
 }
 
-fn bind(key: &'static str, path: &Path, kind: Type, mode: Mode) -> Result<Bound, Error> {
+fn bind(key: &'static str, path: &Path, kind: Type, config: &Config) -> Result<Bound, Error> {
+    let group = peers::group(config)?;
     let failed = |error| Error::bind(key, path.to_owned(), error);
     if !path.is_absolute() {
         return Err(Error::Path { key, value: path.display().to_string() });
@@ -77,7 +77,11 @@ fn bind(key: &'static str, path: &Path, kind: Type, mode: Mode) -> Result<Bound,
     socket.bind(&address).map_err(failed)?;
     let file = fs::symlink_metadata(path).map_err(failed)?;
     let file = File { path: path.to_owned(), device: file.dev(), inode: file.ino() };
-    fs::set_permissions(path, Permissions::from_mode(mode.0)).map_err(failed)?;
+    if group.is_some() {
+        // Before the permissions, so that no other group ever has them.
+        chown(path, None, group).map_err(failed)?;
+    }
+    fs::set_permissions(path, Permissions::from_mode(config.unix_mode.0)).map_err(failed)?;
     Ok(Bound { socket, file })
 }
 
