@@ -1,20 +1,25 @@
 //! Start, reload, stop: the order of things.
 //!
-//! Start: own metrics, addresses of HTTP, journal, ledger and flush, store, API, then listeners, and the line `ready` on
-//! standard error. Stop: `/-/ready` says 503, the listeners read what the kernel holds, shards seal and close, the last
-//! flush, the store's turn, then HTTP ends. What is left at the deadline is in the journal. Reloads are read beside all
-//! that, one after the other.
+//! Start: own metrics, addresses of HTTP, journal, listeners for lines, which count into their shards from then on, ledger and
+//! flush, store, API, HTTP ingest, and the line `ready` on standard error. Stop: `/-/ready` says 503, the listeners read what
+//! the kernel holds, shards seal and close, the last flush, the store's turn, then HTTP ends. What is left at the deadline is
+//! in the journal. Reloads are read beside all that, one after the other.
+//!
+//! At SIGUSR2 another process takes over ([`crate::handover`]): it starts as above, but opens the journal only when this one
+//! has stopped. If it fails, this one starts again with all that it kept.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::rc::Rc;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use tokio::signal::unix::{SignalKind, signal};
+use arc_swap::ArcSwap;
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::LocalSet;
 
@@ -22,15 +27,17 @@ use crate::aggregate::ledger::Ledger;
 use crate::aggregate::shard::{Budget, SeriesId};
 use crate::config::{Config, Kind};
 use crate::flush::{self, Parts, Running};
+use crate::handover::{self, Predecessor, Program, Successor};
 use crate::http::forward::{Forward, Forwarder};
 use crate::http::scrape::Mapper;
 use crate::http::{self, Access, Api, Health, Keeping, Reload};
 use crate::ingest::{Rejects, Settings, Sources, Times, Worker, Workers};
+use crate::inherited::{Inherited, Left, Named, Use};
 #[cfg(feature = "kafka")]
 use crate::kafka::NotStarted;
 #[cfg(feature = "kafka")]
 use crate::listen::kafka::{Input, Kept};
-use crate::listen::{self, Listeners};
+use crate::listen::{self, Listeners, Passed};
 #[cfg(feature = "kafka")]
 use crate::sample::Marks;
 use crate::store::journal::{self, Damage, Journal, Opened};
@@ -60,6 +67,8 @@ pub enum Error {
     Kafka(NotStarted),
     /// Our own metrics.
     Telemetry(telemetry::Error),
+    /// The agent that was to be taken over from.
+    HandOver(io::Error),
     /// A thread, a runtime or a signal.
     System(io::Error),
 }
@@ -74,6 +83,7 @@ impl Error {
             Self::Ship(ship::Error::Config(error)) => error.exit_code(),
             #[cfg(feature = "kafka")]
             Self::Kafka(error) => error.exit_code(),
+            Self::HandOver(_) => 69,
             Self::Ship(ship::Error::Thread(_))
             | Self::Flush(flush::Error::Thread(_))
             | Self::Telemetry(_)
@@ -91,6 +101,9 @@ impl fmt::Display for Error {
             Self::Ship(error) => error.fmt(f),
             #[cfg(feature = "kafka")]
             Self::Kafka(error) => error.fmt(f),
+            Self::HandOver(error) => {
+                write!(f, "nothing to take over: {error}; start tallyd without {}", handover::VARIABLE)
+            }
             Self::Telemetry(error) => error.fmt(f),
             Self::Flush(flush::Error::Thread(error)) | Self::System(error) => {
                 write!(f, "{error}; raise the limit of threads or open files")
@@ -101,20 +114,81 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// Runs an agent until SIGTERM or SIGINT. `reload` reads the configuration again, on SIGHUP and `POST /-/reload`; its
-/// error is what is wrong with it.
+/// Runs an agent until SIGTERM or SIGINT, or until another has taken over. `reload` reads the configuration again, on SIGHUP
+/// and `POST /-/reload`; its error is what is wrong with it.
 ///
 /// # Errors
 /// When a part cannot start.
 pub fn run(config: &Config, reload: impl FnMut() -> Result<Config, Vec<String>> + Send + 'static) -> Result<(), Error> {
+    let program = Program::of_this_process().map_err(Error::System)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::System)?;
-    let (orders, inbox) = mpsc::channel(1);
-    let agent = Agent::start(config, orders.clone())?;
-    agent.serve_reloads(inbox, reload)?;
-    agent.say_ready();
-    let told = runtime.block_on(agent.obey(&orders)).map_err(Error::System);
-    agent.stop(config.limits.agent.stop.0);
-    told
+    let mut signals = Signals::of(&runtime).map_err(Error::System)?;
+    let exporter = telemetry::install().map_err(Error::Telemetry)?;
+    telemetry::HANDOVERS.begin([["taken_over"], ["failed"]]);
+    let reloads = Reloads::serve(config, reload)?;
+    let mut origin = Origin::of_this_process().map_err(Error::System)?;
+    loop {
+        let config = reloads.in_force.config();
+        let agent = Agent::start(&config, origin, &exporter, &reloads)?;
+        agent.say_ready();
+        let within = config.limits.agent.stop.0;
+        match runtime.block_on(agent.obey(&mut signals, &reloads, &program)) {
+            Told::Stop => {
+                agent.stop(within);
+                return Ok(());
+            }
+            Told::HandOver(successor) => match agent.hand_over(successor, within) {
+                Ok(()) => return Ok(()),
+                Err(kept) => origin = kept,
+            },
+        }
+    }
+}
+
+/// What an agent begins with.
+enum Origin {
+    /// Nothing, or what systemd gave it.
+    Start(Inherited),
+    /// What another gives it, which still runs.
+    TakeOver(Predecessor),
+    /// What it had itself, since the one that was to take over did not.
+    GoOn(Inherited, Vec<Passed>),
+}
+
+impl Origin {
+    fn of_this_process() -> io::Result<Self> {
+        let predecessor = Predecessor::of_this_process()?;
+        Ok(predecessor.map_or_else(|| Self::Start(Inherited::from_systemd()), Self::TakeOver))
+    }
+}
+
+/// What the agent is told by signals.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+    hand_over: Signal,
+}
+
+impl Signals {
+    /// From now on they end nothing by themselves.
+    fn of(runtime: &Runtime) -> io::Result<Self> {
+        let _inside = runtime.enter();
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+            hand_over: signal(SignalKind::user_defined2())?,
+        })
+    }
+}
+
+/// Why an agent ends.
+enum Told {
+    /// It is to stop.
+    Stop,
+    /// Another has begun to read its sockets.
+    HandOver(Successor),
 }
 
 /// The row of `[limits]` that bounds a stop.
@@ -140,7 +214,6 @@ pub mod limits {
 
 /// A running agent.
 struct Agent {
-    workers: Arc<Workers>,
     running: Running,
     ship: Option<Ship>,
     api: Thread,
@@ -148,10 +221,11 @@ struct Agent {
     #[cfg(feature = "kafka")]
     input: Option<Input>,
     health: Arc<Health>,
-    mapper: Arc<Mapper>,
-    entry: Entry,
     exporter: telemetry::Exporter,
     bound: BTreeMap<String, Vec<String>>,
+    sockets: Arc<Vec<Named>>,
+    /// To see that nobody has it any more.
+    journal: Weak<Journal>,
 }
 
 /// Who may come in, and as whom we speak TLS: what a reload may change under all listeners. Clones share it.
@@ -175,10 +249,22 @@ impl Entry {
 }
 
 impl Agent {
-    fn start(config: &Config, orders: mpsc::Sender<Reload>) -> Result<Self, Error> {
-        let exporter = telemetry::install().map_err(Error::Telemetry)?;
-        let sockets = HttpSockets::bind(&config.http).map_err(Error::Http)?;
-        let journal = open_journal(config).map_err(Error::Journal)?;
+    fn start(
+        config: &Config,
+        origin: Origin,
+        exporter: &telemetry::Exporter,
+        reloads: &Reloads,
+    ) -> Result<Self, Error> {
+        let (mut inherited, mut streams, mut predecessor) = match origin {
+            Origin::Start(inherited) => (inherited, Vec::new(), None),
+            Origin::TakeOver(mut predecessor) => {
+                (predecessor.sockets().map_err(Error::HandOver)?, Vec::new(), Some(predecessor))
+            }
+            Origin::GoOn(inherited, streams) => (inherited, streams, None),
+        };
+        let entry = &reloads.in_force.entry;
+        let http_sockets = HttpSockets::bind(&config.http, &mut inherited).map_err(Error::Http)?;
+        let mut journal = if predecessor.is_none() { open_journal(config).map_err(Error::Journal)? } else { None };
         let ledger = Arc::new(Ledger::new(config.flush.window.as_millis()));
         let is_remote = config.store.kind == Kind::Redis;
         let budget = Arc::new(Budget::beside(Arc::clone(&ledger), &config.limits.aggregate, is_remote));
@@ -188,6 +274,16 @@ impl Agent {
         let sources = Sources::new(&config.limits.sources, config.limits.flush.idle);
         let (workers, deliveries) =
             Workers::telling_apart(sources, settings(config), Arc::clone(&budget), Arc::clone(&rejects), times);
+        let mut bound = http_sockets.bound();
+        let HttpSockets { ingest, api: api_sockets, scrape } = http_sockets;
+        // From here on lines are counted, into shards that keep all of it until there is a ledger.
+        let (mut listeners, http_ingest) = start_listeners(ingest, config, &workers, entry, &mut inherited)?;
+        if let Some(predecessor) = &mut predecessor {
+            listeners.leave_files(true);
+            streams = predecessor.replace().map_err(Error::HandOver)?;
+            journal = open_journal(config).map_err(Error::Journal)?;
+        }
+        let (sockets, left) = inherited.sort_out();
         let bells = Arc::new(Bells::default());
         let parts = Parts {
             workers: Arc::clone(&workers),
@@ -205,24 +301,31 @@ impl Agent {
         let remote = remote(config, journal.as_ref(), ship.as_ref(), &bells)?;
         #[cfg(feature = "kafka")]
         let kept = journal.as_ref().map(|journal| (journal.agent().to_string(), journal.marks()));
+        let weak = journal.as_ref().map_or_else(Weak::new, Arc::downgrade);
         let view =
             View::new(ledger, running.fold(), journal, rejects, workers.events(), workers.sources()).sharing(remote);
         let health = Arc::new(Health::default());
         let mapper = Arc::new(Mapper::new(config.mapping.rules.clone()));
-        let mut bound = sockets.bound();
+        reloads.in_force.follow(&workers, &mapper);
         let api = Api {
             view,
             percentiles: config.flush.percentiles.clone(),
             health: Arc::clone(&health),
-            reload: orders,
+            reload: reloads.orders.clone(),
             prometheus: config.prometheus.clone(),
-            mapper: Arc::clone(&mapper),
+            mapper,
             exporter: exporter.clone(),
         };
-        let HttpSockets { ingest, api: api_sockets, scrape } = sockets;
-        let entry = Entry::new(config);
         let api = start_api(api_sockets, scrape, entry.access.clone(), api, config)?;
-        let listeners = start_listeners(ingest, &entry, config, &workers, keeping, start_forwarder(config)?)?;
+        let forwarder = start_forwarder(config)?;
+        if let Some(predecessor) = predecessor {
+            predecessor.dismiss().map_err(Error::HandOver)?;
+            listeners.leave_files(false);
+            telemetry::HANDOVERS.counter(&["taken_over"]).increment(1);
+        }
+        // What follows is acknowledged to clients, so nobody else may go on with what was there before.
+        listeners.adopt(streams);
+        http_ingest.start(keeping, forwarder)?;
         #[cfg(feature = "kafka")]
         let input = start_input(config, kept, &workers, &bells)?;
         for (listener, address) in listeners.bound() {
@@ -231,9 +334,9 @@ impl Agent {
         for warning in listeners.warnings() {
             tracing::warn!("{warning}");
         }
+        warn_of(left);
         health.started(bound.clone());
         Ok(Self {
-            workers,
             running,
             ship,
             api,
@@ -241,10 +344,10 @@ impl Agent {
             #[cfg(feature = "kafka")]
             input,
             health,
-            mapper,
-            entry,
-            exporter,
+            exporter: exporter.clone(),
             bound,
+            sockets: Arc::new(sockets),
+            journal: weak,
         })
     }
 
@@ -256,60 +359,83 @@ impl Agent {
         eprintln!("ready{}", addresses.collect::<String>());
     }
 
-    /// Serves signals until one says stop.
-    async fn obey(&self, orders: &mpsc::Sender<Reload>) -> io::Result<()> {
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut hangup = signal(SignalKind::hangup())?;
+    /// Serves signals until one says stop, or another agent is there that takes over.
+    async fn obey(&self, signals: &mut Signals, reloads: &Reloads, program: &Program) -> Told {
         let mut second = tokio::time::interval(Duration::from_secs(1));
+        let mut search = None;
         loop {
             tokio::select! {
-                _ = terminate.recv() => return Ok(()),
-                _ = interrupt.recv() => return Ok(()),
+                _ = signals.terminate.recv() => return Told::Stop,
+                _ = signals.interrupt.recv() => return Told::Stop,
                 // Where an order waits already, it will read what this one would.
-                _ = hangup.recv() => drop(orders.try_send(oneshot::channel().0)),
+                _ = signals.hangup.recv() => drop(reloads.orders.try_send(oneshot::channel().0)),
+                _ = signals.hand_over.recv(), if search.is_none() => search = self.search_successor(program),
+                found = outcome(&mut search) => {
+                    search = None;
+                    match found {
+                        Ok(successor) => return Told::HandOver(successor),
+                        Err(error) => not_taken_over(&error),
+                    }
+                }
                 _ = second.tick() => self.exporter.upkeep(),
             }
         }
     }
 
-    /// Takes new configurations, or refuses them as a whole. That has a thread of its own, which ends with the process: a
-    /// file may take its time to be read, for ever if it is a pipe, and a stop must not wait for it.
-    fn serve_reloads(
-        &self,
-        mut orders: mpsc::Receiver<Reload>,
-        mut reload: impl FnMut() -> Result<Config, Vec<String>> + Send + 'static,
-    ) -> Result<(), Error> {
-        let (workers, mapper, entry) = (Arc::clone(&self.workers), Arc::clone(&self.mapper), self.entry.clone());
-        let mut obey = move || {
-            let refused = |wrong: &Vec<String>| {
-                wrong.iter().for_each(|problem| tracing::error!("the configuration is refused: {problem}"));
-            };
-            let config = reload().inspect_err(refused)?;
-            workers.set(settings(&config));
-            entry.set(&config);
-            mapper.set(config.mapping.rules);
-            Ok::<_, Vec<String>>(())
-        };
-        let serve = move || {
-            while let Some(answer) = orders.blocking_recv() {
-                let wrong: Vec<String> = obey().err().unwrap_or_default();
-                // Who asked may have gone.
-                drop(answer.send(wrong));
+    /// Starts a successor, on a thread of its own since that takes its time, for ever if the configuration is a pipe.
+    fn search_successor(&self, program: &Program) -> Option<Search> {
+        tracing::info!(program = %program, "another agent is started to take over");
+        let (sockets, program) = (Arc::clone(&self.sockets), program.clone());
+        let (answer, search) = oneshot::channel();
+        // An agent that has stopped meanwhile has no use for it: then it is ended here.
+        let run = move || drop(answer.send(Successor::start(&program, &sockets)));
+        match thread::Builder::new().name("hand-over".to_owned()).spawn(run) {
+            Ok(_) => Some(search),
+            Err(error) => {
+                not_taken_over(&error.into());
+                None
             }
-        };
-        thread::Builder::new().name("reload".to_owned()).spawn(serve).map(drop).map_err(Error::System)
+        }
     }
 
     fn stop(self, within: Duration) {
         tracing::info!("stopping");
         let deadline = Instant::now() + within;
+        self.end(deadline, |listeners| listeners.stop(within / 2));
+        tracing::info!("stopped");
+    }
+
+    /// Leaves all to the successor, which reads the sockets already. The error is what to go on with, since it did not take
+    /// it.
+    fn hand_over(self, mut successor: Successor, within: Duration) -> Result<(), Origin> {
+        let id = successor.id();
+        tracing::info!(successor = id, "handing over");
+        let deadline = Instant::now() + within;
+        let (sockets, journal) = (Arc::clone(&self.sockets), Weak::clone(&self.journal));
+        let streams = self.end(deadline, |listeners| listeners.pass_on(http::GRACE.min(within / 2)));
+        while journal.strong_count() > 0 && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
+        match successor.hand_over(&streams) {
+            Ok(()) => {
+                tracing::info!(successor = id, streams = streams.len(), "handed over");
+                Ok(())
+            }
+            Err(error) => {
+                not_taken_over(&error);
+                Err(Origin::GoOn(Inherited::again(&sockets), streams))
+            }
+        }
+    }
+
+    /// Ends all parts in their order.
+    fn end<T>(self, deadline: Instant, end_listeners: impl FnOnce(Listeners) -> T) -> T {
         self.health.stopping();
         #[cfg(feature = "kafka")]
         if let Some(input) = &self.input {
             input.close();
         }
-        self.listeners.stop(within / 2);
+        let left = end_listeners(self.listeners);
         self.running.stop(deadline);
         #[cfg(feature = "kafka")]
         if let Some(input) = self.input {
@@ -319,7 +445,108 @@ impl Agent {
             ship.stop(deadline);
         }
         self.api.stop(deadline);
-        tracing::info!("stopped");
+        left
+    }
+}
+
+/// A successor that is being started.
+type Search = oneshot::Receiver<Result<Successor, handover::Error>>;
+
+/// How the search for a successor ends, if there is one.
+async fn outcome(search: &mut Option<Search>) -> Result<Successor, handover::Error> {
+    match search {
+        Some(search) => search.await.unwrap_or(Err(handover::Error::Ended(None))),
+        None => std::future::pending().await,
+    }
+}
+
+fn not_taken_over(error: &handover::Error) {
+    telemetry::HANDOVERS.counter(&["failed"]).increment(1);
+    tracing::error!("nobody took over, this agent goes on: {error}");
+}
+
+/// Says what was inherited for nothing. It is closed here.
+fn warn_of(left: Left) {
+    for named in left.sockets {
+        let address = named.socket.local_addr().ok();
+        let address = address.as_ref().and_then(|address| address.as_socket()).map(|address| address.to_string());
+        let (name, address) = (named.name(), address.unwrap_or_default());
+        tracing::warn!(name, address, "an inherited socket is closed, since it is not configured any more");
+    }
+    for name in left.strange {
+        tracing::warn!(name, "an inherited descriptor is no listening socket that lines or requests could come by");
+    }
+}
+
+/// What is in force of the configuration, and who is to know.
+struct InForce {
+    config: ArcSwap<Config>,
+    entry: Entry,
+    followers: Mutex<Option<(Arc<Workers>, Arc<Mapper>)>>,
+}
+
+impl InForce {
+    fn config(&self) -> Arc<Config> {
+        self.config.load_full()
+    }
+
+    fn put(&self, config: Config) {
+        let followers = self.followers.lock().unwrap_or_else(PoisonError::into_inner);
+        tell(followers.as_ref(), &config);
+        self.entry.set(&config);
+        self.config.store(Arc::new(config));
+    }
+
+    /// Tells these of the configuration in force, and of each that follows.
+    fn follow(&self, workers: &Arc<Workers>, mapper: &Arc<Mapper>) {
+        let mut followers = self.followers.lock().unwrap_or_else(PoisonError::into_inner);
+        *followers = Some((Arc::clone(workers), Arc::clone(mapper)));
+        tell(followers.as_ref(), &self.config.load());
+    }
+}
+
+fn tell(followers: Option<&(Arc<Workers>, Arc<Mapper>)>, config: &Config) {
+    if let Some((workers, mapper)) = followers {
+        workers.set(settings(config));
+        mapper.set(config.mapping.rules.clone());
+    }
+}
+
+/// Takes new configurations, or refuses them as a whole, as long as the process lives.
+struct Reloads {
+    orders: mpsc::Sender<Reload>,
+    in_force: Arc<InForce>,
+}
+
+impl Reloads {
+    /// That has a thread of its own, which ends with the process: a file may take its time to be read, for ever if it is a
+    /// pipe, and a stop must not wait for it.
+    fn serve(
+        config: &Config,
+        mut reload: impl FnMut() -> Result<Config, Vec<String>> + Send + 'static,
+    ) -> Result<Self, Error> {
+        let (orders, mut inbox) = mpsc::channel::<Reload>(1);
+        let entry = Entry::new(config);
+        let config = ArcSwap::from_pointee(config.clone());
+        let in_force = Arc::new(InForce { config, entry, followers: Mutex::new(None) });
+        let changed = Arc::clone(&in_force);
+        let mut obey = move || {
+            let refused = |wrong: &Vec<String>| {
+                wrong.iter().for_each(|problem| tracing::error!("the configuration is refused: {problem}"));
+            };
+            let config = reload().inspect_err(refused)?;
+            changed.put(config);
+            Ok::<_, Vec<String>>(())
+        };
+        let serve = move || {
+            while let Some(answer) = inbox.blocking_recv() {
+                let wrong = obey().err().unwrap_or_default();
+                // Who asked may have gone.
+                drop(answer.send(wrong));
+            }
+        };
+        thread::Builder::new().name("reload".to_owned()).spawn(serve).map_err(Error::System)?;
+        Ok(Self { orders, in_force })
     }
 }
 
@@ -491,11 +718,11 @@ struct HttpSockets {
 }
 
 impl HttpSockets {
-    fn bind(config: &http::Config) -> Result<Self, http::Error> {
+    fn bind(config: &http::Config, inherited: &mut Inherited) -> Result<Self, http::Error> {
         Ok(Self {
-            ingest: http::bind("ingest", &config.ingest)?,
-            api: http::bind("api", &config.api)?,
-            scrape: http::bind("scrape", &config.scrape)?,
+            ingest: http::bind(Use::Ingest, &config.ingest, inherited)?,
+            api: http::bind(Use::Api, &config.api, inherited)?,
+            scrape: http::bind(Use::Scrape, &config.scrape, inherited)?,
         })
     }
 
@@ -572,36 +799,48 @@ fn start_forwarder(config: &Config) -> Result<Option<Forwarder>, Error> {
     }
 }
 
-/// Starts the listeners for lines, and HTTP ingest beside them on the stream worker's thread.
+/// HTTP ingest on the stream worker's thread, which waits for what it needs.
+struct HttpIngest {
+    start: oneshot::Sender<(Keeping, Option<Forwarder>)>,
+    started: std::sync::mpsc::Receiver<Result<(), http::Error>>,
+}
+
+impl HttpIngest {
+    fn start(self, keeping: Keeping, forwarder: Option<Forwarder>) -> Result<(), Error> {
+        // Where the thread has ended nothing comes back either.
+        drop(self.start.send((keeping, forwarder)));
+        match self.started.recv() {
+            Ok(started) => started.map_err(Error::Http),
+            Err(_) => Err(Error::System(io::Error::other("the stream worker's thread ended at once"))),
+        }
+    }
+}
+
+/// Starts the listeners for lines, and beside them on the stream worker's thread what becomes HTTP ingest.
 fn start_listeners(
     ingest: Vec<http::Socket>,
-    entry: &Entry,
     config: &Config,
     workers: &Arc<Workers>,
-    keeping: Keeping,
-    forwarder: Option<Forwarder>,
-) -> Result<Listeners, Error> {
+    entry: &Entry,
+    inherited: &mut Inherited,
+) -> Result<(Listeners, HttpIngest), Error> {
     let (http, limits, access) = (config.http.clone(), config.limits.http.clone(), entry.access.clone());
-    let (started, outcome) = std::sync::mpsc::channel();
+    let (answer, started) = std::sync::mpsc::channel();
+    let (start, parts) = oneshot::channel();
     let beside = move |worker: Rc<RefCell<Worker>>, mut ends: watch::Receiver<bool>| async move {
+        // An error means that the agent did not come so far.
+        let Ok((keeping, forwarder)) = parts.await else { return };
         match http::start_ingest(ingest, access, worker, keeping, forwarder, &http, &limits) {
             Ok(server) => {
-                drop(started.send(Ok(())));
+                drop(answer.send(Ok(())));
                 // An error means that the listeners are gone, which is an end as well.
                 drop(ends.wait_for(|ends| *ends).await);
                 server.stop(http::GRACE).await;
             }
-            Err(error) => drop(started.send(Err(error))),
+            Err(error) => drop(answer.send(Err(error))),
         }
     };
-    let started = listen::start(&config.listen, &config.limits.listen, entry.tls.clone(), workers, beside);
-    let listeners = started.map_err(Error::Listen)?;
-    match outcome.recv() {
-        Ok(Ok(())) => Ok(listeners),
-        Ok(Err(error)) => {
-            listeners.stop(Duration::ZERO);
-            Err(Error::Http(error))
-        }
-        Err(_) => Err(Error::System(io::Error::other("the stream worker's thread ended at once"))),
-    }
+    let (of_lines, tls) = (&config.limits.listen, entry.tls.clone());
+    let listeners = listen::start(&config.listen, of_lines, tls, workers, inherited, beside);
+    Ok((listeners.map_err(Error::Listen)?, HttpIngest { start, started }))
 }

@@ -297,7 +297,7 @@ struct Folding {
     handed_over: u64,
     /// Series that were deleted, and may still be in the journal: until this flush is in it.
     forgotten: HashMap<SeriesId, u64>,
-    /// When the fold began, which was before any worker.
+    /// From when on a worker may have received something.
     begun_ms: u64,
     seen: Vec<Seen>,
     readers: Readers,
@@ -355,7 +355,8 @@ impl Folding {
         if let Some(journal) = &parts.journal {
             restore(&mut writer, journal, limits).map_err(Error::Journal)?;
         }
-        let begun_ms = clock::wall_ms();
+        budget.ledger_is_read_back();
+        let begun_ms = parts.workers.begun_ms();
         writer.close_until(begun_ms);
         let recall: Recall = match parts.journal {
             Some(journal) => Box::new(move |id| recall(&journal, id)),

@@ -33,7 +33,7 @@ pub use tally::begin;
 use crate::aggregate::baselines::Baselines;
 use crate::aggregate::shard::{Budget, Cells, IGNORED, Sealed, Shard, Sight};
 use crate::aggregate::window::start_of;
-use crate::clock::Clock;
+use crate::clock::{self, Clock};
 use crate::mapping::Mapping;
 use crate::protocol::{self, Body, Event, Parser, Reject, ServiceCheck, Sink};
 use crate::receipt::Receipt;
@@ -186,6 +186,7 @@ pub struct Workers {
     sources: Arc<Sources>,
     baselines: Arc<Baselines>,
     times: Times,
+    begun_ms: u64,
 }
 
 impl Workers {
@@ -214,7 +215,9 @@ impl Workers {
         let seats = Mutex::new(Vec::new());
         let (events, baselines) = (Arc::new(Events::default()), Arc::new(Baselines::default()));
         let sources = Arc::new(sources);
-        let workers = Self { seats, asked, deliveries, settings, budget, rejects, events, sources, baselines, times };
+        let begun_ms = clock::wall_ms();
+        let workers =
+            Self { seats, asked, deliveries, settings, budget, rejects, events, sources, baselines, times, begun_ms };
         (Arc::new(workers), receiver)
     }
 
@@ -224,6 +227,11 @@ impl Workers {
         let mut seats = self.seats.lock().unwrap_or_else(PoisonError::into_inner);
         seats.push(Arc::new(Seat { returned, wake: Box::new(wake) }));
         Worker::new(Arc::clone(self), seats.len() - 1, receiver)
+    }
+
+    /// When there was no worker yet, in milliseconds since the epoch.
+    pub fn begun_ms(&self) -> u64 {
+        self.begun_ms
     }
 
     /// How many workers there are.

@@ -19,6 +19,8 @@ pub mod sample;
 
 pub mod receipt;
 
+pub mod inherited;
+
 pub mod listen;
 
 pub mod protocol;
@@ -52,6 +54,8 @@ pub mod sync;
 pub mod telemetry;
 
 pub mod config;
+
+pub mod handover;
 
 pub mod agent;
 

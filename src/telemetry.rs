@@ -69,6 +69,7 @@ table! {
     REJECTS_SUPPRESSED = "tallyd_reject_log_suppressed_total", Counter, ["reason"], "Rejected lines that were counted but not logged.";
     SOURCES_OTHER = "tallyd_sources_other_total", Counter, [], "Lines counted under the source other because as many sources as limits.sources allows were told apart.";
     SOURCES_FORGOTTEN = "tallyd_sources_forgotten_total", Counter, [], "Sources idle for limits.idle that gave their place to a new one; their figures went to other.";
+    HANDOVERS = "tallyd_handovers_total", Counter, ["outcome"], "Hand-overs between processes; taken_over: this one took over, failed: another that was to did not, and this one went on.";
     CONNECTIONS = "tallyd_connections", Gauge, ["listener"], "Open stream connections.";
     CONNECTIONS_REFUSED = "tallyd_connections_refused_total", Counter, ["listener", "reason"], "Connections closed at once because a limit was reached.";
     TLS_HANDSHAKES = "tallyd_tls_handshakes_total", Counter, ["listener"], "TLS connections made.";

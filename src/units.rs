@@ -114,6 +114,17 @@ impl FromStr for ListenAddress {
     }
 }
 
+impl ListenAddress {
+    /// How a socket speaks that somebody else opened at an address: as the configured one with its port does, or, where
+    /// there is none, as all that are configured do together.
+    pub fn of_unit(address: SocketAddr, configured: &[String]) -> Self {
+        let configured: Vec<Self> = configured.iter().filter_map(|text| text.parse().ok()).collect();
+        let same = configured.iter().find(|at| at.address.port() == address.port());
+        let all = || !configured.is_empty() && configured.iter().all(|at| at.tls);
+        Self { address, tls: same.map_or_else(all, |at| at.tls) }
+    }
+}
+
 impl fmt::Display for ListenAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}{}", if self.tls { TLS } else { "" }, self.address)
@@ -271,6 +282,17 @@ mod tests {
         {
             assert!(text.parse::<ListenAddress>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_socket_of_a_unit_speaks_as_the_configured_address_of_its_port() {
+        let address: SocketAddr = "0.0.0.0:7443".parse().unwrap();
+        let tls = |configured: &[&str]| {
+            let configured: Vec<_> = configured.iter().map(|text| (*text).to_owned()).collect();
+            ListenAddress::of_unit(address, &configured).tls
+        };
+        assert!(tls(&["127.0.0.1:1", "tls://[::]:7443"]) && tls(&["tls://[::]:1"]));
+        assert!(!tls(&["tls://[::]:1", "[::]:7443"]) && !tls(&["tls://[::]:1", "[::]:2"]) && !tls(&[]));
     }
 
     #[test]

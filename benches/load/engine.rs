@@ -10,6 +10,7 @@ use tallyd::aggregate::ledger::Ledger;
 use tallyd::aggregate::shard::{self, Budget};
 use tallyd::flush::{self, OnCommit, Parts, Running};
 use tallyd::ingest::{self, Listener, Rejects, Settings, Source, Times, Worker, Workers};
+use tallyd::inherited::Inherited;
 use tallyd::listen::{self, Address, Listeners};
 use tallyd::store::journal::Journal;
 use tallyd::telemetry::{self, Exporter};
@@ -163,7 +164,9 @@ fn listen(workers: &Arc<Workers>) -> Listeners {
         ..listen::Config::default()
     };
     let tls = tls::Acceptor::new(None, Duration::ZERO);
-    listen::start(&config, &listen::Limits::default(), tls, workers, |_, _| future::ready(())).expect("a listener")
+    let limits = listen::Limits::default();
+    listen::start(&config, &limits, tls, workers, &mut Inherited::default(), |_, _| future::ready(()))
+        .expect("a listener")
 }
 
 impl Drop for Engine {

@@ -5,12 +5,15 @@
 //! that the ledger holds is not new, however late a shard sees it: at a start all that the journal gave back is there. One
 //! that only the journal still knows, because it was idle, counts as new, since looking there would let a worker wait for a disk.
 //!
+//! A worker may begin before the ledger is read back. Until then nobody can tell what is new: every series is taken for
+//! known that fits.
+//!
 //! Limits: `series`, `memory`, `new_series`, `source_share`. Past them samples go to `_overflow`, counted by [`Refusal`] in
 //! `tallyd_series_refused_total`.
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
 
 use foldhash::fast::RandomState;
 use serde::{Deserialize, Serialize};
@@ -95,6 +98,8 @@ pub struct Budget {
     rate: Rate,
     sources: Sources,
     ledger: Option<Arc<Ledger>>,
+    /// Whether all that the journal has is in the ledger.
+    is_read_back: AtomicBool,
     is_remote: bool,
     each: series::Limits,
 }
@@ -133,14 +138,21 @@ impl Budget {
             rate: Rate { per_second: limits.new_series, state: AtomicU64::new(0) },
             sources: Sources::new((series_max as f64 * limits.source_share) as u64),
             ledger: None,
+            is_read_back: AtomicBool::new(true),
             is_remote: false,
             each: limits.each,
         }
     }
 
-    /// The budget of an agent with this ledger, whose series are paid for. With `is_remote` deltas wait there for a store.
+    /// The budget of an agent with this ledger, whose series are paid for, and to which [`Budget::ledger_is_read_back`] is still to
+    /// be said. With `is_remote` deltas wait there for a store.
     pub fn beside(ledger: Arc<Ledger>, limits: &Limits, is_remote: bool) -> Self {
-        Self { ledger: Some(ledger), is_remote, ..Self::new(limits) }
+        Self { ledger: Some(ledger), is_read_back: AtomicBool::new(false), is_remote, ..Self::new(limits) }
+    }
+
+    /// From now on what the ledger does not hold is new.
+    pub fn ledger_is_read_back(&self) {
+        self.is_read_back.store(true, Ordering::Release);
     }
 
     /// What each series may keep.
@@ -151,6 +163,9 @@ impl Budget {
     /// Takes a series that a shard sees first, or says why not. What was taken is given back by [`Budget::release`].
     pub(super) fn admit(&self, id: &SeriesId, sight: Sight) -> Result<Owner, Refusal> {
         let cost = self.cost(id);
+        if !self.is_read_back.load(Ordering::Acquire) {
+            return self.charge_within(1, cost, self.bytes_max).then_some(NOBODY).ok_or(Refusal::Budget);
+        }
         if self.is_known(id) {
             // Paid for twice until the fold hears that this shard holds it too.
             self.force(1, cost);
@@ -179,9 +194,9 @@ impl Budget {
         }
     }
 
-    /// Whether the ledger has a series.
+    /// Whether the ledger has a series, or nobody can tell yet.
     pub(super) fn is_known(&self, id: &SeriesId) -> bool {
-        self.ledger.as_ref().is_some_and(|ledger| ledger.contains(id))
+        !self.is_read_back.load(Ordering::Acquire) || self.ledger.as_ref().is_some_and(|ledger| ledger.contains(id))
     }
 
     /// Takes a series that must be there, `_overflow`.

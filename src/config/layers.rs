@@ -10,6 +10,7 @@ use toml::de::{DeTable, DeValue, ValueDeserializer};
 use toml::{Spanned, Table, Value};
 
 use super::{Config, Fault, KEYS, Loaded, MAPS, Origin, Problem, Sources, get, is_section, last, literal, put, shown};
+use crate::handover;
 use crate::units::without_password;
 
 /// Lays the sources over `known`, the tree of the defaults, and checks the whole.
@@ -182,7 +183,7 @@ impl Reader {
                 if !value.is_empty() || get(&self.known, &key).is_some_and(Value::is_array) {
                     self.set_text(&key, value, Origin::Environment(name.to_owned()));
                 }
-            } else if name != "TALLYD_CONFIG" && !is_service_link(name, value) {
+            } else if !NO_KEYS.contains(&name) && !is_service_link(name, value) {
                 let nearest =
                     self.nearest(&key, false).map(|key| format!("TALLYD_{}", key.to_uppercase().replace('.', "__")));
                 let fault = Fault::Unknown { name: name.to_owned(), nearest };
@@ -308,6 +309,9 @@ impl File<'_> {
         Origin::File { name: self.name.to_owned(), line, column: before[start..].chars().count() + 1 }
     }
 }
+
+/// Variables that are nobody's key: the name of the file, and what an agent tells the one that takes over from it.
+const NO_KEYS: [&str; 2] = ["TALLYD_CONFIG", handover::VARIABLE];
 
 /// Whether Kubernetes or Docker made this variable for a service called `tallyd` or `tallyd-...`. Ours name a section
 /// and a key with `__` between them.

@@ -13,16 +13,18 @@
 use std::cell::RefCell;
 use std::fmt;
 use std::io::{self, ErrorKind};
-use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use socket2::{SockAddr, SockRef};
 use tokio::sync::mpsc;
 
 use crate::flush::Fold;
 use crate::ingest::Worker;
+use crate::inherited::{Inherited, Use};
 use crate::receipt::Receipt;
 use crate::telemetry;
 use crate::tls;
@@ -219,20 +221,45 @@ impl Socket {
     }
 }
 
-/// Binds the addresses of `http.<key>`. Without SO_REUSEPORT, so an address that another process has is an error. On a
-/// host without IPv6 its loopback is left out where the same port of IPv4's stands beside it, as in the defaults and where
-/// `INGEST_PORT` and `API_PORT` put both.
-pub fn bind(key: &'static str, addresses: &[String]) -> Result<Vec<Socket>, Error> {
+/// Takes what was inherited for `http.<key>`, and binds the rest of its addresses. Without SO_REUSEPORT, so an address that
+/// another process has is an error. On a host without IPv6 its loopback is left out where the same port of IPv4's stands
+/// beside it, as in the defaults and where `INGEST_PORT` and `API_PORT` put both.
+pub fn bind(r#use: Use, addresses: &[String], inherited: &mut Inherited) -> Result<Vec<Socket>, Error> {
+    let of_units = inherited.take_of_units(r#use).map_err(Error::Register)?;
+    if !of_units.is_empty() {
+        let of_unit = |listener: TcpListener| {
+            let tls = ListenAddress::of_unit(listener.local_addr()?, addresses).tls;
+            Ok(Socket { listener, tls })
+        };
+        let sockets = of_units.into_iter().map(TcpListener::from).map(of_unit);
+        return sockets.collect::<io::Result<_>>().map_err(Error::Register);
+    }
+    let key = r#use.name();
     let mut sockets = Vec::with_capacity(addresses.len());
     for text in addresses {
         let address: ListenAddress = text.parse().map_err(|_| Error::Address { key, text: text.clone() })?;
-        match TcpListener::bind(address.address) {
+        match inherit_or_open(r#use, address.address, inherited) {
             Ok(listener) => sockets.push(Socket { listener, tls: address.tls }),
             Err(error) if has_twin(address, addresses) && is_no_such_family(&error) => {}
             Err(error) => return Err(Error::Bind { key, address, error }),
         }
     }
     Ok(sockets)
+}
+
+fn inherit_or_open(r#use: Use, address: SocketAddr, inherited: &mut Inherited) -> io::Result<TcpListener> {
+    let mut free = address.port() == 0;
+    let is_there = |other: &SockAddr| {
+        let other = other.as_socket();
+        // With port 0 any is right, but only one.
+        other == Some(address) || other.is_some_and(|other| other.ip() == address.ip()) && std::mem::take(&mut free)
+    };
+    if let Some(socket) = inherited.take_bound(r#use, is_there)?.into_iter().next() {
+        return Ok(socket.into());
+    }
+    let listener = TcpListener::bind(address)?;
+    inherited.keep(r#use, &SockRef::from(&listener))?;
+    Ok(listener)
 }
 
 /// Whether an address is the loopback of IPv6, and that of IPv4 has the same port.

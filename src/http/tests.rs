@@ -743,22 +743,26 @@ fn a_stop_does_not_wait_longer_than_its_grace() {
     assert!(began.elapsed() < Duration::from_secs(5));
 }
 
+fn bind_api(addresses: &[String]) -> Result<Vec<Socket>, Error> {
+    bind(Use::Api, addresses, &mut Inherited::default())
+}
+
 #[test]
 fn addresses_are_bound_or_named() {
     let (_held, address) = bound();
-    let error = bind("api", &[address.to_string()]).unwrap_err();
+    let error = bind_api(&[address.to_string()]).unwrap_err();
     assert_eq!(
         error.to_string(),
         format!("http.api = \"{address}\": in use; stop the other program there, or take another port")
     );
-    assert!(matches!(bind("api", &["localhost".to_owned()]), Err(Error::Address { .. })));
-    let elsewhere = bind("api", &["192.0.2.1:0".to_owned()]).unwrap_err();
+    assert!(matches!(bind_api(&["localhost".to_owned()]), Err(Error::Address { .. })));
+    let elsewhere = bind_api(&["192.0.2.1:0".to_owned()]).unwrap_err();
     assert_eq!(elsewhere.to_string(), "http.api = \"192.0.2.1:0\": no address of this host; name one that it has");
     assert_eq!((error.exit_code(), elsewhere.exit_code()), (69, 69));
     let denied = ErrorKind::PermissionDenied.into();
     let denied = Error::Bind { key: "api", address: "127.0.0.1:80".parse().unwrap(), error: denied };
     assert!(denied.to_string().contains("CAP_NET_BIND_SERVICE") && denied.exit_code() == 77, "{denied}");
-    assert_eq!(bind("api", &["127.0.0.1:0".to_owned()]).unwrap().len(), 1);
+    assert_eq!(bind_api(&["127.0.0.1:0".to_owned()]).unwrap().len(), 1);
 }
 
 #[test]

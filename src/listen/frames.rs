@@ -3,6 +3,8 @@
 
 use std::ops::ControlFlow;
 
+use super::lines::Rest;
+
 /// What a packet of a stream is to the transport.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Piece<'a> {
@@ -30,9 +32,22 @@ pub(super) struct Frames {
 }
 
 impl Frames {
-    /// For a stream whose packets have at most `max` bytes.
-    pub(super) fn new(max: usize) -> Self {
-        Self { partial: Vec::new(), skip: 0, max }
+    /// For a stream whose packets have at most `max` bytes, from where another left off. A packet that was not too long for
+    /// that one, but is for this, is skipped.
+    pub(super) fn resume(max: usize, rest: Rest) -> Self {
+        let skip = usize::try_from(rest.skip).unwrap_or(usize::MAX);
+        let Rest { partial, .. } = rest;
+        match partial.first_chunk().map(|head| length(*head)) {
+            Some(length) if length > max => {
+                Self { skip: (LENGTH + length).saturating_sub(partial.len()), partial: Vec::new(), max }
+            }
+            Some(_) | None => Self { partial, skip, max },
+        }
+    }
+
+    /// What another needs to go on.
+    pub(super) fn into_rest(self) -> Rest {
+        Rest { partial: self.partial, skip: self.skip as u64 }
     }
 
     /// Takes the next bytes of the stream and hands over each packet that ends in them, until told to stop.
@@ -113,7 +128,7 @@ mod tests {
 
     /// Each piece with a letter for what it is.
     fn pieces<'a>(chunks: impl IntoIterator<Item = &'a [u8]>, max: usize) -> Vec<(char, Vec<u8>)> {
-        let mut frames = Frames::new(max);
+        let mut frames = Frames::resume(max, Rest::default());
         let mut seen = Vec::new();
         for chunk in chunks {
             let flow = frames.feed(chunk, |piece| match piece {
@@ -131,6 +146,8 @@ mod tests {
                 }
             });
             assert!(frames.partial().len() <= max);
+            // Another may go on from here.
+            frames = Frames::resume(max, frames.into_rest());
             if flow.is_break() {
                 break;
             }
@@ -182,7 +199,7 @@ mod tests {
 
     #[test]
     fn what_is_inside_a_packet_is_known() {
-        let mut frames = Frames::new(12);
+        let mut frames = Frames::resume(12, Rest::default());
         let go = |_: Piece<'_>| ControlFlow::Continue(());
         assert_eq!(frames.feed(b"\x05\0\0", go), ControlFlow::Continue(()));
         assert!(frames.is_inside() && frames.partial().is_empty());

@@ -14,6 +14,15 @@ pub enum Piece<'a> {
     Request(&'a [u8]),
 }
 
+/// What a stream that is taken apart leaves in the hands of who does.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Rest {
+    /// The beginning of a line or packet that has not ended.
+    pub partial: Vec<u8>,
+    /// Bytes of a packet that are still to be skipped; of a line whether there are any, 1 or 0.
+    pub skip: u64,
+}
+
 /// Splits a stream into lines.
 #[derive(Debug)]
 pub struct Lines {
@@ -26,6 +35,16 @@ impl Lines {
     /// For a stream whose lines have at most `max` bytes; the carriage return before a line feed does not count.
     pub fn new(max: usize) -> Self {
         Self { partial: Vec::new(), skipping: false, max }
+    }
+
+    /// The same, from where another left off.
+    pub fn resume(max: usize, rest: Rest) -> Self {
+        Self { partial: rest.partial, skipping: rest.skip > 0, max }
+    }
+
+    /// What another needs to go on.
+    pub fn into_rest(self) -> Rest {
+        Rest { partial: self.partial, skip: self.skipping.into() }
     }
 
     /// Takes the next bytes of the stream and hands over each line that ends in them, until told to stop.
@@ -198,6 +217,23 @@ mod tests {
             cuts.sort_unstable();
             let chunks = cuts.windows(2).map(|cut| &stream[cut[0]..cut[1]]);
             prop_assert_eq!(pieces(chunks, max), plain(&stream, max));
+        }
+    }
+
+    #[test]
+    fn another_goes_on_at_any_byte() {
+        for cut in 0..=SCRIPT.len() {
+            let mut seen = Vec::new();
+            let mut see = |piece: Piece<'_>| {
+                seen.push(own(piece));
+                ControlFlow::Continue(())
+            };
+            let mut first = Lines::new(12);
+            assert!(first.feed(&SCRIPT[..cut], &mut see).is_continue());
+            let mut second = Lines::resume(12, first.into_rest());
+            assert!(second.feed(&SCRIPT[cut..], &mut see).is_continue());
+            second.end(see);
+            assert_eq!(seen, plain(SCRIPT, 12), "cut at {cut}");
         }
     }
 

@@ -31,19 +31,21 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use socket2::Socket;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use crate::ingest::{Listener, Worker, Workers};
+use crate::inherited::Inherited;
 use crate::tls;
 use crate::units::{Account, ListenAddress, Mode, Size, Time};
 use burst::Wake;
 use peers::Peers;
+pub use stream::Passed;
 
 /// `[listen]`: where lines come in.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -400,18 +402,60 @@ pub struct Listeners {
     stop: Arc<Stop>,
     wakes: Vec<Wake>,
     threads: Vec<JoinHandle<()>>,
+    adopted: mpsc::UnboundedSender<Passed>,
 }
 
 /// How the threads learn that they shall end.
 #[derive(Debug)]
 struct Stop {
-    /// How long a worker may still read what the kernel holds; unset while there is no reason to end.
-    grace: OnceLock<Duration>,
+    /// Unset while there is no reason to end.
+    end: OnceLock<End>,
     /// The same for tasks: true when they shall end.
     ends: watch::Sender<bool>,
+    /// The streams that are passed on.
+    passed: Mutex<Vec<Passed>>,
 }
 
-/// Binds what is configured and starts the workers' threads. When this returns, all of them are registered and every
+/// What becomes of that which the kernel still holds.
+#[derive(Debug, Clone, Copy)]
+enum End {
+    /// It is read, in this time at most.
+    Read(Duration),
+    /// Who has the same sockets reads it; requests under way are answered in this time.
+    PassOn(Duration),
+}
+
+impl Stop {
+    fn new() -> Self {
+        Self { end: OnceLock::new(), ends: watch::Sender::new(false), passed: Mutex::default() }
+    }
+
+    /// How long the kernel's datagrams may still be read, once there is an end.
+    fn reads_for(&self) -> Option<Duration> {
+        self.end.get().map(|end| match end {
+            End::Read(time) => *time,
+            End::PassOn(_) => Duration::ZERO,
+        })
+    }
+
+    /// How long tasks may go on after the end.
+    fn grace(&self) -> Duration {
+        match self.end.get() {
+            Some(End::Read(time) | End::PassOn(time)) => *time,
+            None => Duration::ZERO,
+        }
+    }
+
+    fn passes_on(&self) -> bool {
+        matches!(self.end.get(), Some(End::PassOn(_)))
+    }
+
+    fn pass_on(&self, passed: Passed) {
+        self.passed.lock().unwrap_or_else(PoisonError::into_inner).push(passed);
+    }
+}
+
+/// Binds what is configured and not inherited, and starts the workers' threads. When this returns, all of them are registered and every
 /// address takes data.
 ///
 /// `beside` is what else runs on the stream worker's thread with its worker, until the second argument says true: HTTP
@@ -421,6 +465,7 @@ pub fn start<F>(
     limits: &Limits,
     tls: tls::Acceptor,
     workers: &Arc<Workers>,
+    inherited: &mut Inherited,
     beside: impl FnOnce(Rc<RefCell<Worker>>, watch::Receiver<bool>) -> F + Send + 'static,
 ) -> Result<Listeners, Error>
 where
@@ -431,22 +476,23 @@ where
         count => count,
     };
     let peers = Peers::new(config)?;
-    let sockets = sockets::bind(config, count)?;
+    let sockets = sockets::bind(config, count, inherited)?;
+    let (adopted, adopting) = mpsc::unbounded_channel();
     let mut listeners = Listeners {
         bound: sockets.addresses(),
         files: Vec::new(),
         warnings: sockets.warnings,
-        stop: Arc::new(Stop { grace: OnceLock::new(), ends: watch::Sender::new(false) }),
+        stop: Arc::new(Stop::new()),
         wakes: Vec::new(),
         threads: Vec::new(),
+        adopted,
     };
     let (unixgram, unix) = (listeners.keep_files(sockets.unixgram), listeners.keep_files(sockets.unix));
+    let streams = stream::Sockets { tcp: sockets.tcp, tls, unix, peers: peers.clone(), adopted: adopting };
     let started = listeners
         .start_udp(&sockets.udp, count, config, limits, workers)
         .and_then(|()| listeners.start_unixgram(unixgram, &peers, limits, workers))
-        .and_then(|()| {
-            listeners.start_streams(stream::Sockets { tcp: sockets.tcp, tls, unix, peers }, limits, workers, beside)
-        });
+        .and_then(|()| listeners.start_streams(streams, limits, workers, beside));
     match started {
         Ok(()) => Ok(listeners),
         Err(error) => {
@@ -467,10 +513,37 @@ impl Listeners {
         &self.warnings
     }
 
+    /// Takes streams that another agent has passed on, with what it had read of a line.
+    pub fn adopt(&self, passed: Vec<Passed>) {
+        for stream in passed {
+            // The thread ends only after this.
+            drop(self.adopted.send(stream));
+        }
+    }
+
+    /// Whether the files of unix sockets stay there at the end, because somebody else has the sockets too.
+    pub fn leave_files(&mut self, stay: bool) {
+        self.files.iter_mut().for_each(|file| file.stay(stay));
+    }
+
     /// Stops reading once all that the kernel held is read, or after `grace`, and closes the workers. Blocks until all
     /// of that is done.
     pub fn stop(self, grace: Duration) {
-        self.stop.grace.get_or_init(|| grace);
+        self.end(End::Read(grace));
+    }
+
+    /// Stops reading at once, since another agent reads the same sockets, and closes the workers; requests under way have
+    /// `grace`. Blocks until all of that is done, and gives the open streams, for [`Listeners::adopt`] of the other.
+    pub fn pass_on(mut self, grace: Duration) -> Vec<Passed> {
+        self.leave_files(true);
+        let stop = Arc::clone(&self.stop);
+        self.end(End::PassOn(grace));
+        let mut passed = stop.passed.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut passed)
+    }
+
+    fn end(self, end: End) {
+        self.stop.end.get_or_init(|| end);
         self.stop.ends.send_replace(true);
         self.wakes.iter().for_each(Wake::wake);
         // A thread that panicked has nothing left to close.

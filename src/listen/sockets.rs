@@ -1,4 +1,4 @@
-//! Addresses into bound sockets. Nothing is read here.
+//! Addresses into bound sockets, those that this process inherited among them. Nothing is read here.
 //!
 //! Every UDP worker has a socket of its own at each address, joined by SO_REUSEPORT, so that the kernel spreads the
 //! senders over them. That option would also let a second agent join and take half of the traffic: each address is
@@ -8,10 +8,11 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::AsFd;
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use super::{Address, Config, Error, Warning, burst, unix};
 use crate::ingest::Listener;
+use crate::inherited::{Inherited, Use};
 use crate::units::{ListenAddress, Size};
 
 /// Connections that wait to be accepted; the kernel's own bound is `net.core.somaxconn`.
@@ -68,15 +69,13 @@ pub(super) struct Shared {
     pub(super) gro: bool,
 }
 
-/// Binds all that is configured, with sockets for so many UDP workers.
-pub(super) fn bind(config: &Config, workers: usize) -> Result<Sockets, Error> {
-    let defaults = Config::default();
+/// Binds all that is configured and not inherited, with sockets for so many UDP workers.
+pub(super) fn bind(config: &Config, workers: usize, inherited: &mut Inherited) -> Result<Sockets, Error> {
     let mut bound = Sockets::default();
-    let udp = |place| shared(place, workers, config);
-    bound.udp = bind_each("listen.udp", &config.udp, &defaults.udp, udp, &mut bound.warnings)?;
-    bound.tcp = bind_each("listen.tcp", &config.tcp, &defaults.tcp, stream, &mut bound.warnings)?;
-    bound.unixgram = unix::datagrams(config)?;
-    bound.unix = unix::streams(config)?;
+    bound.udp = udp(config, workers, inherited, &mut bound.warnings)?;
+    bound.tcp = tcp(config, inherited, &mut bound.warnings)?;
+    bound.unixgram = unix::datagrams(config, inherited)?;
+    bound.unix = unix::streams(config, inherited)?;
     let asked = config.receive_buffer;
     let small = bound.udp.iter().filter(|shared| shared.receive_buffer < asked);
     let warning =
@@ -85,6 +84,33 @@ pub(super) fn bind(config: &Config, workers: usize) -> Result<Sockets, Error> {
     let single = bound.udp.iter().filter(|shared| config.udp_gro && !shared.gro);
     bound.warnings.extend(single.map(|shared| Warning::NoGro { address: shared.address }));
     Ok(bound)
+}
+
+fn udp(
+    config: &Config,
+    workers: usize,
+    inherited: &mut Inherited,
+    warnings: &mut Vec<Warning>,
+) -> Result<Vec<Shared>, Error> {
+    let of_units = inherited.take_of_units(Use::Udp).map_err(Error::System)?;
+    if !of_units.is_empty() {
+        return shared_of_units(of_units, config).map_err(Error::System);
+    }
+    let bind = |place| shared(place, workers, config, inherited);
+    bind_each("listen.udp", &config.udp, &Config::default().udp, bind, warnings)
+}
+
+fn tcp(config: &Config, inherited: &mut Inherited, warnings: &mut Vec<Warning>) -> Result<Vec<Stream>, Error> {
+    let of_units = inherited.take_of_units(Use::Tcp).map_err(Error::System)?;
+    if !of_units.is_empty() {
+        let of_unit = |socket: Socket| {
+            let tls = ListenAddress::of_unit(local(&socket)?, &config.tcp).tls;
+            listening(socket, tls)
+        };
+        return of_units.into_iter().map(of_unit).collect::<io::Result<_>>().map_err(Error::System);
+    }
+    let bind = |place| stream(place, inherited);
+    bind_each("listen.tcp", &config.tcp, &Config::default().tcp, bind, warnings)
 }
 
 /// An address to bind.
@@ -100,7 +126,7 @@ fn bind_each<T>(
     key: &'static str,
     texts: &[String],
     defaults: &[String],
-    bind: impl Fn(Place) -> io::Result<T>,
+    mut bind: impl FnMut(Place) -> io::Result<T>,
     warnings: &mut Vec<Warning>,
 ) -> Result<Vec<T>, Error> {
     let mut bound = Vec::with_capacity(texts.len());
@@ -136,37 +162,94 @@ fn lacks_family(place: Place, error: &io::Error) -> bool {
     place.address.is_ipv6() && matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
 }
 
-/// One socket for each worker, all at the same address; where the port is 0, at the one that the first got.
-fn shared(place: Place, workers: usize, config: &Config) -> io::Result<Shared> {
-    if place.address.port() != 0 {
+impl Place {
+    /// Whether a socket is bound here; with port 0, to any port.
+    fn has(self, address: &SockAddr) -> bool {
+        let Some(address) = address.as_socket() else { return false };
+        address == self.address || self.address.port() == 0 && address.ip() == self.address.ip()
+    }
+}
+
+/// One socket for each worker, all at the same address; where the port is 0, at the one that the first got. Of inherited
+/// ones all are taken, since each may hold something.
+fn shared(place: Place, workers: usize, config: &Config, inherited: &mut Inherited) -> io::Result<Shared> {
+    let sockets = take_first_bound(Use::Udp, place, inherited)?;
+    let mut shared = Shared::of(sockets, place.address, config)?;
+    if shared.sockets.is_empty() && place.address.port() != 0 {
         let probe = socket(place, Type::DGRAM, Protocol::UDP)?;
         probe.bind(&place.address.into())?;
     }
-    let mut address = place.address;
-    let mut sockets = Vec::with_capacity(workers);
-    let mut gro = false;
-    for _ in 0..workers.max(1) {
+    while shared.sockets.len() < workers.max(1) {
         let socket = socket(place, Type::DGRAM, Protocol::UDP)?;
         socket.set_reuse_port(true)?;
-        set_receive_buffer(&socket, config.receive_buffer)?;
-        // Before anything can come. If one socket may hold trains, all are read as if they did.
-        gro |= config.udp_gro && burst::set_gro(socket.as_fd()).is_ok();
-        socket.bind(&address.into())?;
-        address = local(&socket)?;
-        sockets.push(socket);
+        // Before anything can come.
+        shared.prepare(&socket, config)?;
+        socket.bind(&shared.address.into())?;
+        shared.address = local(&socket)?;
+        inherited.keep(Use::Udp, &socket)?;
+        shared.sockets.push(socket);
     }
-    let granted = sockets.iter().map(receive_buffer).collect::<io::Result<Vec<_>>>()?;
-    Ok(Shared { address, sockets, receive_buffer: granted.into_iter().min().unwrap_or(Size(0)), gro })
+    Ok(shared)
+}
+
+/// The sockets that units opened, by their addresses.
+fn shared_of_units(sockets: Vec<Socket>, config: &Config) -> io::Result<Vec<Shared>> {
+    let mut by_address: Vec<(SocketAddr, Vec<Socket>)> = Vec::new();
+    for socket in sockets {
+        let address = local(&socket)?;
+        match by_address.iter_mut().find(|(other, _)| *other == address) {
+            Some((_, sockets)) => sockets.push(socket),
+            None => by_address.push((address, vec![socket])),
+        }
+    }
+    by_address.into_iter().map(|(address, sockets)| Shared::of(sockets, address, config)).collect()
+}
+
+impl Shared {
+    /// Sockets that are bound to one address; without any, to the given one.
+    fn of(sockets: Vec<Socket>, address: SocketAddr, config: &Config) -> io::Result<Self> {
+        let address = sockets.first().map_or(Ok(address), local)?;
+        let mut shared = Self { address, sockets: Vec::new(), receive_buffer: Size(u64::MAX), gro: false };
+        for socket in &sockets {
+            shared.prepare(socket, config)?;
+        }
+        Ok(Self { sockets, ..shared })
+    }
+
+    /// Asks for what is configured. If one socket may hold trains, all are read as if they did.
+    fn prepare(&mut self, socket: &Socket, config: &Config) -> io::Result<()> {
+        // The buffer of an inherited socket may be larger than this process can ask for, and is not to shrink by asking.
+        if receive_buffer(socket)? < config.receive_buffer {
+            set_receive_buffer(socket, config.receive_buffer)?;
+        }
+        self.gro |= config.udp_gro && burst::set_gro(socket.as_fd()).is_ok();
+        self.receive_buffer = self.receive_buffer.min(receive_buffer(socket)?);
+        Ok(())
+    }
+}
+
+/// Inherited sockets that are bound here, all to one address.
+fn take_first_bound(r#use: Use, place: Place, inherited: &mut Inherited) -> io::Result<Vec<Socket>> {
+    let mut first = None;
+    inherited.take_bound(r#use, |address| place.has(address) && *first.get_or_insert(address.clone()) == *address)
 }
 
 /// A listening TCP socket. SO_REUSEADDR passes over what is left of closed connections, not over another listener.
-fn stream(place: Place) -> io::Result<Stream> {
+fn stream(place: Place, inherited: &mut Inherited) -> io::Result<Stream> {
+    if let Some(socket) = take_first_bound(Use::Tcp, place, inherited)?.into_iter().next() {
+        return listening(socket, place.tls);
+    }
     let socket = socket(place, Type::STREAM, Protocol::TCP)?;
     socket.set_reuse_address(true)?;
     socket.bind(&place.address.into())?;
     socket.listen(BACKLOG)?;
+    inherited.keep(Use::Tcp, &socket)?;
+    listening(socket, place.tls)
+}
+
+fn listening(socket: Socket, tls: bool) -> io::Result<Stream> {
     socket.set_nonblocking(true)?;
-    Ok(Stream { listener: socket.into(), tls: place.tls })
+    Ok(Stream { listener: socket.into(), tls })
 }
 
 fn socket(place: Place, kind: Type, protocol: Protocol) -> io::Result<Socket> {
@@ -198,6 +281,10 @@ mod tests {
     use std::net::UdpSocket;
 
     use super::*;
+
+    fn bind(config: &Config, workers: usize) -> Result<Sockets, Error> {
+        super::bind(config, workers, &mut Inherited::default())
+    }
 
     fn config(udp: &[&str], tcp: &[&str]) -> Config {
         let texts = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect();

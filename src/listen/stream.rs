@@ -8,6 +8,9 @@
 //! and is told when its stream ends; one of a client of TLS to another address is counted and closed, and so is a unix stream
 //! of a user that may not send. Connections beyond `limits.connections`,
 //! `limits.connections_per_address` or what `limits.reserved_fds` leaves are accepted and closed.
+//!
+//! At a stop a connection reads what the kernel holds and closes; where another agent takes over it is [`Passed`] on as it
+//! is, and nothing of it is lost or read twice.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -27,7 +30,7 @@ use socket2::{SockAddr, SockRef, Socket};
 use tokio::io::{AsyncRead, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::runtime::Runtime;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::{JoinSet, LocalSet, spawn_local, yield_now};
 use tokio::time::sleep;
 
@@ -44,20 +47,11 @@ use crate::tls;
 /// Tasks that run before the runtime looks at sockets and timers again, so that a seal is not late under load.
 const TASKS_A_LOOK: u32 = 16;
 
-/// Where streams come in, and on which terms.
-pub(super) struct Sockets {
-    pub(super) tcp: Vec<sockets::Stream>,
-    /// What makes connections speak TLS, where they do.
-    pub(super) tls: tls::Acceptor,
-    pub(super) unix: Vec<Socket>,
-    /// Whose processes may connect to these.
-    pub(super) peers: Peers,
-}
-
 /// What the stream worker's thread needs.
 pub(super) struct Streams {
     runtime: Runtime,
     doors: Vec<Door>,
+    adopted: mpsc::UnboundedReceiver<Passed>,
     worker: Worker,
     workers: Arc<Workers>,
     peers: Peers,
@@ -66,16 +60,35 @@ pub(super) struct Streams {
     wake: Arc<Notify>,
 }
 
+/// What the streams worker serves.
+pub(super) struct Sockets {
+    pub(super) tcp: Vec<sockets::Stream>,
+    /// What makes connections speak TLS, where they do.
+    pub(super) tls: tls::Acceptor,
+    pub(super) unix: Vec<Socket>,
+    /// Whose processes may connect to these.
+    pub(super) peers: Peers,
+    /// Streams that another agent had.
+    pub(super) adopted: mpsc::UnboundedReceiver<Passed>,
+}
+
+/// An open stream on its way from one agent to another.
+#[derive(Debug)]
+pub struct Passed {
+    /// TCP or unix.
+    pub listener: Listener,
+    /// The connection.
+    pub socket: Socket,
+    /// What was read of it and not used.
+    pub rest: lines::Rest,
+}
+
 impl Streams {
     /// A worker for these listeners and all that runs beside them.
-    pub(super) fn new(
-        Sockets { tcp, tls, unix, peers }: Sockets,
-        limits: Limits,
-        workers: &Arc<Workers>,
-        stop: Arc<Stop>,
-    ) -> io::Result<Self> {
+    pub(super) fn new(sockets: Sockets, limits: Limits, workers: &Arc<Workers>, stop: Arc<Stop>) -> io::Result<Self> {
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().event_interval(TASKS_A_LOOK).build()?;
+        let Sockets { tcp, tls, unix, peers, adopted } = sockets;
         let doors = {
             let _inside = runtime.enter();
             let tcp = tcp.into_iter().map(|sockets::Stream { listener, tls: speaks }| {
@@ -88,7 +101,7 @@ impl Streams {
         let wake = Arc::new(Notify::new());
         let caller = Arc::clone(&wake);
         let worker = workers.register(move || caller.notify_one());
-        Ok(Self { runtime, doors, worker, workers: Arc::clone(workers), peers, limits, stop, wake })
+        Ok(Self { runtime, doors, adopted, worker, workers: Arc::clone(workers), peers, limits, stop, wake })
     }
 
     /// Serves until it is told to stop, and `beside` too.
@@ -96,13 +109,13 @@ impl Streams {
     where
         F: Future<Output = ()> + 'static,
     {
-        let Self { runtime, doors, worker, workers, peers, limits, stop, wake } = self;
+        let Self { runtime, doors, adopted, worker, workers, peers, limits, stop, wake } = self;
         let worker = Rc::new(RefCell::new(worker));
         let ends = stop.ends.subscribe();
         let tasks = LocalSet::new();
         tasks.block_on(&runtime, async {
-            let intake = Rc::new(Intake::new(Rc::clone(&worker), workers, peers, limits));
-            let streams = serve(doors, intake, ends.clone());
+            let intake = Rc::new(Intake::new(Rc::clone(&worker), workers, peers, limits, Arc::clone(&stop)));
+            let streams = serve(doors, adopted, intake, ends.clone());
             let beside = beside(Rc::clone(&worker), ends.clone());
             let mut until = ends.clone();
             // Readers wait for every worker, so this one stays even if it has nothing to serve.
@@ -125,7 +138,7 @@ impl Streams {
 /// Ends when the grace of a stop is over.
 async fn overdue(mut ends: watch::Receiver<bool>, stop: &Stop) {
     stopped(&mut ends).await;
-    sleep(stop.grace.get().copied().unwrap_or_default()).await;
+    sleep(stop.grace()).await;
 }
 
 /// Ends when a stop is asked for, or nobody is left who could ask.
@@ -152,8 +165,13 @@ async fn turns(worker: &RefCell<Worker>, wake: &Notify) {
     }
 }
 
-/// Serves streams until `ends` says true; then it reads what the kernel holds, and returns.
-async fn serve(doors: Vec<Door>, intake: Rc<Intake>, ends: watch::Receiver<bool>) {
+/// Serves streams until `ends` says true; then it reads what the kernel holds or passes them on, and returns.
+async fn serve(
+    doors: Vec<Door>,
+    adopted: mpsc::UnboundedReceiver<Passed>,
+    intake: Rc<Intake>,
+    ends: watch::Receiver<bool>,
+) {
     for listener in doors.iter().map(Door::listener) {
         ingest::begin(listener);
         telemetry::CONNECTIONS_REFUSED.begin(Refusal::ALL.map(|refusal| [listener.name(), refusal.name()]));
@@ -161,8 +179,9 @@ async fn serve(doors: Vec<Door>, intake: Rc<Intake>, ends: watch::Receiver<bool>
     if doors.iter().any(|door| door.listener() == Listener::Tcp) {
         tls::Acceptor::begin(Listener::Tcp.name());
     }
+    let adopting = spawn_local(adopt(adopted, Rc::clone(&intake), ends.clone()));
     let accepting = doors.into_iter().map(|door| spawn_local(accept(door, intake.clone(), ends.clone())));
-    for task in accepting.collect::<Vec<_>>() {
+    for task in accepting.chain([adopting]).collect::<Vec<_>>() {
         // A task that panicked has ended too.
         drop(task.await);
     }
@@ -237,10 +256,33 @@ async fn accept(door: Door, intake: Rc<Intake>, mut ends: watch::Receiver<bool>)
             }
         }
     }
-    for connection in door.waiting(&intake) {
-        connections.spawn_local(connection.run(None, ends.clone()));
+    if !intake.stop.passes_on() {
+        for connection in door.waiting(&intake) {
+            connections.spawn_local(connection.run(None, ends.clone()));
+        }
     }
     drop(door);
+    while connections.join_next().await.is_some() {}
+}
+
+/// Goes on with connections of another agent until `ends` says true, and returns when the last of them has ended.
+async fn adopt(mut adopted: mpsc::UnboundedReceiver<Passed>, intake: Rc<Intake>, mut ends: watch::Receiver<bool>) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            biased;
+            Some(passed) = adopted.recv() => {
+                let listener = passed.listener;
+                match Connection::resume(passed, &intake) {
+                    Ok(Ok(connection)) => drop(connections.spawn_local(connection.run(None, ends.clone()))),
+                    Ok(Err(refusal)) => intake.refused(listener, refusal).await,
+                    Err(_) => intake.failed(listener).await,
+                }
+            }
+            () = stopped(&mut ends) => break,
+            Some(_) = connections.join_next() => {}
+        }
+    }
     while connections.join_next().await.is_some() {}
 }
 
@@ -250,6 +292,7 @@ struct Intake {
     workers: Arc<Workers>,
     peers: Peers,
     limits: Limits,
+    stop: Arc<Stop>,
     descriptors_max: u64,
     clock: Clock,
     /// Where bytes stand between the kernel and the worker: never across an await, so one is enough for all.
@@ -302,11 +345,12 @@ impl Refusal {
 }
 
 impl Intake {
-    fn new(worker: Rc<RefCell<Worker>>, workers: Arc<Workers>, peers: Peers, limits: Limits) -> Self {
+    fn new(worker: Rc<RefCell<Worker>>, workers: Arc<Workers>, peers: Peers, limits: Limits, stop: Arc<Stop>) -> Self {
         Self {
             worker,
             workers,
             peers,
+            stop,
             descriptors_max: burst::descriptors_max(),
             clock: Clock::default(),
             buffer: RefCell::new(vec![0; limits.stream_buffer.bytes().max(1)].into_boxed_slice()),
@@ -458,11 +502,11 @@ impl Transport {
         }
     }
 
-    /// Whether bytes come as they are.
-    fn is_plain_tcp(&self) -> bool {
+    /// Whether bytes come in TLS, so that nobody else could go on with them.
+    fn is_tls(&self) -> bool {
         match self {
-            Self::Tcp(tls::Stream::Plain(_)) => true,
-            Self::Tcp(tls::Stream::Tls(_)) | Self::Unix(_) => false,
+            Self::Tcp(tls::Stream::Tls(_)) => true,
+            Self::Tcp(tls::Stream::Plain(_)) | Self::Unix(_) => false,
         }
     }
 
@@ -470,6 +514,15 @@ impl Transport {
         match self {
             Self::Tcp(stream) => stream.farewell(),
             Self::Unix(_) => {}
+        }
+    }
+
+    /// The socket, if it can be left to another agent.
+    fn into_socket(self) -> io::Result<Socket> {
+        match self {
+            Self::Tcp(tls::Stream::Plain(stream)) => stream.into_std().map(Socket::from),
+            Self::Tcp(tls::Stream::Tls(_)) => Err(io::ErrorKind::Unsupported.into()),
+            Self::Unix(stream) => stream.into_std().map(Socket::from),
         }
     }
 }
@@ -496,6 +549,23 @@ impl Framing {
                 })?;
                 ControlFlow::Continue(ended)
             }
+        }
+    }
+
+    /// Begins where another left off, or at the beginning of a stream.
+    fn resume(listener: Listener, rest: lines::Rest, intake: &Intake) -> Self {
+        if listener == Listener::Unix {
+            let packet = intake.limits.datagram.0.min(DATAGRAM_MAX) as usize;
+            return Self::Packets(Frames::resume(packet, rest));
+        }
+        let line = intake.workers.settings().limits.line;
+        Self::Lines(Lines::resume(line.min(intake.limits.stream_buffer.bytes()), rest))
+    }
+
+    fn into_rest(self) -> lines::Rest {
+        match self {
+            Self::Lines(lines) => lines.into_rest(),
+            Self::Packets(frames) => frames.into_rest(),
         }
     }
 
@@ -540,22 +610,46 @@ enum End {
 
 impl Connection {
     fn begin(stream: Transport, peer: Option<SocketAddr>, intake: &Rc<Intake>) -> Result<Self, Refusal> {
-        let (listener, address, framing) = match &stream {
+        let (listener, address) = match &stream {
             Transport::Tcp(_) => {
                 let address = peer.map(|peer| SocketAddr::new(peer.ip().to_canonical(), peer.port()).into());
-                let line = intake.workers.settings().limits.line;
-                let lines = Lines::new(line.min(intake.limits.stream_buffer.bytes()));
-                (Listener::Tcp, address, Framing::Lines(lines))
+                (Listener::Tcp, address)
             }
-            Transport::Unix(stream) => {
-                let packet = intake.limits.datagram.0.min(DATAGRAM_MAX) as usize;
-                (Listener::Unix, process(stream), Framing::Packets(Frames::new(packet)))
-            }
+            Transport::Unix(stream) => (Listener::Unix, process(stream)),
         };
+        let framing = Framing::resume(listener, lines::Rest::default(), intake);
         let descriptor = u64::from(stream.socket().as_raw_fd().unsigned_abs());
         let seat = intake.admit(Source { listener, address }, descriptor)?;
         let heard = intake.clock.monotonic();
         Ok(Self { stream, framing, heard, begun: None, is_new: true, seat })
+    }
+
+    /// Goes on with a stream of another agent.
+    fn resume(passed: Passed, intake: &Rc<Intake>) -> io::Result<Result<Self, Refusal>> {
+        let Passed { listener, socket, rest } = passed;
+        socket.set_nonblocking(true)?;
+        let peer = socket.peer_addr().ok().and_then(|peer| peer.as_socket());
+        let stream = match listener {
+            Listener::Unix => Transport::Unix(UnixStream::from_std(socket.into())?),
+            Listener::Tcp | Listener::Udp | Listener::Unixgram | Listener::Http | Listener::Kafka => {
+                Transport::tcp(TcpStream::from_std(socket.into())?)
+            }
+        };
+        Ok(Self::begin(stream, peer, intake).map(|connection| {
+            let framing = Framing::resume(listener, rest, intake);
+            let begun = framing.is_inside().then_some(connection.heard);
+            // It began with lines: what comes next may be anything.
+            Self { framing, begun, is_new: false, ..connection }
+        }))
+    }
+
+    /// Leaves the stream to another agent.
+    fn pass_on(self) {
+        let Self { stream, framing, seat, .. } = self;
+        // It fails where the runtime has let go of the socket already, and then there is nothing to read any more.
+        if let Ok(socket) = stream.into_socket() {
+            seat.intake.stop.pass_on(Passed { listener: seat.source.listener, socket, rest: framing.into_rest() });
+        }
     }
 
     async fn run(self, tls: Option<tls::Acceptor>, mut ends: watch::Receiver<bool>) {
@@ -585,7 +679,11 @@ impl Connection {
             }
             tokio::select! {
                 biased;
-                () = stopped(&mut ends) => break self.drain(),
+                () = stopped(&mut ends) => if self.seat.intake.stop.passes_on() && !self.stream.is_tls() {
+                    return self.pass_on();
+                } else {
+                    break self.drain();
+                },
                 read = poll_fn(|context| self.poll_read(context)) => match read {
                     ControlFlow::Continue(Fill::Part) => {}
                     // There is more: let the other connections have their turn first.
@@ -637,7 +735,8 @@ impl Connection {
             Ok([]) => return ControlFlow::Break(End::Closed),
             Ok(bytes) => bytes,
         };
-        if std::mem::take(&mut self.is_new) && self.stream.is_plain_tcp() && tls::is_hello(bytes) {
+        let is_lines = matches!(self.framing, Framing::Lines(_));
+        if std::mem::take(&mut self.is_new) && is_lines && !self.stream.is_tls() && tls::is_hello(bytes) {
             self.seat.intake.hello(bytes, self.seat.source);
             return ControlFlow::Break(End::Foreign);
         }
@@ -654,7 +753,7 @@ impl Connection {
             self.begun = Some(self.heard);
         }
         // What TLS holds ready is read without a look at the socket, where the runtime would think of the others.
-        let has_more = room == 0 || matches!(self.stream, Transport::Tcp(tls::Stream::Tls(_)));
+        let has_more = room == 0 || self.stream.is_tls();
         ControlFlow::Continue(if has_more { Fill::Whole } else { Fill::Part })
     }
 
@@ -699,7 +798,7 @@ mod tests {
         let workers =
             Workers::new(settings, budget, rejects, ingest::Times { interval_ms: 1_000, window_ms: 10_000 }).0;
         let worker = Rc::new(RefCell::new(workers.register(|| {})));
-        Intake::new(worker, workers, Peers::default(), limits)
+        Intake::new(worker, workers, Peers::default(), limits, Arc::new(Stop::new()))
     }
 
     fn source(ip: [u8; 4]) -> Source {

@@ -18,6 +18,7 @@ use super::*;
 use crate::aggregate::{self, Aggregate};
 use crate::clock;
 use crate::ingest::{Delivery, Rejects, Returned, Settings, Times};
+use crate::inherited::Inherited;
 use crate::protocol;
 use crate::sample::Reason;
 use crate::sync::Receiver;
@@ -56,7 +57,8 @@ impl House {
         let budget = Arc::new(aggregate::shard::Budget::new(&aggregate::shard::Limits::default()));
         let rejects = Arc::new(Rejects::new(&crate::ingest::Limits { reject_log: 1_000 }));
         let (workers, deliveries) = Workers::new(settings, budget, Arc::clone(&rejects), RARELY);
-        let listeners = start(config, limits, no_tls(), &workers, |_worker, _ends| async {}).unwrap();
+        let nothing = &mut Inherited::default();
+        let listeners = start(config, limits, no_tls(), &workers, nothing, |_worker, _ends| async {}).unwrap();
         let answers = vec![0; workers.len()];
         let (names, totals) = (HashMap::new(), HashMap::new());
         Self { workers, deliveries, rejects, listeners: Some(listeners), names, totals, answers, closed: 0 }
@@ -413,7 +415,7 @@ fn what_runs_beside_has_the_worker_of_the_streams() {
             std::future::pending::<()>().await;
         });
     };
-    let listeners = start(&config, &Limits::default(), no_tls(), &workers, beside).unwrap();
+    let listeners = start(&config, &Limits::default(), no_tls(), &workers, &mut Inherited::default(), beside).unwrap();
     listeners.stop(DEADLINE);
     let mut last = deliveries.try_iter().last().unwrap();
     assert!(last.last);

@@ -39,8 +39,8 @@ pub(super) struct Inlet {
     receive_buffer: u64,
     /// Whether it may hold trains of datagrams.
     gro: bool,
-    /// The kernel's count of drops when it was last read.
-    drops: u32,
+    /// Drops since the socket was opened, which may have been in another process.
+    dropped: u64,
     /// Whether this worker answers for the drops: of workers that share one socket, the first does.
     counts_drops: bool,
     /// Who may send, where processes do.
@@ -53,20 +53,28 @@ impl Inlet {
         let path = socket.local_addr()?;
         let name = path.as_pathname().map_or_else(String::new, |path| path.display().to_string());
         let receive_buffer = sockets::receive_buffer(&socket)?.0;
-        Ok(Self { socket, name, receive_buffer, gro: false, drops: 0, counts_drops: true, peers })
+        Ok(Self { socket, name, receive_buffer, gro: false, dropped: 0, counts_drops: true, peers })
     }
 }
 
-/// Deals the sockets of each address to `count` workers. Where there are fewer sockets, workers share them.
+/// Deals the sockets of each address to `count` workers. Where there are fewer sockets, workers share them; where there are
+/// more, as after a start with fewer workers than before, some have several.
 pub(super) fn inlets(shared: &[sockets::Shared], count: usize) -> io::Result<Vec<Vec<Inlet>>> {
-    let inlet = |shared: &sockets::Shared, number: usize| {
-        let socket = shared.sockets[number % shared.sockets.len()].try_clone()?;
+    let deal = |worker: usize| shared.iter().flat_map(move |shared| dealt(shared, worker, count)).collect();
+    (0..count.max(1)).map(deal).collect()
+}
+
+fn dealt(shared: &sockets::Shared, worker: usize, count: usize) -> impl Iterator<Item = io::Result<Inlet>> {
+    let held = shared.sockets.len();
+    let own = (worker..held).step_by(count.max(1));
+    let borrowed = (worker >= held).then(|| worker % held.max(1));
+    own.chain(borrowed).map(move |number| {
+        let socket = shared.sockets[number].try_clone()?;
         let receive_buffer = shared.receive_buffer.0;
-        let counts_drops = number < shared.sockets.len();
-        let name = format!("{}#{number}", shared.address);
-        Ok(Inlet { socket, name, receive_buffer, gro: shared.gro, drops: 0, counts_drops, peers: Peers::default() })
-    };
-    (0..count.max(1)).map(|number| shared.iter().map(|shared| inlet(shared, number)).collect()).collect()
+        let counts_drops = worker < held;
+        let name = format!("{}#{}", shared.address, if counts_drops { number } else { worker });
+        Ok(Inlet { socket, name, receive_buffer, gro: shared.gro, dropped: 0, counts_drops, peers: Peers::default() })
+    })
 }
 
 /// What a UDP worker needs.
@@ -111,9 +119,9 @@ impl Receiver {
     pub(super) fn run(mut self) {
         let sockets = self.inlets.iter().map(|inlet| burst::readable(&inlet.socket));
         let mut descriptors: Vec<_> = sockets.chain([self.wake.readable()]).collect();
-        let grace = loop {
-            if let Some(grace) = self.stop.grace.get() {
-                break *grace;
+        let time = loop {
+            if let Some(time) = self.stop.reads_for() {
+                break time;
             }
             let read = self.read(1);
             let question = self.worker.question();
@@ -128,7 +136,7 @@ impl Receiver {
                 Rest::Block => self.block(&mut descriptors, wait),
             }
         };
-        self.finish(grace);
+        self.finish(time);
     }
 
     /// Reads each socket until it is empty, but at most so many bursts of datagrams.
@@ -175,8 +183,8 @@ impl Receiver {
 
     /// Reads what the sockets hold, while there is time, and closes. No socket holds more bursts than are read of it, so
     /// a fast sender puts no stop off.
-    fn finish(mut self, grace: Duration) {
-        let deadline = self.clock.monotonic() + grace;
+    fn finish(mut self, time: Duration) {
+        let deadline = self.clock.monotonic() + time;
         for inlet in &self.inlets {
             let held = 2 * inlet.receive_buffer / CHARGE_MIN;
             for _ in 0..=held / self.burst.capacity() as u64 {
@@ -334,10 +342,11 @@ impl Counts {
             counter.increment(std::mem::take(count));
         }
         for (inlet, counter) in inlets.iter_mut().zip(&self.drops).filter(|(inlet, _)| inlet.counts_drops) {
-            // Before Linux 4.12 the kernel does not say.
-            let drops = burst::drops(inlet.socket.as_fd()).unwrap_or(inlet.drops);
-            counter.increment(u64::from(drops.wrapping_sub(inlet.drops)));
-            inlet.drops = drops;
+            // Before Linux 4.12 the kernel does not say. Its count is of 32 bits.
+            let since = burst::drops(inlet.socket.as_fd()).map_or(0, |drops| drops.wrapping_sub(inlet.dropped as u32));
+            inlet.dropped += u64::from(since);
+            // Where the socket came from another process, the count goes on where that had it.
+            counter.absolute(inlet.dropped);
         }
     }
 }
@@ -346,9 +355,6 @@ impl Counts {
 mod tests {
     use std::net::UdpSocket;
     use std::slice;
-    use std::sync::OnceLock;
-
-    use tokio::sync::watch;
 
     use super::*;
     use crate::aggregate::shard::{self, Budget};
@@ -372,7 +378,7 @@ mod tests {
             name: address.to_string(),
             receive_buffer: 1 << 16,
             gro: false,
-            drops: 0,
+            dropped: 0,
             counts_drops: true,
             peers: Peers::default(),
         };
@@ -392,7 +398,7 @@ mod tests {
     #[test]
     fn datagrams_and_bytes_are_those_read_truncated_ones_among_them() {
         let (sender, inlet) = socket();
-        let stop = Arc::new(Stop { grace: OnceLock::new(), ends: watch::Sender::new(false) });
+        let stop = Arc::new(Stop::new());
         let mut receiver = Receiver::new(worker(), Listener::Udp, vec![inlet], Wake::new().unwrap(), stop, 8, LINGER);
         for payload in ["n:1|c", "n:2345|c", "n:23456|c", ""] {
             assert_eq!(sender.send(payload.as_bytes()).unwrap(), payload.len());

@@ -1,7 +1,8 @@
 //! Unix sockets: paths into bound sockets. Nothing is read here; datagrams go the way of `udp`, streams that of `stream`.
 //!
 //! The file of a socket outlives a process that was killed. One that nobody answers is taken over; one that somebody
-//! answers, or a file that is no socket, is an error. The file goes when its [`File`] does, unless another took its place.
+//! answers, or a file that is no socket, is an error. The file goes when its [`File`] does, unless another took its place
+//! or the socket lives on elsewhere. An inherited socket whose file is gone can be reached by nobody: it is bound anew.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -12,6 +13,8 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::sockets::BACKLOG;
 use super::{Config, Error, peers};
+use crate::inherited::{Inherited, Use};
+use crate::units::Mode;
 
 /// A bound socket and its file.
 #[derive(Debug)]
@@ -26,18 +29,31 @@ pub(super) struct File {
     path: PathBuf,
     device: u64,
     inode: u64,
+    is_of_unit: bool,
+    stays: bool,
 }
 
 impl File {
+    /// That of a socket which is bound to this path.
+    fn of(path: &Path) -> io::Result<Self> {
+        let file = fs::symlink_metadata(path)?;
+        Ok(Self { path: path.to_owned(), device: file.dev(), inode: file.ino(), is_of_unit: false, stays: false })
+    }
+
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether the file stays there, because others have the socket too.
+    pub(super) fn stay(&mut self, stays: bool) {
+        self.stays = stays;
     }
 }
 
 impl Drop for File {
     fn drop(&mut self) {
         let is_ours = |file: fs::Metadata| (file.dev(), file.ino()) == (self.device, self.inode);
-        if fs::symlink_metadata(&self.path).is_ok_and(is_ours) {
+        if !self.stays && !self.is_of_unit && fs::symlink_metadata(&self.path).is_ok_and(is_ours) {
             // A file that stays is taken over by the next start.
             drop(fs::remove_file(&self.path));
         }
@@ -45,44 +61,101 @@ impl Drop for File {
 }
 
 /// Binds the paths of `listen.unixgram`.
-pub(super) fn datagrams(config: &Config) -> Result<Vec<Bound>, Error> {
-    config.unixgram.iter().map(|path| bind("listen.unixgram", path, Type::DGRAM, config)).collect()
+pub(super) fn datagrams(config: &Config, inherited: &mut Inherited) -> Result<Vec<Bound>, Error> {
+    let group = peers::group(config)?;
+    let bind = |path: &PathBuf, inherited: &mut Inherited| {
+        let (key, r#use) = ("listen.unixgram", Use::Unixgram);
+        Place { key, r#use, path, kind: Type::DGRAM, mode: config.unix_mode, group }.bind(inherited)
+    };
+    bind_each(&config.unixgram, Use::Unixgram, inherited, bind)
 }
 
 /// Binds the paths of `listen.unix`, and listens.
-pub(super) fn streams(config: &Config) -> Result<Vec<Bound>, Error> {
-    let key = "listen.unix";
-    let listen = |path: &PathBuf| {
-        let bound = bind(key, path, Type::STREAM, config)?;
+pub(super) fn streams(config: &Config, inherited: &mut Inherited) -> Result<Vec<Bound>, Error> {
+    let group = peers::group(config)?;
+    let listen = |path: &PathBuf, inherited: &mut Inherited| {
+        let (key, r#use) = ("listen.unix", Use::Unix);
+        let place = Place { key, r#use, path, kind: Type::STREAM, mode: config.unix_mode, group };
+        let bound = place.bind(inherited)?;
         let listening = bound.socket.listen(BACKLOG).and_then(|()| bound.socket.set_nonblocking(true));
-        listening.map_err(|error| Error::bind(key, path.clone(), error))?;
+        listening.map_err(|error| Error::bind(place.key, path.clone(), error))?;
         Ok(bound)
     };
-    config.unix.iter().map(listen).collect()
+    bind_each(&config.unix, Use::Unix, inherited, listen)
 }
 
-fn bind(key: &'static str, path: &Path, kind: Type, config: &Config) -> Result<Bound, Error> {
-    let group = peers::group(config)?;
-    let failed = |error| Error::bind(key, path.to_owned(), error);
-    if !path.is_absolute() {
-        return Err(Error::Path { key, value: path.display().to_string() });
+/// The sockets that units opened for a use, or those at the configured paths. The file of a unit's socket is the unit's.
+fn bind_each(
+    paths: &[PathBuf],
+    r#use: Use,
+    inherited: &mut Inherited,
+    bind: impl Fn(&PathBuf, &mut Inherited) -> Result<Bound, Error>,
+) -> Result<Vec<Bound>, Error> {
+    let of_units = inherited.take_of_units(r#use).map_err(Error::System)?;
+    if of_units.is_empty() {
+        return paths.iter().map(|path| bind(path, inherited)).collect();
     }
-    let address = SockAddr::unix(path).map_err(|_| Error::Path { key, value: path.display().to_string() })?;
-    let socket = Socket::new(Domain::UNIX, kind, None).map_err(failed)?;
-    if kind == Type::DGRAM {
-        // Before anybody can send: each datagram then says which process sent it.
-        socket.set_passcred(true).map_err(failed)?;
+    let of_unit = |socket: Socket| {
+        let path = socket.local_addr()?.as_pathname().unwrap_or_else(|| Path::new("")).to_owned();
+        let mut file = File::of(&path)?;
+        file.is_of_unit = true;
+        socket.set_nonblocking(true)?;
+        if r#use == Use::Unixgram {
+            socket.set_passcred(true)?;
+        }
+        Ok(Bound { socket, file })
+    };
+    of_units.into_iter().map(of_unit).collect::<io::Result<_>>().map_err(Error::System)
+}
+
+/// A path to bind.
+struct Place<'a> {
+    key: &'static str,
+    r#use: Use,
+    path: &'a Path,
+    kind: Type,
+    mode: Mode,
+    group: Option<u32>,
+}
+
+impl Place<'_> {
+    fn bind(&self, inherited: &mut Inherited) -> Result<Bound, Error> {
+        let wrong = |_| Error::Path { key: self.key, value: self.path.display().to_string() };
+        if !self.path.is_absolute() {
+            return Err(wrong(io::ErrorKind::InvalidInput.into()));
+        }
+        let address = SockAddr::unix(self.path).map_err(wrong)?;
+        self.inherit_or_open(&address, inherited).map_err(|error| Error::bind(self.key, self.path.to_owned(), error))
     }
-    make_way(path, &address, kind).map_err(failed)?;
-    socket.bind(&address).map_err(failed)?;
-    let file = fs::symlink_metadata(path).map_err(failed)?;
-    let file = File { path: path.to_owned(), device: file.dev(), inode: file.ino() };
-    if group.is_some() {
-        // Before the permissions, so that no other group ever has them.
-        chown(path, None, group).map_err(failed)?;
+
+    fn inherit_or_open(&self, address: &SockAddr, inherited: &mut Inherited) -> io::Result<Bound> {
+        let there = |other: &SockAddr| other.as_pathname() == Some(self.path);
+        let is_there = fs::symlink_metadata(self.path).is_ok_and(|file| file.file_type().is_socket());
+        let kept = if is_there { inherited.take_bound(self.r#use, there)? } else { Vec::new() };
+        let socket = match kept.into_iter().next() {
+            Some(socket) => socket,
+            None => self.open(address, inherited)?,
+        };
+        let file = File::of(self.path)?;
+        if self.group.is_some() {
+            // Before the permissions, so that no other group ever has them.
+            chown(self.path, None, self.group)?;
+        }
+        fs::set_permissions(self.path, Permissions::from_mode(self.mode.0))?;
+        Ok(Bound { socket, file })
     }
-    fs::set_permissions(path, Permissions::from_mode(config.unix_mode.0)).map_err(failed)?;
-    Ok(Bound { socket, file })
+
+    fn open(&self, address: &SockAddr, inherited: &mut Inherited) -> io::Result<Socket> {
+        let socket = Socket::new(Domain::UNIX, self.kind, None)?;
+        if self.kind == Type::DGRAM {
+            // Before anybody can send: each datagram then says which process sent it.
+            socket.set_passcred(true)?;
+        }
+        make_way(self.path, address, self.kind)?;
+        socket.bind(address)?;
+        inherited.keep(self.r#use, &socket)?;
+        Ok(socket)
+    }
 }
 
 /// Removes the file of a socket that nobody answers.
@@ -110,6 +183,14 @@ fn probe(address: &SockAddr, kind: Type) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn datagrams(config: &Config) -> Result<Vec<Bound>, Error> {
+        super::datagrams(config, &mut Inherited::default())
+    }
+
+    fn streams(config: &Config) -> Result<Vec<Bound>, Error> {
+        super::streams(config, &mut Inherited::default())
+    }
 
     fn config(directory: &Path) -> Config {
         let unixgram = vec![directory.join("datagrams")];

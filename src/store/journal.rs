@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use self::commit::Writing;
 pub use self::commit::{Beside, Committed};
 use self::file::Database;
-pub use self::marks::{Newer, read_total, read_total_head};
+pub use self::marks::{Newer, read_total};
 use self::outbox::Queue;
 pub use self::outbox::{PARTITIONS, Resequenced, Snapshot};
 use self::receipts::Receipts;

@@ -430,6 +430,34 @@ fn a_delete_resets_every_agent_and_those_that_were_away() {
     until("the topic to say so", || (kafka.stored() == ["c:both", "delete:c:both"]).then_some(()));
 }
 
+/// Whoever may write the topic may write anything into it.
+#[test]
+fn a_record_that_is_no_total_of_its_series_is_counted_and_left_out() {
+    let kafka = Kafka::start();
+    let agent = kafka.agent(&[]);
+    ready(&agent);
+    agent.datagram("u:x|s\nu:1|c");
+    until("the set to be stored", || kafka.stored().contains(&"s:u".to_owned()).then_some(()));
+    let table = kafka.table(&kafka.topic("state"));
+    let set = table.iter().find(|(key, _)| key.ends_with(":s:u")).and_then(|(_, value)| value.clone()).unwrap();
+    let producer: BaseProducer = kafka.config().create().unwrap();
+    let other = "0".repeat(32);
+    let spoilt = [&set[..set.len() - 1], &[set[set.len() - 1] ^ 1]].concat();
+    let foreign = [("c:u", &set), ("s:v", &set), ("s:u", &spoilt), ("nothing", &set)];
+    for (series, value) in foreign {
+        let key = format!("{other}:{series}");
+        producer
+            .send(BaseRecord::to(&kafka.topic("state")).key(&key).payload(value))
+            .map_err(|(error, _)| error)
+            .unwrap();
+    }
+    producer.flush(Duration::from_secs(20)).unwrap();
+    until("all to be counted", || (agent.own("tallyd_store_errors_total", "foreign") == 4.0).then_some(()));
+    let counter = agent.get("/data/metrics/u?type=counter").json();
+    assert!(same(&counter["value"], &json!(1)) && counter.get("scope").is_none(), "{counter}");
+    assert_eq!(agent.get("/data/metrics/v").status, 404);
+}
+
 /// A topic that is gone is made again and filled from the journals.
 #[test]
 fn a_topic_that_was_taken_away_is_filled_again() {

@@ -38,26 +38,6 @@ pub fn read_total(record: &[u8]) -> Option<(u64, Kind, &str, Total)> {
     record::read_stamped_total(record)
 }
 
-/// What the record of a total says before its figures.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Head<'r> {
-    /// The transaction that wrote it.
-    pub revision: u64,
-    /// Its kind.
-    pub kind: Kind,
-    /// Its key.
-    pub key: &'r str,
-    /// When it was updated last, in milliseconds since the epoch.
-    pub update_ms: u64,
-}
-
-/// The same without the figures.
-pub fn read_total_head(record: &[u8]) -> Option<Head<'_>> {
-    let revision = record::read_total_revision(record)?;
-    let record::TotalHead { kind, key, update_ms, .. } = record::read_total_head(record)?;
-    Some(Head { revision, kind, key, update_ms })
-}
-
 impl Journal {
     /// How far logs were read when the last commit was made.
     pub fn marks(&self) -> Marks {

@@ -18,6 +18,7 @@ use super::key::{self, Deletion, Key};
 use super::run::{OnDeleted, Parts, Problem, Shared, backoff, locked};
 use super::table::Stated;
 use super::{Config, DELETE_KEPT_MS};
+use crate::aggregate::ledger::Total;
 use crate::aggregate::shard::SeriesId;
 use crate::clock;
 use crate::kafka::{self, Link, Quiet};
@@ -221,8 +222,10 @@ impl Follower {
         let partition = message.partition();
         let is_state = match message.payload() {
             Some(record) => {
-                let Some(head) = journal::read_total_head(record) else { return count_foreign() };
-                let (revision, update_ms) = (head.revision, head.update_ms);
+                // Readers take it as it is, so it is looked at here, where what is no total of the series is counted.
+                let total = journal::read_total(record);
+                let total = total.filter(|(_, kind, key, _)| (*kind, *key) == (id.kind, id.key.as_str()));
+                let Some((revision, _, _, Total { update_ms, .. })) = total else { return count_foreign() };
                 self.shared.table_mut().put(agent, id, Stated { revision, update_ms, partition, record });
                 true
             }

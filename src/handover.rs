@@ -1,0 +1,374 @@
+//! One agent takes over from another while lines come in: the process of the successor, and what both tell each other.
+//!
+//! The one that runs starts the other by the path at which it was started itself, and gives it all listening sockets. The
+//! successor reads them at once, and says so. Then the first stops reading, passes its open streams on, writes what it has,
+//! lets go of the journal, and says so; the successor opens the journal, starts all its parts and says that it could. With
+//! that word the first ends. Until then it can go on with all that it has: a successor that dies, is silent for too long or
+//! cannot open the journal changes nothing but that the datagrams are gone which it had read itself.
+//!
+//! They speak over a pair of unix sockets, the successor's end of which is its standard input: messages of a line of JSON,
+//! bytes behind it, and at most one descriptor. A message that one of them does not know is passed over, since they may be
+//! of different versions. Nothing here reads a line or a clock.
+
+use std::env;
+use std::ffi::OsString;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
+use serde::{Deserialize, Serialize};
+use socket2::Socket;
+
+use crate::ingest::Listener;
+use crate::inherited::{Inherited, Named};
+use crate::listen::Passed;
+use crate::listen::lines::Rest;
+
+/// Tells a process that its standard input leads to the agent it is to take over from.
+pub const VARIABLE: &str = "TALLYD_HANDOVER";
+
+/// How long a successor may take to read its configuration and the first datagram.
+const TO_READ: Duration = Duration::from_secs(30);
+
+/// How long a successor may take to open the journal and to read back what is in it.
+const TO_START: Duration = Duration::from_secs(120);
+
+/// How long a message may wait for the other to take it.
+const TO_TAKE: Duration = Duration::from_secs(10);
+
+/// How long one whose channel has closed may take to end.
+const TO_END: Duration = Duration::from_secs(1);
+
+/// No message is longer: a packet of a stream and what is said of it.
+const MESSAGE_MAX: usize = 80 << 10;
+
+/// What they say.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "message", rename_all = "snake_case")]
+enum Message {
+    /// Here is a listening socket; its descriptor comes along.
+    Socket {
+        /// Its name, as in [`Named::name`].
+        name: String,
+    },
+    /// Those were all.
+    Begin,
+    /// The successor reads.
+    Reading,
+    /// Here is an open stream, the beginning of its line or packet behind this; its descriptor comes along.
+    Stream {
+        /// `tcp` or `unix`.
+        listener: String,
+        /// What is to be skipped of it.
+        skip: u64,
+    },
+    /// Streams and journal are the successor's.
+    Yours,
+    /// The successor has taken all of it.
+    Taken,
+    /// What another version says.
+    #[serde(other)]
+    Unknown,
+}
+
+/// Why nobody took over.
+#[derive(Debug)]
+pub enum Error {
+    /// The process could not be started.
+    NotStarted {
+        /// By which path.
+        program: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// The successor ended.
+    Ended(Option<ExitStatus>),
+    /// The successor did not do what it was waited for, in time.
+    Silent(Duration),
+    /// It could not be told something.
+    Channel(io::Error),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotStarted { program, error } => write!(f, "{} could not be started: {error}", program.display()),
+            Self::Ended(Some(status)) => write!(f, "the successor ended with {status}; its own last lines say why"),
+            Self::Ended(None) => f.write_str("the successor closed the channel"),
+            Self::Silent(time) => write!(f, "the successor said nothing for {} s", time.as_secs()),
+            Self::Channel(error) => write!(f, "the successor could not be told: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<io::Error> for Error {
+    fn from(error: io::Error) -> Self {
+        Self::Channel(error)
+    }
+}
+
+/// How this process was started, and so its successor will be.
+#[derive(Debug, Clone)]
+pub struct Program {
+    path: PathBuf,
+    arguments: Vec<OsString>,
+}
+
+impl Program {
+    /// To be asked at the start: an upgrade puts another file at the path, and the system then no longer says which it was.
+    pub fn of_this_process() -> io::Result<Self> {
+        Ok(Self { path: env::current_exe()?, arguments: env::args_os().skip(1).collect() })
+    }
+}
+
+impl fmt::Display for Program {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.path.display().fmt(f)
+    }
+}
+
+/// The process that is to take over; it is ended when this is dropped before it did.
+#[derive(Debug)]
+pub struct Successor {
+    id: u32,
+    /// None once it is on its own.
+    process: Option<Child>,
+    channel: Channel,
+}
+
+impl Successor {
+    /// Starts the successor and gives it the sockets. Blocks until it reads them.
+    pub fn start(program: &Program, sockets: &[Named]) -> Result<Self, Error> {
+        let (ours, theirs) = Channel::pair()?;
+        let mut command = Command::new(&program.path);
+        command.args(&program.arguments).env(VARIABLE, "stdin").stdin(theirs.0);
+        // These are about this process alone.
+        for name in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"] {
+            command.env_remove(name);
+        }
+        let process = command.spawn().map_err(|error| Error::NotStarted { program: program.path.clone(), error })?;
+        // The command holds the other's end of the channel.
+        drop(command);
+        let mut successor = Self { id: process.id(), process: Some(process), channel: ours };
+        for named in sockets {
+            successor.tell(&Message::Socket { name: named.name() }, &[], Some(named.socket.as_fd()))?;
+        }
+        successor.tell(&Message::Begin, &[], None)?;
+        successor.wait_for(&Message::Reading, TO_READ)?;
+        Ok(successor)
+    }
+
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Gives it the open streams and the journal, which this process has let go of. Blocks until it has taken both. From
+    /// then on it is on its own, and waits until this is dropped.
+    pub fn hand_over(&mut self, streams: &[Passed]) -> Result<(), Error> {
+        for Passed { listener, socket, rest } in streams {
+            let message = Message::Stream { listener: listener.name().to_owned(), skip: rest.skip };
+            self.tell(&message, &rest.partial, Some(socket.as_fd()))?;
+        }
+        self.tell(&Message::Yours, &[], None)?;
+        self.wait_for(&Message::Taken, TO_START)?;
+        self.process = None;
+        Ok(())
+    }
+
+    fn tell(&mut self, message: &Message, bytes: &[u8], descriptor: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+        match self.channel.send(message, bytes, descriptor) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(self.ended()),
+            told => told.map_err(Error::Channel),
+        }
+    }
+
+    fn wait_for(&mut self, awaited: &Message, time: Duration) -> Result<(), Error> {
+        loop {
+            match self.channel.receive(time) {
+                Ok(Some(received)) if received.message == *awaited => return Ok(()),
+                Ok(Some(_)) => {}
+                Ok(None) => return Err(self.ended()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(Error::Silent(time)),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(self.ended()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// How it ended, which takes a moment after its end of the channel has closed.
+    fn ended(&mut self) -> Error {
+        let deadline = Instant::now() + TO_END;
+        loop {
+            match self.process.as_mut().map(Child::try_wait) {
+                Some(Ok(Some(status))) => {
+                    self.process = None;
+                    return Error::Ended(Some(status));
+                }
+                Some(Ok(None)) if Instant::now() < deadline => thread::sleep(Duration::from_millis(10)),
+                Some(_) | None => return Error::Ended(None),
+            }
+        }
+    }
+}
+
+impl Drop for Successor {
+    fn drop(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            // It fails only for one that has ended.
+            drop(process.kill());
+            drop(process.wait());
+        }
+    }
+}
+
+/// The agent that this process takes over from.
+#[derive(Debug)]
+pub struct Predecessor {
+    channel: Channel,
+}
+
+impl Predecessor {
+    /// The agent at the other end of standard input, if this process was started to take over.
+    pub fn of_this_process() -> io::Result<Option<Self>> {
+        if env::var_os(VARIABLE).is_none() {
+            return Ok(None);
+        }
+        let channel = Channel(io::stdin().as_fd().try_clone_to_owned()?);
+        // Nobody is to read it by mistake, nor to hold it open.
+        rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
+        Ok(Some(Self { channel }))
+    }
+
+    /// Waits for the listening sockets.
+    pub fn sockets(&mut self) -> io::Result<Inherited> {
+        let mut inherited = Inherited::default();
+        loop {
+            match self.next()? {
+                Received { message: Message::Socket { name }, descriptor: Some(descriptor), .. } => {
+                    inherited.add(&name, descriptor.into());
+                }
+                Received { message: Message::Begin, .. } => return Ok(inherited),
+                Received { .. } => {}
+            }
+        }
+    }
+
+    /// Says that the sockets are read here, and waits until all else is left to this process: the open streams, and the
+    /// journal.
+    pub fn replace(&mut self) -> io::Result<Vec<Passed>> {
+        self.channel.send(&Message::Reading, &[], None)?;
+        let mut streams = Vec::new();
+        loop {
+            match self.next()? {
+                Received { message: Message::Stream { listener, skip }, bytes, descriptor: Some(descriptor) } => {
+                    let is = |known: &Listener| known.name() == listener;
+                    let Some(listener) = [Listener::Tcp, Listener::Unix].into_iter().find(is) else { continue };
+                    let rest = Rest { partial: bytes, skip };
+                    streams.push(Passed { listener, socket: Socket::from(descriptor), rest });
+                }
+                Received { message: Message::Yours, .. } => return Ok(streams),
+                Received { .. } => {}
+            }
+        }
+    }
+
+    /// Says that all is taken, and waits until the other has ended.
+    pub fn dismiss(self) -> io::Result<()> {
+        self.channel.send(&Message::Taken, &[], None)?;
+        // It ends with that word, and the channel with it; if it cannot, nothing is to be done about it here.
+        drop(self.channel.receive(TO_TAKE));
+        Ok(())
+    }
+
+    fn next(&mut self) -> io::Result<Received> {
+        // As long as the other lives it has its reasons, and it bounds each step itself.
+        self.channel.receive(Duration::MAX)?.ok_or_else(|| {
+            io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "the agent that was to be taken over from has ended or gone on",
+            )
+        })
+    }
+}
+
+/// One end of what they speak over.
+#[derive(Debug)]
+struct Channel(OwnedFd);
+
+/// A message with what came along.
+#[derive(Debug)]
+struct Received {
+    message: Message,
+    bytes: Vec<u8>,
+    descriptor: Option<OwnedFd>,
+}
+
+impl Channel {
+    fn pair() -> io::Result<(Self, Self)> {
+        let (one, other) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        set_socket_timeout(&one, Timeout::Send, Some(TO_TAKE))?;
+        set_socket_timeout(&other, Timeout::Send, Some(TO_TAKE))?;
+        Ok((Self(one), Self(other)))
+    }
+
+    fn send(&self, message: &Message, bytes: &[u8], descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let mut head = serde_json::to_vec(message)?;
+        head.push(b'\n');
+        let descriptors = descriptor.map(|descriptor| [descriptor]);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if let Some(descriptors) = &descriptors {
+            control.push(SendAncillaryMessage::ScmRights(descriptors));
+        }
+        let parts = [IoSlice::new(&head), IoSlice::new(bytes)];
+        loop {
+            match sendmsg(&self.0, &parts, &mut control, SendFlags::NOSIGNAL) {
+                Err(rustix::io::Errno::INTR) => {}
+                sent => return sent.map(drop).map_err(io::Error::from),
+            }
+        }
+    }
+
+    /// The next message; none when the other end is closed. `WouldBlock` when there is none for so long.
+    fn receive(&self, time: Duration) -> io::Result<Option<Received>> {
+        set_socket_timeout(&self.0, Timeout::Recv, (time != Duration::MAX).then_some(time))?;
+        let mut bytes = vec![0; MESSAGE_MAX];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let received = loop {
+            match recvmsg(&self.0, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC) {
+                Err(rustix::io::Errno::INTR) => {}
+                received => break received?,
+            }
+        };
+        let descriptor = control.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+            _ => None,
+        });
+        if received.bytes == 0 {
+            return Ok(None);
+        }
+        if received.flags.contains(ReturnFlags::TRUNC) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a message is too long"));
+        }
+        bytes.truncate(received.bytes);
+        let end = memchr::memchr(b'\n', &bytes).unwrap_or(bytes.len());
+        let message = serde_json::from_slice(&bytes[..end]).unwrap_or(Message::Unknown);
+        bytes.drain(..(end + 1).min(received.bytes));
+        Ok(Some(Received { message, bytes, descriptor }))
+    }
+}
