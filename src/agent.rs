@@ -14,7 +14,6 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
 use std::os::fd::AsFd as _;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
@@ -35,7 +34,7 @@ use crate::handover::{self, Predecessor, Program, Successor};
 use crate::heartbeat::Beat;
 use crate::http::forward::{Forward, Forwarder};
 use crate::http::scrape::Mapper;
-use crate::http::{self, Api, Health, Keeping, Reload};
+use crate::http::{self, Access, Api, Health, Keeping, Reload};
 use crate::ingest::{Rejects, Settings, Sources, Times, Worker, Workers};
 use crate::inherited::{Inherited, Left, Named, Use};
 #[cfg(feature = "kafka")]
@@ -52,6 +51,7 @@ use crate::store::redis::{Deleted, RedisReader};
 use crate::store::ship;
 use crate::systemd::{self, MoreTime};
 use crate::telemetry;
+use crate::tls;
 use crate::view::{Batched, Remote, View};
 use lookout::{Lookout, Refused};
 
@@ -125,7 +125,7 @@ impl std::error::Error for Error {}
 ///
 /// # Errors
 /// When a part cannot start.
-pub fn run(config: &Config, reload: impl FnMut() -> Result<Config, String> + Send + 'static) -> Result<(), Error> {
+pub fn run(config: &Config, reload: impl FnMut() -> Result<Config, Vec<String>> + Send + 'static) -> Result<(), Error> {
     let program = Program::of_this_process().map_err(Error::System)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::System)?;
     let mut signals = Signals::of(&runtime).map_err(Error::System)?;
@@ -238,6 +238,26 @@ struct Agent {
     lookout: RefCell<Lookout>,
 }
 
+/// Who may come in, and as whom we speak TLS: what a reload may change under all listeners. Clones share it.
+#[derive(Clone)]
+struct Entry {
+    access: Access,
+    tls: tls::Acceptor,
+}
+
+impl Entry {
+    fn new(config: &Config) -> Self {
+        let tls = tls::Acceptor::new(config.tls.identity.clone(), config.limits.http.header_time.0);
+        let access = Access::new(&config.http.tokens, config.limits.ingest.reject_log, tls.clone());
+        Self { access, tls }
+    }
+
+    fn set(&self, config: &Config) {
+        self.access.set(&config.http.tokens);
+        self.tls.set(config.tls.identity.clone());
+    }
+}
+
 impl Agent {
     fn start(
         config: &Config,
@@ -252,6 +272,7 @@ impl Agent {
             }
             Origin::GoOn(inherited, streams) => (inherited, streams, None),
         };
+        let entry = &reloads.in_force.entry;
         let http_sockets = HttpSockets::bind(&config.http, &mut inherited).map_err(Error::Http)?;
         let mut journal = if predecessor.is_none() { open_journal(config).map_err(Error::Journal)? } else { None };
         let ledger = Arc::new(Ledger::new(config.flush.window.as_millis()));
@@ -266,7 +287,7 @@ impl Agent {
         let mut bound = http_sockets.bound();
         let HttpSockets { ingest, api: api_sockets, scrape } = http_sockets;
         // From here on lines are counted, into shards that keep all of it until there is a ledger.
-        let (mut listeners, http_ingest) = start_listeners(ingest, config, &workers, &mut inherited)?;
+        let (mut listeners, http_ingest) = start_listeners(ingest, config, &workers, entry, &mut inherited)?;
         if let Some(predecessor) = &mut predecessor {
             listeners.leave_files(true);
             streams = predecessor.replace().map_err(Error::HandOver)?;
@@ -307,7 +328,7 @@ impl Agent {
             mapper,
             exporter: exporter.clone(),
         };
-        let api = start_api(api_sockets, scrape, api, config, workers.beats().begin("api"))?;
+        let api = start_api(api_sockets, scrape, entry.access.clone(), api, config, workers.beats().begin("api"))?;
         let forwarder = start_forwarder(config)?;
         if let Some(predecessor) = predecessor {
             predecessor.dismiss().map_err(Error::HandOver)?;
@@ -495,6 +516,7 @@ fn warn_of(left: &Left) {
 /// What is in force of the configuration, and who is to know.
 struct InForce {
     config: ArcSwap<Config>,
+    entry: Entry,
     followers: Mutex<Option<(Arc<Workers>, Arc<Mapper>)>>,
 }
 
@@ -506,6 +528,7 @@ impl InForce {
     fn put(&self, config: Config) {
         let followers = self.followers.lock().unwrap_or_else(PoisonError::into_inner);
         tell(followers.as_ref(), &config);
+        self.entry.set(&config);
         self.config.store(Arc::new(config));
     }
 
@@ -536,16 +559,20 @@ impl Reloads {
     /// pipe, and a stop must not wait for it.
     fn serve(
         config: &Config,
-        mut reload: impl FnMut() -> Result<Config, String> + Send + 'static,
+        mut reload: impl FnMut() -> Result<Config, Vec<String>> + Send + 'static,
     ) -> Result<Self, Error> {
         let (orders, mut inbox) = mpsc::channel::<Reload>(1);
+        let entry = Entry::new(config);
         let config = ArcSwap::from_pointee(config.clone());
-        let in_force = Arc::new(InForce { config, followers: Mutex::new(None) });
+        let in_force = Arc::new(InForce { config, entry, followers: Mutex::new(None) });
         let changed = Arc::clone(&in_force);
         let mut obey = move || {
-            let config = reload().inspect_err(|error| tracing::error!("the configuration is refused: {error}"))?;
+            let refused = |wrong: &Vec<String>| {
+                wrong.iter().for_each(|problem| tracing::error!("the configuration is refused: {problem}"));
+            };
+            let config = reload().inspect_err(refused)?;
             changed.put(config);
-            Ok(())
+            Ok::<_, Vec<String>>(())
         };
         let refused = Arc::new(Refused::default());
         let noted = Arc::clone(&refused);
@@ -554,7 +581,7 @@ impl Reloads {
                 systemd::reloading();
                 let outcome = obey();
                 noted.note(&outcome);
-                let wrong = outcome.err().into_iter().collect();
+                let wrong = outcome.err().unwrap_or_default();
                 // Who asked may have gone.
                 drop(answer.send(wrong));
             }
@@ -726,9 +753,9 @@ fn open_journal(config: &Config) -> Result<Option<Arc<Journal>>, journal::Error>
 
 /// The listening sockets of all HTTP servers, bound before anything else starts, since that is what goes wrong first.
 struct HttpSockets {
-    ingest: Vec<TcpListener>,
-    api: Vec<TcpListener>,
-    scrape: Vec<TcpListener>,
+    ingest: Vec<http::Socket>,
+    api: Vec<http::Socket>,
+    scrape: Vec<http::Socket>,
 }
 
 impl HttpSockets {
@@ -741,15 +768,11 @@ impl HttpSockets {
     }
 
     fn bound(&self) -> BTreeMap<String, Vec<String>> {
-        let of = |listeners: &[TcpListener]| {
-            listeners
-                .iter()
-                .filter_map(|listener| listener.local_addr().ok())
-                .map(|a: SocketAddr| a.to_string())
-                .collect()
+        let of = |sockets: &[http::Socket]| {
+            sockets.iter().filter_map(http::Socket::address).map(|address| address.to_string()).collect()
         };
         [("ingest", &self.ingest), ("api", &self.api), ("scrape", &self.scrape)]
-            .map(|(name, listeners)| (name.to_owned(), of(listeners)))
+            .map(|(name, sockets)| (name.to_owned(), of(sockets)))
             .into()
     }
 }
@@ -771,8 +794,9 @@ impl Thread {
 }
 
 fn start_api(
-    listeners: Vec<TcpListener>,
-    scrape: Vec<TcpListener>,
+    sockets: Vec<http::Socket>,
+    scrape: Vec<http::Socket>,
+    access: Access,
     api: Api,
     config: &Config,
     beat: Beat,
@@ -786,7 +810,7 @@ fn start_api(
             Err(error) => return drop(started.send(Err(Error::System(error)))),
         };
         LocalSet::new().block_on(&runtime, async {
-            match http::start_api(listeners, scrape, api, &http, &limits) {
+            match http::start_api(sockets, scrape, access, api, &http, &limits) {
                 Ok(server) => {
                     drop(started.send(Ok(())));
                     tokio::task::spawn_local(pulse(beat));
@@ -845,18 +869,19 @@ impl HttpIngest {
 
 /// Starts the listeners for lines, and beside them on the stream worker's thread what becomes HTTP ingest.
 fn start_listeners(
-    ingest: Vec<TcpListener>,
+    ingest: Vec<http::Socket>,
     config: &Config,
     workers: &Arc<Workers>,
+    entry: &Entry,
     inherited: &mut Inherited,
 ) -> Result<(Listeners, HttpIngest), Error> {
-    let (http, limits) = (config.http.clone(), config.limits.http.clone());
+    let (http, limits, access) = (config.http.clone(), config.limits.http.clone(), entry.access.clone());
     let (answer, started) = std::sync::mpsc::channel();
     let (start, parts) = oneshot::channel();
     let beside = move |worker: Rc<RefCell<Worker>>, mut ends: watch::Receiver<bool>| async move {
         // An error means that the agent did not come so far.
         let Ok((keeping, forwarder)) = parts.await else { return };
-        match http::start_ingest(ingest, worker, keeping, forwarder, &http, &limits) {
+        match http::start_ingest(ingest, access, worker, keeping, forwarder, &http, &limits) {
             Ok(server) => {
                 drop(answer.send(Ok(())));
                 // An error means that the listeners are gone, which is an end as well.
@@ -866,6 +891,7 @@ fn start_listeners(
             Err(error) => drop(answer.send(Err(error))),
         }
     };
-    let listeners = listen::start(&config.listen, &config.limits.listen, workers, inherited, beside);
+    let (of_lines, tls) = (&config.limits.listen, entry.tls.clone());
+    let listeners = listen::start(&config.listen, of_lines, tls, workers, inherited, beside);
     Ok((listeners.map_err(Error::Listen)?, HttpIngest { start, started }))
 }
