@@ -28,7 +28,7 @@ def configurations():
     for line in defaults.splitlines():
         if header := re.fullmatch(r"\[(.+)\]", line):
             section = header[1]
-        elif setting := re.fullmatch(r"(?:# )?(\w+) = (.+)", line):
+        elif setting := re.fullmatch(r"#(\w+) = (.+)", line):
             key = f"{section}.{setting[1]}" if section else setting[1]
             table = f"[{section}]\n" if section else ""
             yield f"{table}{setting[1]} = {setting[2]}\n".encode()

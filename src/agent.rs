@@ -3,15 +3,18 @@
 //! Start: own metrics, addresses of HTTP, journal, listeners for lines, which count into their shards from then on, ledger and
 //! flush, store, API, HTTP ingest, and the line `ready` on standard error. Stop: `/-/ready` says 503, the listeners read what
 //! the kernel holds, shards seal and close, the last flush, the store's turn, then HTTP ends. What is left at the deadline is
-//! in the journal. Reloads are read beside all that, one after the other.
+//! in the journal. Reloads are read beside all that, one after the other. systemd is told of each, where it runs the agent.
 //!
 //! At SIGUSR2 another process takes over ([`crate::handover`]): it starts as above, but opens the journal only when this one
 //! has stopped. If it fails, this one starts again with all that it kept.
+
+mod lookout;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
+use std::os::fd::AsFd as _;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
@@ -28,6 +31,7 @@ use crate::aggregate::shard::{Budget, SeriesId};
 use crate::config::{Config, Kind};
 use crate::flush::{self, Parts, Running};
 use crate::handover::{self, Predecessor, Program, Successor};
+use crate::heartbeat::Beat;
 use crate::http::forward::{Forward, Forwarder};
 use crate::http::scrape::Mapper;
 use crate::http::tokens::Right;
@@ -46,10 +50,12 @@ use crate::store::journal::{self, Damage, Journal, Opened};
 use crate::store::kafka;
 use crate::store::redis::{Deleted, RedisReader};
 use crate::store::ship;
+use crate::systemd::{self, MoreTime};
 use crate::telemetry;
 use crate::tls;
 use crate::units::ListenAddress;
 use crate::view::{Batched, Remote, View};
+use lookout::{Lookout, Refused};
 
 /// Why an agent could not start.
 #[derive(Debug)]
@@ -131,8 +137,11 @@ pub fn run(config: &Config, reload: impl FnMut() -> Result<Config, Vec<String>> 
     let mut origin = Origin::of_this_process().map_err(Error::System)?;
     loop {
         let config = reloads.in_force.config();
+        let more_time = MoreTime::asking("starting: reading the journal");
         let agent = Agent::start(&config, origin, &exporter, &reloads)?;
+        drop(more_time);
         agent.say_ready();
+        agent.lookout.borrow_mut().begin();
         let within = config.limits.agent.stop.0;
         match runtime.block_on(agent.obey(&mut signals, &reloads, &program)) {
             Told::Stop => {
@@ -228,6 +237,7 @@ struct Agent {
     sockets: Arc<Vec<Named>>,
     /// To see that nobody has it any more.
     journal: Weak<Journal>,
+    lookout: RefCell<Lookout>,
 }
 
 /// Who may come in, and as whom we speak TLS: what a reload may change under all listeners. Clones share it.
@@ -306,7 +316,9 @@ impl Agent {
         let weak = journal.as_ref().map_or_else(Weak::new, Arc::downgrade);
         let view =
             View::new(ledger, running.fold(), journal, rejects, workers.events(), workers.sources()).sharing(remote);
-        let health = Arc::new(Health::default());
+        let health = Arc::new(Health::watching(Arc::clone(workers.beats())));
+        let (store, refused) = (config.store.kind, Arc::clone(&reloads.refused));
+        let lookout = Lookout::new(Arc::clone(&workers), view.clone(), Arc::clone(&health), store, refused);
         let mapper = Arc::new(Mapper::new(config.mapping.rules.clone()));
         reloads.in_force.follow(&workers, &mapper);
         let api = Api {
@@ -318,11 +330,11 @@ impl Agent {
             mapper,
             exporter: exporter.clone(),
         };
-        let api = start_api(api_sockets, scrape, entry.access.clone(), api, config)?;
+        let beat = workers.beats().begin("api");
+        let api = start_api(api_sockets, scrape, entry.access.clone(), api, config, beat)?;
         let forwarder = start_forwarder(config)?;
         if let Some(predecessor) = predecessor {
             predecessor.dismiss().map_err(Error::HandOver)?;
-            listeners.leave_files(false);
             telemetry::HANDOVERS.counter(&["taken_over"]).increment(1);
         }
         // What follows is acknowledged to clients, so nobody else may go on with what was there before.
@@ -336,7 +348,9 @@ impl Agent {
         for warning in listeners.warnings() {
             tracing::warn!("{warning}");
         }
-        warn_of(left);
+        warn_of(&left);
+        listeners.leave_files(systemd::is_there());
+        keep_at_systemd(&sockets, &left);
         health.started(bound.clone());
         Ok(Self {
             running,
@@ -350,6 +364,7 @@ impl Agent {
             bound,
             sockets: Arc::new(sockets),
             journal: weak,
+            lookout: RefCell::new(lookout),
         })
     }
 
@@ -379,7 +394,10 @@ impl Agent {
                         Err(error) => not_taken_over(&error),
                     }
                 }
-                _ = second.tick() => self.exporter.upkeep(),
+                _ = second.tick() => {
+                    self.exporter.upkeep();
+                    self.lookout.borrow_mut().look(Instant::now());
+                }
             }
         }
     }
@@ -402,6 +420,8 @@ impl Agent {
 
     fn stop(self, within: Duration) {
         tracing::info!("stopping");
+        systemd::stopping(within);
+        let _more_time = MoreTime::asking("stopping: the last flush");
         let deadline = Instant::now() + within;
         self.end(deadline, |listeners| listeners.stop(within / 2));
         tracing::info!("stopped");
@@ -412,15 +432,19 @@ impl Agent {
     fn hand_over(self, mut successor: Successor, within: Duration) -> Result<(), Origin> {
         let id = successor.id();
         tracing::info!(successor = id, "handing over");
+        systemd::alive();
         let deadline = Instant::now() + within;
         let (sockets, journal) = (Arc::clone(&self.sockets), Weak::clone(&self.journal));
         let streams = self.end(deadline, |listeners| listeners.pass_on(http::GRACE.min(within / 2)));
         while journal.strong_count() > 0 && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
         }
-        match successor.hand_over(&streams) {
+        match successor.hand_over(&streams, systemd::alive) {
             Ok(()) => {
                 tracing::info!(successor = id, streams = streams.len(), "handed over");
+                systemd::main_pid(id);
+                // The successor waits for the end of this process before it says anything itself.
+                systemd::barrier(BARRIER);
                 Ok(())
             }
             Err(error) => {
@@ -451,6 +475,9 @@ impl Agent {
     }
 }
 
+/// How long systemd may take to note a new main process.
+const BARRIER: Duration = Duration::from_secs(5);
+
 /// A successor that is being started.
 type Search = oneshot::Receiver<Result<Successor, handover::Error>>;
 
@@ -467,15 +494,24 @@ fn not_taken_over(error: &handover::Error) {
     tracing::error!("nobody took over, this agent goes on: {error}");
 }
 
-/// Says what was inherited for nothing. It is closed here.
-fn warn_of(left: Left) {
-    for named in left.sockets {
+/// Lets systemd keep the sockets that it has not opened itself, for the next start. What it has already it does not keep
+/// twice.
+fn keep_at_systemd(sockets: &[Named], left: &Left) {
+    let own = |named: &&Named| !named.is_of_unit;
+    // It forgets by name.
+    left.sockets.iter().filter(own).for_each(|named| systemd::forget(&named.name()));
+    sockets.iter().filter(own).for_each(|named| systemd::store(&named.name(), &[named.socket.as_fd()]));
+}
+
+/// Says what was inherited for nothing. It is closed at the end of the start.
+fn warn_of(left: &Left) {
+    for named in &left.sockets {
         let address = named.socket.local_addr().ok();
         let address = address.as_ref().and_then(|address| address.as_socket()).map(|address| address.to_string());
         let (name, address) = (named.name(), address.unwrap_or_default());
         tracing::warn!(name, address, "an inherited socket is closed, since it is not configured any more");
     }
-    for name in left.strange {
+    for name in &left.strange {
         tracing::warn!(name, "an inherited descriptor is no listening socket that lines or requests could come by");
     }
 }
@@ -518,6 +554,7 @@ fn tell(followers: Option<&(Arc<Workers>, Arc<Mapper>)>, config: &Config) {
 struct Reloads {
     orders: mpsc::Sender<Reload>,
     in_force: Arc<InForce>,
+    refused: Arc<Refused>,
 }
 
 impl Reloads {
@@ -540,15 +577,20 @@ impl Reloads {
             changed.put(config);
             Ok::<_, Vec<String>>(())
         };
+        let refused = Arc::new(Refused::default());
+        let noted = Arc::clone(&refused);
         let serve = move || {
             while let Some(answer) = inbox.blocking_recv() {
-                let wrong = obey().err().unwrap_or_default();
+                systemd::reloading();
+                let outcome = obey();
+                noted.note(&outcome);
+                let wrong = outcome.err().unwrap_or_default();
                 // Who asked may have gone.
                 drop(answer.send(wrong));
             }
         };
         thread::Builder::new().name("reload".to_owned()).spawn(serve).map_err(Error::System)?;
-        Ok(Self { orders, in_force })
+        Ok(Self { orders, in_force, refused })
     }
 }
 
@@ -776,6 +818,7 @@ fn start_api(
     access: Access,
     api: Api,
     config: &Config,
+    beat: Beat,
 ) -> Result<Thread, Error> {
     let (stop, stopped) = oneshot::channel();
     let (started, outcome) = std::sync::mpsc::channel();
@@ -789,6 +832,7 @@ fn start_api(
             match http::start_api(sockets, scrape, access, api, &http, &limits) {
                 Ok(server) => {
                     drop(started.send(Ok(())));
+                    tokio::task::spawn_local(pulse(beat));
                     // An agent that is gone without a word stops as well.
                     let grace = stopped.await.unwrap_or(http::GRACE);
                     server.stop(grace).await;
@@ -803,6 +847,14 @@ fn start_api(
     match outcome.recv() {
         Ok(result) => result.map(|()| Thread { stop, thread }),
         Err(_) => Err(Error::System(io::Error::other("the API's thread ended at once"))),
+    }
+}
+
+/// Beats as long as a runtime goes round.
+async fn pulse(beat: Beat) {
+    loop {
+        beat.beat();
+        tokio::time::sleep(Duration::from_secs(1)).await;
     }
 }
 

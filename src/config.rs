@@ -359,6 +359,17 @@ keys! {
     "limits.stop", Restart, "Time to stop in; what is left then is in the journal.";
 }
 
+/// The variables of the system that tallyd replaces, each with the key that it sets. `TALLYD_...` goes before them.
+pub const SEED: &[(&str, &str)] = &[
+    ("INGEST_PORT", "http.ingest"),
+    ("API_PORT", "http.api"),
+    ("STORE", "store.kind"),
+    ("REDIS_HOST", "store.redis.url"),
+    ("REDIS_PORT", "store.redis.url"),
+    ("KAFKA_BOOTSTRAP_SERVERS", "kafka.brokers"),
+    ("KAFKA_TOPIC", "kafka.topic"),
+];
+
 /// Keys that hold a table of names that are not ours.
 const MAPS: [&str; 1] = ["kafka.options"];
 
@@ -571,18 +582,24 @@ impl Config {
         print(&self.tree(), |_| String::new(), |key, value| format!("{} = {}\n", last(key.name), literal(value)))
     }
 
-    /// The default configuration file with a comment on every key: `packaging/tallyd.toml`.
+    /// The default configuration file: `packaging/tallyd.toml`, which packages install. Every key stands there with its
+    /// meaning and its default, commented out, so that the file of an old version freezes no default of a new one, nor
+    /// hides the state directory that systemd names.
     pub fn defaults() -> String {
-        let help = |key: &Key| format!("# {}\n", key.help);
-        let line = |key: &Key, value: &Value| {
-            // Written out, the default would hide the directory that systemd names.
-            let off = if key.name == "state_dir" { "# " } else { "" };
-            format!("# {}\n{off}{} = {}\n", key.help, last(key.name), literal(value))
-        };
-        format!(
-            "# tallyd's configuration: every key with its default.\n\n{}",
-            print(&Self::default().tree(), help, line)
-        )
+        let head = |key: &Key| format!("# {}\n", key.help);
+        let line = |key: &Key, value: &Value| format!("# {}\n#{} = {}\n", key.help, last(key.name), literal(value));
+        let opening =
+            "# tallyd's configuration: every key with its default. To set one, take away the # before its name.\n\n";
+        [opening, &print(&Self::default().tree(), head, line)].concat()
+    }
+
+    /// [`KEYS`], each key with its default as TOML; a section has none.
+    pub fn described() -> impl Iterator<Item = (&'static Key, Option<String>)> {
+        let tree = Self::default().tree();
+        KEYS.iter().map(move |key| {
+            let value = get(&tree, key.name).filter(|value| !is_section(key.name, value));
+            (key, value.map(literal))
+        })
     }
 
     /// As nested tables. A test holds that every configuration can be written so.

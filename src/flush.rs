@@ -26,6 +26,7 @@ use crate::aggregate::fold::Writer;
 use crate::aggregate::ledger::{At, Changed, Ledger, Series, Total};
 use crate::aggregate::shard::{Budget, SeriesId};
 use crate::clock;
+use crate::heartbeat::Beat;
 use crate::ingest::{Delivery, Returned, Workers};
 use crate::receipt::Receipt;
 use crate::sample::{Kind, Marks, SeriesKey};
@@ -229,6 +230,7 @@ impl Running {
         let (orders, inbox) = unbounded();
         let status = Arc::new(Status::default());
         let journal = parts.journal.clone();
+        let beats = Arc::clone(parts.workers.beats());
         let mut folding = Folding::new(parts, inbox, Arc::clone(&status), config, limits)?;
         let mut threads = Vec::new();
         if let Some(journal) = journal {
@@ -237,9 +239,11 @@ impl Running {
             let flushing =
                 Flushing { journal, jobs: taken, orders: orders.clone(), status: Arc::clone(&status), on_commit };
             folding.jobs = Some(jobs);
-            threads.push(spawn("flush", move || flushing.run())?);
+            let beat = beats.begin("flush");
+            threads.push(spawn("flush", move || flushing.run(&beat))?);
         }
-        threads.insert(0, spawn("fold", move || folding.run())?);
+        let beat = beats.begin("fold");
+        threads.insert(0, spawn("fold", move || folding.run(&beat))?);
         Ok(Self { fold: Fold { orders, status }, threads })
     }
 
@@ -391,8 +395,9 @@ impl Folding {
         })
     }
 
-    fn run(mut self) {
+    fn run(mut self, beat: &Beat) {
         while !self.is_done() {
+            beat.beat();
             let timeout = self.timeout();
             crossbeam_channel::select! {
                 recv(self.deliveries) -> delivery => if let Ok(delivery) = delivery { self.fold(delivery) },
@@ -739,10 +744,12 @@ struct Flushing {
 }
 
 impl Flushing {
-    fn run(self) {
+    fn run(self, beat: &Beat) {
         let mut unwritten: Option<Job> = None;
         loop {
+            beat.rest();
             let next = if unwritten.is_some() { self.jobs.recv_timeout(RETRY) } else { self.wait() };
+            beat.beat();
             match (next, &mut unwritten) {
                 (Ok(job), Some(earlier)) => earlier.absorb(job),
                 (Ok(job), None) => unwritten = Some(job),

@@ -47,6 +47,9 @@ const TO_START: Duration = Duration::from_secs(120);
 /// How long a message may wait for the other to take it.
 const TO_TAKE: Duration = Duration::from_secs(10);
 
+/// How often something else is done while the successor is waited for.
+const WHILE: Duration = Duration::from_secs(5);
+
 /// How long one whose channel has closed may take to end.
 const TO_END: Duration = Duration::from_secs(1);
 
@@ -167,7 +170,7 @@ impl Successor {
             successor.tell(&Message::Socket { name: named.name() }, &[], Some(named.socket.as_fd()))?;
         }
         successor.tell(&Message::Begin, &[], None)?;
-        successor.wait_for(&Message::Reading, TO_READ)?;
+        successor.wait_for(&Message::Reading, TO_READ, || ())?;
         Ok(successor)
     }
 
@@ -177,14 +180,14 @@ impl Successor {
     }
 
     /// Gives it the open streams and the journal, which this process has let go of. Blocks until it has taken both. From
-    /// then on it is on its own, and waits until this is dropped.
-    pub fn hand_over(&mut self, streams: &[Passed]) -> Result<(), Error> {
+    /// then on it is on its own, and waits until this is dropped. `meanwhile` is called now and then.
+    pub fn hand_over(&mut self, streams: &[Passed], meanwhile: impl Fn()) -> Result<(), Error> {
         for Passed { listener, socket, rest } in streams {
             let message = Message::Stream { listener: listener.name().to_owned(), skip: rest.skip };
             self.tell(&message, &rest.partial, Some(socket.as_fd()))?;
         }
         self.tell(&Message::Yours, &[], None)?;
-        self.wait_for(&Message::Taken, TO_START)?;
+        self.wait_for(&Message::Taken, TO_START, meanwhile)?;
         self.process = None;
         Ok(())
     }
@@ -196,15 +199,20 @@ impl Successor {
         }
     }
 
-    fn wait_for(&mut self, awaited: &Message, time: Duration) -> Result<(), Error> {
+    fn wait_for(&mut self, awaited: &Message, time: Duration, meanwhile: impl Fn()) -> Result<(), Error> {
+        let deadline = Instant::now() + time;
         loop {
-            match self.channel.receive(time) {
+            meanwhile();
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::Silent(time));
+            }
+            match self.channel.receive(left.min(WHILE)) {
                 Ok(Some(received)) if received.message == *awaited => return Ok(()),
                 Ok(Some(_)) => {}
-                Ok(None) => return Err(self.ended()),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(Error::Silent(time)),
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(self.ended()),
-                Err(error) => return Err(error.into()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() != io::ErrorKind::ConnectionReset => return Err(error.into()),
+                Ok(None) | Err(_) => return Err(self.ended()),
             }
         }
     }

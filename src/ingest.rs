@@ -34,6 +34,7 @@ use crate::aggregate::baselines::Baselines;
 use crate::aggregate::shard::{Budget, Cells, IGNORED, Sealed, Shard, Sight};
 use crate::aggregate::window::start_of;
 use crate::clock::{self, Clock};
+use crate::heartbeat::Board;
 use crate::mapping::Mapping;
 use crate::protocol::{self, Body, Event, Parser, Reject, ServiceCheck, Sink};
 use crate::receipt::Receipt;
@@ -187,6 +188,9 @@ pub struct Workers {
     baselines: Arc<Baselines>,
     times: Times,
     begun_ms: u64,
+    beats: Arc<Board>,
+    /// Samples accepted by all workers, up to their last seals.
+    samples: AtomicU64,
 }
 
 impl Workers {
@@ -215,9 +219,22 @@ impl Workers {
         let seats = Mutex::new(Vec::new());
         let (events, baselines) = (Arc::new(Events::default()), Arc::new(Baselines::default()));
         let sources = Arc::new(sources);
-        let begun_ms = clock::wall_ms();
-        let workers =
-            Self { seats, asked, deliveries, settings, budget, rejects, events, sources, baselines, times, begun_ms };
+        let (beats, samples) = (Arc::default(), AtomicU64::new(0));
+        let workers = Self {
+            seats,
+            asked,
+            deliveries,
+            settings,
+            budget,
+            rejects,
+            events,
+            sources,
+            baselines,
+            times,
+            begun_ms: clock::wall_ms(),
+            beats,
+            samples,
+        };
         (Arc::new(workers), receiver)
     }
 
@@ -275,6 +292,16 @@ impl Workers {
     /// Who sends, and what.
     pub fn sources(&self) -> Arc<Sources> {
         Arc::clone(&self.sources)
+    }
+
+    /// Where the parts of the agent beat.
+    pub fn beats(&self) -> &Arc<Board> {
+        &self.beats
+    }
+
+    /// How many samples were accepted, up to the workers' last seals.
+    pub fn samples(&self) -> u64 {
+        self.samples.load(Ordering::Relaxed)
     }
 
     /// How lines are read.
@@ -563,6 +590,7 @@ impl Worker {
     fn deliver(&mut self, at_ms: u64, complete_until_ms: u64, answers: u64, last: bool) {
         self.core.tally.refuse(self.core.shard.take_refused());
         let sources = self.core.sources.take(&self.core.tally, self.core.shard.created());
+        self.port.workers.samples.fetch_add(self.core.tally.samples(), Ordering::Relaxed);
         self.core.tally.publish();
         let sealed = self.core.shard.seal();
         self.port.out += 1;

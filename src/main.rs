@@ -4,7 +4,7 @@ use std::io;
 use std::process::ExitCode;
 
 use clap::Parser;
-use tallyd::cli::{Cli, Command, bench, check, explain, run, send};
+use tallyd::cli::{Cli, Command, bench, check, explain, pages, run, send};
 
 fn main() -> ExitCode {
     let result = match Cli::parse().chosen() {
@@ -13,6 +13,8 @@ fn main() -> ExitCode {
         Command::Explain(args) => explain::run(&args, io::stdin().lock(), &mut io::stdout().lock()),
         Command::Bench(args) => bench::run(&args, &mut io::stdout().lock(), &mut io::stderr()),
         Command::Send(args) => send::run(&args, io::stdin().lock(), &mut io::stderr()),
+        Command::Man(args) => pages::man(&args, &mut io::stdout().lock()),
+        Command::Completions(args) => pages::completions(&args, &mut io::stdout().lock()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -50,6 +50,7 @@ macro_rules! table {
 
 table! {
     BUILD_INFO = "tallyd_build_info", Gauge, ["version"], "Always 1; the labels say what was built.";
+    STALLED_SECONDS = "tallyd_stalled_seconds", Gauge, ["part"], "How long a part of the agent has made no progress, in seconds, once that is 10 s; 0 while it does.";
     DATAGRAMS = "tallyd_datagrams_total", Counter, ["listener"], "Datagrams read from a socket.";
     DATAGRAMS_TRUNCATED = "tallyd_datagrams_truncated_total", Counter, ["listener"], "Datagrams longer than limits.datagram, dropped whole.";
     RECEIVED_BYTES = "tallyd_received_bytes_total", Counter, ["listener"], "Payload bytes read, of HTTP bodies as sent.";

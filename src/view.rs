@@ -16,7 +16,7 @@ use crate::flush::Fold;
 use crate::ingest::sources::Heard;
 use crate::ingest::{Events, Rejected, Rejects, Sources};
 use crate::sample::{Kind, SeriesKey};
-use crate::store::journal::{self, Journal};
+use crate::store::journal::{self, Journal, Sizes};
 #[cfg(feature = "kafka")]
 use crate::store::kafka;
 use crate::store::redis::{self, RedisReader, Stored};
@@ -306,6 +306,11 @@ impl View {
             return reader.delete(ids).await.map(|()| count).map_err(|_| Error::Store);
         }
         if self.fold.delete(ids).await { Ok(count) } else { Err(Error::Stopping) }
+    }
+
+    /// How much the journal holds; none without one.
+    pub fn journal(&self) -> Option<Sizes> {
+        self.journal.as_ref().map(|journal| journal.sizes())
     }
 
     /// Why the agent is not ready; empty when it is.

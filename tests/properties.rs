@@ -248,6 +248,7 @@ fn the_cases_of_the_corpus_obey_the_laws() {
 #[test]
 fn configurations_are_read_back_from_what_is_printed() {
     laws::config(Config::defaults().as_bytes());
+    laws::config(Config::default().to_toml().as_bytes());
     for set in ["store.redis.url=redis://u:p@h", "listen.udp=", "limits.idle=90m", "flush.percentiles=50,99.9", "x=1"] {
         laws::config(format!("\0{set}").as_bytes());
         let (key, value) = set.split_once('=').unwrap();

@@ -7,6 +7,8 @@ pub mod bench;
 pub mod check;
 pub mod explain;
 mod files;
+mod log;
+pub mod pages;
 pub mod run;
 pub mod send;
 
@@ -19,6 +21,7 @@ use std::{env, fmt, fs};
 use clap::{Parser, Subcommand};
 
 use crate::config::{Config, Loaded, Problem, Sources};
+use crate::systemd;
 
 /// A StatsD-compatible metrics agent: every dialect on one port, exact aggregates, JSON and Prometheus out.
 #[derive(Debug, Parser)]
@@ -43,6 +46,10 @@ pub enum Command {
     Send(send::Args),
     /// Send a load of exact size at a steady pace, and say what became of it
     Bench(bench::Args),
+    /// Print a manual page, as packages install them
+    Man(pages::ManArgs),
+    /// Print what a shell completes the arguments by
+    Completions(pages::CompletionsArgs),
 }
 
 /// The layers of the configuration that stand on the command line.
@@ -195,12 +202,14 @@ impl Failure {
 
     /// Explains itself on `stderr`, in one line unless each of several problems has its own.
     pub fn report(&self, stderr: &mut impl Write) -> ExitCode {
+        // The priority of a line in systemd's journal; who reads it elsewhere is not bothered with that.
+        let priority = if systemd::stderr_is_journal() { "<3>" } else { "" };
         let written = match self {
             Self::Configuration(problems) => {
-                problems.iter().try_for_each(|problem| writeln!(stderr, "tallyd: {problem}"))
+                problems.iter().try_for_each(|problem| writeln!(stderr, "{priority}tallyd: {problem}"))
             }
             Self::Output(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
-            Self::Told(..) | Self::Output(_) => writeln!(stderr, "tallyd: {self}"),
+            Self::Told(..) | Self::Output(_) => writeln!(stderr, "{priority}tallyd: {self}"),
         };
         // With standard error gone as well, the code is all that is left to say.
         drop(written);

@@ -1,17 +1,13 @@
 //! `tallyd run`: the configuration read, the log opened, the agent started, and what a reload reads anew.
 
-use std::io::{self, IsTerminal};
-
-use tracing_subscriber::{EnvFilter, fmt, reload};
-
-use super::{Failure, Layers};
+use super::{Failure, Layers, log};
 use crate::agent;
 use crate::config::{Config, Level, Loaded};
 
 /// Runs the agent until it is told to stop.
 pub fn run(layers: &Layers) -> Result<(), Failure> {
     let loaded = layers.load().map_err(Failure::brief)?;
-    let set_level = open_log(loaded.config.log.level);
+    let set_level = log::open(loaded.config.log.level);
     warn(&loaded);
     let config = loaded.config;
     run_agent(&config, reloader(layers.clone(), config.clone(), set_level))
@@ -42,32 +38,6 @@ fn reloader(
 /// Logs what is right in the configuration, but does nothing.
 fn warn(loaded: &Loaded) {
     loaded.notes().iter().for_each(|note| tracing::warn!("{note}"));
-}
-
-/// Opens the log on standard error; what is returned changes its level.
-fn open_log(level: Level) -> impl Fn(Level) + Send + 'static {
-    let colours = io::stderr().is_terminal();
-    let log = fmt().with_writer(io::stderr).with_ansi(colours).with_env_filter(filter(level)).with_filter_reloading();
-    let handle = log.reload_handle();
-    // A test that runs two agents in one process has a log already; the first one stays.
-    drop(tracing::subscriber::set_global_default(log.finish()));
-    move |level| set(&handle, level)
-}
-
-fn set<S>(handle: &reload::Handle<EnvFilter, S>, level: Level) {
-    if let Err(error) = handle.reload(filter(level)) {
-        tracing::warn!(%error, "log.level stays as it was");
-    }
-}
-
-fn filter(level: Level) -> EnvFilter {
-    EnvFilter::new(match level {
-        Level::Error => "error",
-        Level::Warn => "warn",
-        Level::Info => "info",
-        Level::Debug => "debug",
-        Level::Trace => "trace",
-    })
 }
 
 fn run_agent(

@@ -78,10 +78,32 @@ fn the_packaged_file_is_the_printed_defaults() {
         std::fs::write(path, &printed).unwrap();
     }
     assert_eq!(std::fs::read_to_string(path).unwrap(), printed, "UPDATE=1 cargo test writes it anew");
+    // As it is packaged it says nothing at all: another version's defaults would win over this one's.
     let loaded = load(&printed, &[], &[]).unwrap();
-    assert_eq!(loaded.config, Config::default());
-    // A packaged state_dir would win over systemd's.
+    assert!(loaded.config == Config::default() && loaded.origins.is_empty(), "{:?}", loaded.origins);
     assert_eq!(value("state_dir", &printed, &[("STATE_DIRECTORY", "/var/lib/tallyd")], &[]), "\"/var/lib/tallyd\"");
+}
+
+#[test]
+fn every_line_of_the_packaged_file_can_be_taken_in() {
+    let names =
+        |line: &str| line.strip_prefix('#').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_lowercase()));
+    let lines = Config::defaults();
+    let all: String = lines.lines().map(|line| line[usize::from(names(line))..].to_owned() + "\n").collect();
+    let loaded = load(&all, &[], &[]).unwrap();
+    assert_eq!(loaded.config, Config::default());
+    let keys: Vec<_> = Config::described().filter(|(_, default)| default.is_some()).map(|(key, _)| key.name).collect();
+    assert!(keys.len() > 50 && keys.iter().all(|key| loaded.origins.contains_key(*key)), "{:?}", loaded.origins);
+    assert_eq!(loaded.origins.len(), keys.len());
+}
+
+#[test]
+fn the_seeds_variables_set_the_keys_that_are_named_for_them() {
+    for (name, key) in SEED {
+        let value = if *name == "STORE" { "INMEMORY" } else { "7" };
+        let loaded = load("", &[(name, value)], &[]).unwrap();
+        assert_eq!(loaded.origins.keys().collect::<Vec<_>>(), [key], "{name}");
+    }
 }
 
 #[test]

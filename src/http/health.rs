@@ -1,8 +1,9 @@
 //! Whether the agent lives, whether it is ready, and the order to read its configuration again.
 
 use std::collections::BTreeMap;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use hyper::{Response, StatusCode};
 use serde_json::json;
@@ -10,6 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::problem::Problem;
 use super::server::{Body, JSON, On, TEXT, ok};
+use crate::heartbeat::Board;
 
 /// The addresses really bound, by configuration key: `listen.udp`, `http.api` ...
 pub type Bound = BTreeMap<String, Vec<String>>;
@@ -19,9 +21,15 @@ pub type Bound = BTreeMap<String, Vec<String>>;
 pub struct Health {
     bound: OnceLock<Bound>,
     stopping: AtomicBool,
+    beats: Arc<Board>,
 }
 
 impl Health {
+    /// Of an agent whose parts beat there.
+    pub fn watching(beats: Arc<Board>) -> Self {
+        Self { beats, ..Self::default() }
+    }
+
     /// All listeners are up, on these addresses. Only the first call counts.
     pub fn started(&self, bound: Bound) {
         self.bound.get_or_init(|| bound);
@@ -32,10 +40,16 @@ impl Health {
         self.stopping.store(true, Ordering::Release);
     }
 
-    fn reasons(&self) -> impl Iterator<Item = String> {
+    /// Why the agent is not ready; empty when it is, but for stalled parts.
+    pub fn reasons(&self) -> impl Iterator<Item = String> + use<> {
         let starting = self.bound.get().is_none().then(|| "starting: not all listeners are up".to_owned());
         let stopping = self.stopping.load(Ordering::Acquire).then(|| "stopping".to_owned());
         starting.into_iter().chain(stopping)
+    }
+
+    /// The parts that make no progress.
+    fn stalled(&self) -> impl Iterator<Item = String> + use<> {
+        self.beats.stalled(Instant::now()).into_iter().map(|still| still.to_string())
     }
 }
 
@@ -62,7 +76,7 @@ pub(super) fn ready(
     warnings: impl IntoIterator<Item = String>,
 ) -> Response<Body> {
     let warnings: Vec<String> = warnings.into_iter().collect();
-    let reasons: Vec<String> = health.reasons().chain(others).collect();
+    let reasons: Vec<String> = health.reasons().chain(health.stalled()).chain(others).collect();
     let ready = reasons.is_empty();
     let text = json!({ "ready": ready, "reasons": reasons, "warnings": warnings, "addresses": health.bound.get() })
         .to_string();

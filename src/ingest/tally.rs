@@ -62,6 +62,11 @@ impl Tally {
         &self.by_listener[listener as usize]
     }
 
+    /// The samples accepted since the last publication.
+    pub(super) fn samples(&self) -> u64 {
+        self.by_listener.iter().map(|tally| tally.samples).sum()
+    }
+
     /// Adds the counts to the exported metrics and starts again from zero.
     pub(super) fn publish(&mut self) {
         for listener in Listener::ALL {

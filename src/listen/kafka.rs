@@ -29,6 +29,7 @@ use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{Offset, TopicPartitionList};
 
 use super::OWES_SEAL;
+use crate::heartbeat::Beat;
 use crate::ingest::{self, Address, Listener, Source, Worker, Workers};
 use crate::kafka::{self, Config, Link, NotStarted, Quiet};
 use crate::sample::Marks;
@@ -127,8 +128,9 @@ impl Input {
         let waker = Arc::clone(&shared);
         let worker = workers.register(move || waker.tell(|_| {}));
         let (workers, bytes) = (Arc::clone(workers), telemetry::RECEIVED_BYTES.counter(&[Listener::Kafka.name()]));
-        let reading =
-            Reading { link, config, member, worker, workers, shared: inner, bytes, partitions: BTreeMap::new() };
+        let beat = workers.beats().begin("kafka-input");
+        let partitions = BTreeMap::new();
+        let reading = Reading { link, config, member, worker, workers, shared: inner, bytes, partitions, beat };
         let thread = std::thread::Builder::new().name("kafka-input".to_owned()).spawn(move || reading.run());
         thread.map(|thread| Self { shared, thread }).map_err(NotStarted::Thread)
     }
@@ -255,6 +257,7 @@ struct Reading {
     shared: Arc<Shared>,
     bytes: metrics::Counter,
     partitions: BTreeMap<i32, Partition>,
+    beat: Beat,
 }
 
 /// Why a consumer is given up.
@@ -298,6 +301,7 @@ impl Reading {
     /// Reads until told to close. The consumer is given back for the last commit.
     fn read(&mut self, consumer: BaseConsumer<Rebalances>) -> (Option<BaseConsumer<Rebalances>>, End) {
         while !self.shared.told().close {
+            self.beat.beat();
             let question = self.worker.question();
             let is_empty = match self.read_some(&consumer) {
                 Ok(is_empty) => is_empty,
@@ -451,6 +455,7 @@ impl Reading {
     fn rest(&mut self, pause: Duration) {
         let until = Instant::now() + pause;
         while Instant::now() < until && !self.shared.told().close {
+            self.beat.beat();
             let question = self.worker.question();
             let wait = self.worker.turn(question).min(until.saturating_duration_since(Instant::now()));
             self.shared.wait(wait);

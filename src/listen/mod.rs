@@ -599,8 +599,10 @@ impl Listeners {
         self.wakes.push(wake.clone());
         let stop = Arc::clone(&self.stop);
         let datagram = limits.datagram.0.min(DATAGRAM_MAX) as usize;
-        let run = move || udp::Receiver::new(worker, listener, inlets, wake, stop, datagram, linger).run();
-        self.threads.push(thread::Builder::new().name(format!("{}-{number}", listener.name())).spawn(run)?);
+        let name = format!("{}-{number}", listener.name());
+        let beat = workers.beats().begin(name.as_str());
+        let run = move || udp::Receiver::new(worker, listener, inlets, wake, stop, datagram, linger).run(&beat);
+        self.threads.push(thread::Builder::new().name(name).spawn(run)?);
         Ok(())
     }
 

@@ -39,6 +39,7 @@ use super::lines::{self, Lines};
 use super::peers::Peers;
 use super::{DATAGRAM_MAX, Limits, OWES_SEAL, PAUSE, SEAL_BURSTS, Stop, burst, sockets};
 use crate::clock::Clock;
+use crate::heartbeat::Beat;
 use crate::ingest::{self, Address, Listener, Source, Worker, Workers};
 use crate::sample::Reason;
 use crate::telemetry;
@@ -58,6 +59,7 @@ pub(super) struct Streams {
     limits: Limits,
     stop: Arc<Stop>,
     wake: Arc<Notify>,
+    beat: Beat,
 }
 
 /// What the streams worker serves.
@@ -101,7 +103,8 @@ impl Streams {
         let wake = Arc::new(Notify::new());
         let caller = Arc::clone(&wake);
         let worker = workers.register(move || caller.notify_one());
-        Ok(Self { runtime, doors, adopted, worker, workers: Arc::clone(workers), peers, limits, stop, wake })
+        let beat = workers.beats().begin("streams");
+        Ok(Self { runtime, doors, adopted, worker, workers: Arc::clone(workers), peers, limits, stop, wake, beat })
     }
 
     /// Serves until it is told to stop, and `beside` too.
@@ -109,7 +112,7 @@ impl Streams {
     where
         F: Future<Output = ()> + 'static,
     {
-        let Self { runtime, doors, adopted, worker, workers, peers, limits, stop, wake } = self;
+        let Self { runtime, doors, adopted, worker, workers, peers, limits, stop, wake, beat } = self;
         let worker = Rc::new(RefCell::new(worker));
         let ends = stop.ends.subscribe();
         let tasks = LocalSet::new();
@@ -123,7 +126,7 @@ impl Streams {
             tokio::select! {
                 _ = all => {}
                 () = overdue(ends.clone(), &stop) => {}
-                () = turns(&worker, &wake) => {}
+                () = turns(&worker, &wake, &beat) => {}
             }
         });
         // What outlasted the grace goes here, and with it every other owner of the worker.
@@ -147,8 +150,9 @@ async fn stopped(ends: &mut watch::Receiver<bool>) {
 }
 
 /// Gives the worker its turns: when something is due, and when a reader asks. It never ends.
-async fn turns(worker: &RefCell<Worker>, wake: &Notify) {
+async fn turns(worker: &RefCell<Worker>, wake: &Notify, beat: &Beat) {
     loop {
+        beat.beat();
         let question = worker.borrow().question();
         if worker.borrow().owes(question) {
             // What the sockets hold came before the question: let the connections read it.

@@ -23,6 +23,7 @@ use super::burst::{self, BURST, Burst, Wake};
 use super::peers::Peers;
 use super::{OWES_SEAL, PAUSE, SEAL_BURSTS, Stop, sockets};
 use crate::clock::Clock;
+use crate::heartbeat::Beat;
 use crate::ingest::{self, Listener, Question, Source, Worker};
 use crate::telemetry;
 
@@ -116,7 +117,7 @@ impl Receiver {
     }
 
     /// Reads until it is told to stop.
-    pub(super) fn run(mut self) {
+    pub(super) fn run(mut self, beat: &Beat) {
         let sockets = self.inlets.iter().map(|inlet| burst::readable(&inlet.socket));
         let mut descriptors: Vec<_> = sockets.chain([self.wake.readable()]).collect();
         let time = loop {
@@ -130,6 +131,7 @@ impl Receiver {
                 self.pace.add(more);
             }
             let wait = self.turn(question);
+            beat.beat();
             match self.pace.rest(self.clock.monotonic(), read) {
                 Rest::None => {}
                 Rest::Nap(time) => self.nap(time.min(wait)),

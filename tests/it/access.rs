@@ -1,7 +1,7 @@
 //! Who may do what, and by which way: tokens, TLS and the users behind unix sockets, with curl and openssl as peers.
 
 use std::fs::{self, Permissions};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
@@ -509,7 +509,7 @@ fn other_machines_need_tokens_to_write_or_to_administer() {
     let check = |settings: &[&str]| {
         let mut command = crate::agent::tallyd();
         command.arg("check");
-        settings.iter().for_each(|setting| drop(command.args(["--set", setting])));
+        command.args(settings.iter().flat_map(|setting| ["--set", setting]));
         let output = command.output().unwrap();
         (output.status.code(), said(&output))
     };

@@ -59,6 +59,8 @@ pub fn until_within<T>(patience: Duration, what: &str, mut check: impl FnMut() -
 /// A running agent; it is killed when dropped.
 pub struct Agent {
     child: Child,
+    /// The process that took over from the child, or from the one before it.
+    successor: Option<u32>,
     state: Arc<TempDir>,
     settings: Vec<String>,
     addresses: BTreeMap<String, Vec<SocketAddr>>,
@@ -88,7 +90,23 @@ impl Agent {
         std::fs::write(self.state.path().join("tallyd.toml"), text).unwrap();
     }
 
+    /// An agent with other sockets or another environment than usual: `command` is what starts it, with these settings.
+    pub fn start_by(command: Command, settings: &[&str]) -> Self {
+        Self::run(command, Arc::new(tempfile::tempdir().unwrap()), settings)
+    }
+
     fn start_in(state: Arc<TempDir>, settings: &[&str]) -> Self {
+        Self::run(tallyd(), state, settings)
+    }
+
+    /// An agent in this directory whose command is changed before it starts.
+    pub fn start_changed(state: Arc<TempDir>, settings: &[&str], change: impl FnOnce(&mut Command)) -> Self {
+        let mut command = tallyd();
+        change(&mut command);
+        Self::run(command, state, settings)
+    }
+
+    fn run(mut command: Command, state: Arc<TempDir>, settings: &[&str]) -> Self {
         let free = [
             "listen.udp=127.0.0.1:0",
             "listen.tcp=127.0.0.1:0",
@@ -96,11 +114,14 @@ impl Agent {
             "http.ingest=127.0.0.1:0",
             "http.api=127.0.0.1:0",
         ];
-        let mut command = tallyd();
-        command.env("TALLYD_STATE_DIR", state.path().join("state"));
         let file = state.path().join("tallyd.toml");
+        let text = std::fs::read_to_string(&file).unwrap_or_default();
         if file.exists() {
             command.arg("--config").arg(file);
+        }
+        // The environment is above the file.
+        if !text.contains("state_dir") {
+            command.env("TALLYD_STATE_DIR", state.path().join("state"));
         }
         for setting in free.iter().chain(settings) {
             command.args(["--set", setting]);
@@ -114,7 +135,7 @@ impl Agent {
             }
             ready_line(&stderr.lock().unwrap())
         });
-        Self { child, state, settings, addresses: addresses(&ready), stderr }
+        Self { child, successor: None, state, settings, addresses: addresses(&ready), stderr }
     }
 
     /// The first address of a listener: `udp`, `tcp`, `ingest`, `api`, `scrape`.
@@ -131,7 +152,35 @@ impl Agent {
 
     /// Its process.
     pub fn process(&self) -> u32 {
-        self.child.id()
+        self.successor.unwrap_or(self.child.id())
+    }
+
+    /// Lets another process take over, and waits until it has.
+    pub fn hand_over(&mut self) {
+        let before = self.process();
+        self.signal("USR2");
+        self.successor = Some(until("another process to take over", || {
+            let successors = self.stderr();
+            let last = successors.lines().rfind(|line| line.contains("handed over"))?;
+            let id = last.split("successor=").nth(1)?.split(' ').next()?.parse().ok()?;
+            (id != before).then_some(id)
+        }));
+        until("the one before to end", || self.has_ended(before).then_some(()));
+        self.wait_until_ready();
+    }
+
+    /// Waits until `/-/ready` is 200.
+    pub fn wait_until_ready(&self) {
+        until("the API to be ready", || (self.get("/-/ready").status == 200).then_some(()));
+    }
+
+    fn has_ended(&mut self, process: u32) -> bool {
+        if process == self.child.id() {
+            return self.child.try_wait().unwrap().inspect(|status| assert_eq!(status.code(), Some(0))).is_some();
+        }
+        // What has no parent here may be left as a zombie by whoever is to bury it.
+        let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+        stat.rsplit(')').next().is_none_or(|rest| rest.trim_start().starts_with('Z') || rest.is_empty())
     }
 
     /// All that it wrote to standard error.
@@ -214,14 +263,14 @@ impl Agent {
 
     /// A row of its `/proc/self/status` in bytes: `VmRSS`, what it holds now, or `VmHWM`, the most it held.
     pub fn memory(&self, row: &str) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process())).unwrap();
         let row = status.lines().find_map(|line| line.strip_prefix(row)).unwrap();
         row.trim_matches([':', '\t', ' ', 'k', 'B']).parse::<u64>().unwrap() << 10
     }
 
     /// Sends a signal by its name.
     pub fn signal(&self, name: &str) {
-        let status = Command::new("kill").args([format!("-{name}"), self.child.id().to_string()]).status().unwrap();
+        let status = Command::new("kill").args([format!("-{name}"), self.process().to_string()]).status().unwrap();
         assert!(status.success());
     }
 
@@ -249,6 +298,15 @@ impl Agent {
         self.restart_with(signal, |_| {})
     }
 
+    /// The same by another command, with something done before it starts again.
+    pub fn restart_by(mut self, signal: &str, command: Command, meanwhile: impl FnOnce()) -> Self {
+        self.signal(signal);
+        self.wait();
+        meanwhile();
+        let settings: Vec<_> = self.settings.iter().map(String::as_str).collect();
+        Self::run(command, Arc::clone(&self.state), &settings)
+    }
+
     /// The same, with a change of its state directory before it starts again.
     pub fn restart_with(mut self, signal: &str, change: impl FnOnce(&Path)) -> Self {
         self.signal(signal);
@@ -264,6 +322,9 @@ impl Drop for Agent {
         // Both fail only when it has ended already.
         drop(self.child.kill());
         drop(self.child.wait());
+        if let Some(successor) = self.successor.filter(|successor| Path::new(&format!("/proc/{successor}")).exists()) {
+            drop(Command::new("kill").args(["-KILL", &successor.to_string()]).status());
+        }
         if std::thread::panicking() {
             eprintln!("tallyd wrote:\n{}", self.stderr());
         }

@@ -33,7 +33,7 @@ fn text(bytes: &[u8]) -> String {
 fn an_unknown_key_names_its_line_and_the_nearest_one() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("tallyd.toml");
-    std::fs::write(&file, "[listen]\nudp = []\nrecieve_buffer = \"1MiB\"\n").unwrap();
+    fs::write(&file, "[listen]\nudp = []\nrecieve_buffer = \"1MiB\"\n").unwrap();
     for command in ["check", "run"] {
         let output = run(&[command, "--config", file.to_str().unwrap()], &[], "");
         let stderr = text(&output.stderr);
@@ -67,14 +67,14 @@ fn exit_codes_follow_sysexits() {
 fn the_printed_defaults_are_the_packaged_file() {
     let output = run(&["check", "--print-defaults"], &[], "");
     let packaged = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/tallyd.toml");
-    assert_eq!(text(&output.stdout), std::fs::read_to_string(packaged).unwrap());
+    assert_eq!(text(&output.stdout), fs::read_to_string(packaged).unwrap());
     assert_eq!(run(&["check", "--config", packaged], &[], "").status.code(), Some(0));
 }
 
 /// Every case of the line corpus through the executable.
 #[test]
 fn explain_reads_every_case_of_the_corpus() {
-    let corpus = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus/lines.jsonl")).unwrap();
+    let corpus = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus/lines.jsonl")).unwrap();
     let (mut passed, mut wrong) = (0, Vec::new());
     for line in corpus.lines() {
         let case: Value = serde_json::from_str(line).unwrap();
@@ -376,7 +376,7 @@ fn a_check_binds_writes_and_asks_nothing() {
     let mut command = Command::new("strace");
     command.args(["-f", "-qq", "-e", "trace=%network,%file,%desc", "-o"]).arg(&trace);
     command.arg(env!("CARGO_BIN_EXE_tallyd")).arg("check");
-    settings.iter().for_each(|setting| drop(command.args(["--set", setting])));
+    command.args(settings.iter().flat_map(|setting| ["--set", setting.as_str()]));
     let output = command.output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
     let trace = fs::read_to_string(&trace).unwrap();
