@@ -34,6 +34,7 @@ use crate::handover::{self, Predecessor, Program, Successor};
 use crate::heartbeat::Beat;
 use crate::http::forward::{Forward, Forwarder};
 use crate::http::scrape::Mapper;
+use crate::http::tokens::Right;
 use crate::http::{self, Access, Api, Health, Keeping, Reload};
 use crate::ingest::{Rejects, Settings, Sources, Times, Worker, Workers};
 use crate::inherited::{Inherited, Left, Named, Use};
@@ -52,6 +53,7 @@ use crate::store::ship;
 use crate::systemd::{self, MoreTime};
 use crate::telemetry;
 use crate::tls;
+use crate::units::ListenAddress;
 use crate::view::{Batched, Remote, View};
 use lookout::{Lookout, Refused};
 
@@ -328,7 +330,8 @@ impl Agent {
             mapper,
             exporter: exporter.clone(),
         };
-        let api = start_api(api_sockets, scrape, entry.access.clone(), api, config, workers.beats().begin("api"))?;
+        let beat = workers.beats().begin("api");
+        let api = start_api(api_sockets, scrape, entry.access.clone(), api, config, beat)?;
         let forwarder = start_forwarder(config)?;
         if let Some(predecessor) = predecessor {
             predecessor.dismiss().map_err(Error::HandOver)?;
@@ -761,8 +764,8 @@ struct HttpSockets {
 impl HttpSockets {
     fn bind(config: &http::Config, inherited: &mut Inherited) -> Result<Self, http::Error> {
         Ok(Self {
-            ingest: http::bind(Use::Ingest, &config.ingest, inherited)?,
-            api: http::bind(Use::Api, &config.api, inherited)?,
+            ingest: guarded(Use::Ingest, http::bind(Use::Ingest, &config.ingest, inherited)?, config, Right::Write)?,
+            api: guarded(Use::Api, http::bind(Use::Api, &config.api, inherited)?, config, Right::Admin)?,
             scrape: http::bind(Use::Scrape, &config.scrape, inherited)?,
         })
     }
@@ -774,6 +777,22 @@ impl HttpSockets {
         [("ingest", &self.ingest), ("api", &self.api), ("scrape", &self.scrape)]
             .map(|(name, sockets)| (name.to_owned(), of(sockets)))
             .into()
+    }
+}
+
+/// The sockets, unless other machines reach one without the token that this takes. The configuration is held to that
+/// before; what units opened shows only here.
+fn guarded(
+    r#use: Use,
+    sockets: Vec<http::Socket>,
+    config: &http::Config,
+    right: Right,
+) -> Result<Vec<http::Socket>, http::Error> {
+    let is_open = config.tokens.file(right).is_none() && !config.insecure;
+    let reached = |address: &ListenAddress| !address.address.ip().to_canonical().is_loopback();
+    match sockets.iter().filter_map(http::Socket::address).find(reached) {
+        Some(address) if is_open => Err(http::Error::Open { key: r#use.name(), address, right }),
+        Some(_) | None => Ok(sockets),
     }
 }
 

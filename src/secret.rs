@@ -85,7 +85,7 @@ impl fmt::Display for Error {
             Self::Public(mode) => {
                 write!(f, "its permissions, {mode:04o}, let every user at it; take them away with chmod o-rwx")
             }
-            Self::Empty => f.write_str("its first line is empty; write the secret there"),
+            Self::Empty => f.write_str("nothing stands on its first line; write the secret there"),
         }
     }
 }
@@ -158,6 +158,16 @@ pub fn password(name: &str) -> Result<Secret, Error> {
     }
 }
 
+/// The first token of a file of tokens: neither an empty line nor one that begins with `#`.
+///
+/// # Errors
+/// As for [`password`].
+pub fn token(name: &str) -> Result<Secret, Error> {
+    let text = read(name)?;
+    let token = text.0.lines().map(str::trim).find(|line| !line.is_empty() && !line.starts_with('#'));
+    token.map(|token| Secret(token.to_owned())).ok_or(Error::Empty)
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs::{self, Permissions};
@@ -202,6 +212,9 @@ mod tests {
         assert_eq!((secret.reveal(), format!("{secret:?}")), (" pass word ", "***".to_owned()));
         assert!(matches!(read(b""), Err(Error::Empty)));
         assert!(matches!(read(b"\nx"), Err(Error::Empty)));
+        let first = |text: &[u8]| token(&file(directory.path(), "tokens", text, 0o600));
+        assert_eq!(first(b"# may\n\n one \ntwo\n").unwrap().reveal(), "one");
+        assert!(matches!(first(b"# none\n"), Err(Error::Empty)));
         assert_eq!(read(b"\xff").unwrap_err().exit_code(), 78);
         assert!(matches!(read(&[b'x'; 70_000]), Err(Error::TooLong)));
         assert_eq!(password("/nowhere/password").unwrap_err().exit_code(), 66);

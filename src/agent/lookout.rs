@@ -31,10 +31,10 @@ pub(super) struct Refused(ArcSwapOption<String>);
 impl Refused {
     /// Takes note of a reload, and tells that it is over.
     pub(super) fn note(&self, outcome: &Result<(), Vec<String>>) {
-        let wrong = outcome.as_ref().err().map(|wrong| wrong.join("; "));
+        let wrong = outcome.as_ref().err().map(|problems| problems.join("; "));
         let status = match &wrong {
             None => "the configuration was read again".to_owned(),
-            Some(wrong) => format!("reload refused: {wrong}"),
+            Some(problems) => format!("reload refused: {problems}"),
         };
         self.0.store(wrong.map(Arc::new));
         systemd::ready(&status);

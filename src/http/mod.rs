@@ -156,6 +156,15 @@ pub enum Error {
         /// What the kernel said.
         error: io::Error,
     },
+    /// A unit's socket that other machines reach, without a token for what they could do.
+    Open {
+        /// The configuration key.
+        key: &'static str,
+        /// Which address.
+        address: ListenAddress,
+        /// What they could do.
+        right: tokens::Right,
+    },
     /// A bound socket could not be given to the runtime.
     Register(io::Error),
 }
@@ -170,7 +179,7 @@ impl Error {
             }
             Self::Bind { error, .. } if error.kind() == ErrorKind::PermissionDenied => 77,
             Self::Bind { .. } => 74,
-            Self::Address { .. } => 78,
+            Self::Address { .. } | Self::Open { .. } => 78,
             Self::Register(_) => 74,
         }
     }
@@ -197,6 +206,12 @@ impl fmt::Display for Error {
                     None => write!(f, "{error}; mend that, or name another address"),
                 }
             }
+            Self::Open { key, address, right } => write!(
+                f,
+                "http.{key}: a unit opened {address}, which other machines reach without a token; name a file of tokens in {}, \
+                 or let the unit listen on a loopback address",
+                right.key()
+            ),
             Self::Register(error) => write!(f, "http: a listener can't be watched: {error}"),
         }
     }
