@@ -9,51 +9,41 @@
 //! has stopped. If it fails, this one starts again with all that it kept.
 
 mod lookout;
+mod reloads;
+mod servers;
+mod start;
+mod stores;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
-use std::os::fd::AsFd as _;
-use std::rc::Rc;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
-use std::thread::{self, JoinHandle};
+use std::sync::{Arc, Weak};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::LocalSet;
+use tokio::sync::oneshot;
 
-use crate::aggregate::ledger::Ledger;
-use crate::aggregate::shard::{Budget, SeriesId};
-use crate::config::{Config, Kind};
-use crate::flush::{self, Parts, Running};
+use crate::config::Config;
+use crate::flush::{self, Running};
 use crate::handover::{self, Predecessor, Program, Successor};
-use crate::heartbeat::Beat;
-use crate::http::forward::{Forward, Forwarder};
-use crate::http::scrape::Mapper;
-use crate::http::{self, Api, Health, Keeping, Reload};
-use crate::ingest::{Rejects, Settings, Sources, Times, Worker, Workers};
-use crate::inherited::{Inherited, Left, Named, Use};
+use crate::http::{self, Health};
+use crate::inherited::{Inherited, Named};
 #[cfg(feature = "kafka")]
 use crate::kafka::NotStarted;
 #[cfg(feature = "kafka")]
-use crate::listen::kafka::{Input, Kept};
+use crate::listen::kafka::Input;
 use crate::listen::{self, Listeners, Passed};
-#[cfg(feature = "kafka")]
-use crate::sample::Marks;
-use crate::store::journal::{self, Damage, Journal, Opened};
-#[cfg(feature = "kafka")]
-use crate::store::kafka;
-use crate::store::redis::{Deleted, RedisReader};
+use crate::store::journal::{self, Journal};
 use crate::store::ship;
 use crate::systemd::{self, MoreTime};
 use crate::telemetry;
-use crate::view::{Batched, Remote, View};
-use lookout::{Lookout, Refused};
+use lookout::Lookout;
+use reloads::Reloads;
+use servers::Thread;
+use stores::Ship;
 
 /// Why an agent could not start.
 #[derive(Debug)]
@@ -125,7 +115,7 @@ impl std::error::Error for Error {}
 ///
 /// # Errors
 /// When a part cannot start.
-pub fn run(config: &Config, reload: impl FnMut() -> Result<Config, String> + Send + 'static) -> Result<(), Error> {
+pub fn run(config: &Config, reload: impl FnMut() -> Result<Config, Vec<String>> + Send + 'static) -> Result<(), Error> {
     let program = Program::of_this_process().map_err(Error::System)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::System)?;
     let mut signals = Signals::of(&runtime).map_err(Error::System)?;
@@ -239,111 +229,6 @@ struct Agent {
 }
 
 impl Agent {
-    fn start(
-        config: &Config,
-        origin: Origin,
-        exporter: &telemetry::Exporter,
-        reloads: &Reloads,
-    ) -> Result<Self, Error> {
-        let (mut inherited, mut streams, mut predecessor) = match origin {
-            Origin::Start(inherited) => (inherited, Vec::new(), None),
-            Origin::TakeOver(mut predecessor) => {
-                (predecessor.sockets().map_err(Error::HandOver)?, Vec::new(), Some(predecessor))
-            }
-            Origin::GoOn(inherited, streams) => (inherited, streams, None),
-        };
-        let http_sockets = HttpSockets::bind(&config.http, &mut inherited).map_err(Error::Http)?;
-        let mut journal = if predecessor.is_none() { open_journal(config).map_err(Error::Journal)? } else { None };
-        let ledger = Arc::new(Ledger::new(config.flush.window.as_millis()));
-        let is_remote = config.store.kind == Kind::Redis;
-        let budget = Arc::new(Budget::beside(Arc::clone(&ledger), &config.limits.aggregate, is_remote));
-        let rejects = Arc::new(Rejects::new(&config.limits.ingest));
-        let flush::Config { interval, window, .. } = config.flush;
-        let times = Times { interval_ms: interval.as_millis(), window_ms: window.as_millis() };
-        let sources = Sources::new(&config.limits.sources, config.limits.flush.idle);
-        let (workers, deliveries) =
-            Workers::telling_apart(sources, settings(config), Arc::clone(&budget), Arc::clone(&rejects), times);
-        let mut bound = http_sockets.bound();
-        let HttpSockets { ingest, api: api_sockets, scrape } = http_sockets;
-        // From here on lines are counted, into shards that keep all of it until there is a ledger.
-        let (mut listeners, http_ingest) = start_listeners(ingest, config, &workers, &mut inherited)?;
-        if let Some(predecessor) = &mut predecessor {
-            listeners.leave_files(true);
-            streams = predecessor.replace().map_err(Error::HandOver)?;
-            journal = open_journal(config).map_err(Error::Journal)?;
-        }
-        let (sockets, left) = inherited.sort_out();
-        let bells = Arc::new(Bells::default());
-        let parts = Parts {
-            workers: Arc::clone(&workers),
-            deliveries,
-            ledger: Arc::clone(&ledger),
-            budget,
-            journal: journal.clone(),
-            remote: is_remote,
-            exact: config.listen.kafka,
-            on_commit: ring(&bells),
-        };
-        let running = Running::start(parts, &config.flush, &config.limits.flush).map_err(Error::Flush)?;
-        let keeping = keeping(journal.as_ref(), &running)?;
-        let ship = start_ship(config, journal.as_ref(), &running)?;
-        let remote = remote(config, journal.as_ref(), ship.as_ref(), &bells)?;
-        #[cfg(feature = "kafka")]
-        let kept = journal.as_ref().map(|journal| (journal.agent().to_string(), journal.marks()));
-        let weak = journal.as_ref().map_or_else(Weak::new, Arc::downgrade);
-        let view =
-            View::new(ledger, running.fold(), journal, rejects, workers.events(), workers.sources()).sharing(remote);
-        let health = Arc::new(Health::watching(Arc::clone(workers.beats())));
-        let (store, refused) = (config.store.kind, Arc::clone(&reloads.refused));
-        let lookout = Lookout::new(Arc::clone(&workers), view.clone(), Arc::clone(&health), store, refused);
-        let mapper = Arc::new(Mapper::new(config.mapping.rules.clone()));
-        reloads.in_force.follow(&workers, &mapper);
-        let api = Api {
-            view,
-            percentiles: config.flush.percentiles.clone(),
-            health: Arc::clone(&health),
-            reload: reloads.orders.clone(),
-            prometheus: config.prometheus.clone(),
-            mapper,
-            exporter: exporter.clone(),
-        };
-        let api = start_api(api_sockets, scrape, api, config, workers.beats().begin("api"))?;
-        let forwarder = start_forwarder(config)?;
-        if let Some(predecessor) = predecessor {
-            predecessor.dismiss().map_err(Error::HandOver)?;
-            telemetry::HANDOVERS.counter(&["taken_over"]).increment(1);
-        }
-        // What follows is acknowledged to clients, so nobody else may go on with what was there before.
-        listeners.adopt(streams);
-        http_ingest.start(keeping, forwarder)?;
-        #[cfg(feature = "kafka")]
-        let input = start_input(config, kept, &workers, &bells)?;
-        for (listener, address) in listeners.bound() {
-            bound.entry(listener.name().to_owned()).or_default().push(address.to_string());
-        }
-        for warning in listeners.warnings() {
-            tracing::warn!("{warning}");
-        }
-        warn_of(&left);
-        listeners.leave_files(systemd::is_there());
-        keep_at_systemd(&sockets, &left);
-        health.started(bound.clone());
-        Ok(Self {
-            running,
-            ship,
-            api,
-            listeners,
-            #[cfg(feature = "kafka")]
-            input,
-            health,
-            exporter: exporter.clone(),
-            bound,
-            sockets: Arc::new(sockets),
-            journal: weak,
-            lookout: RefCell::new(lookout),
-        })
-    }
-
     /// The line that scripts and tests wait for.
     #[allow(clippy::print_stderr, reason = "the contract's line, whatever the level of the log")]
     fn say_ready(&self) {
@@ -468,404 +353,4 @@ async fn outcome(search: &mut Option<Search>) -> Result<Successor, handover::Err
 fn not_taken_over(error: &handover::Error) {
     telemetry::HANDOVERS.counter(&["failed"]).increment(1);
     tracing::error!("nobody took over, this agent goes on: {error}");
-}
-
-/// Lets systemd keep the sockets that it has not opened itself, for the next start. What it has already it does not keep
-/// twice.
-fn keep_at_systemd(sockets: &[Named], left: &Left) {
-    let own = |named: &&Named| !named.is_of_unit;
-    // It forgets by name.
-    left.sockets.iter().filter(own).for_each(|named| systemd::forget(&named.name()));
-    sockets.iter().filter(own).for_each(|named| systemd::store(&named.name(), &[named.socket.as_fd()]));
-}
-
-/// Says what was inherited for nothing. It is closed at the end of the start.
-fn warn_of(left: &Left) {
-    for named in &left.sockets {
-        let address = named.socket.local_addr().ok();
-        let address = address.as_ref().and_then(|address| address.as_socket()).map(|address| address.to_string());
-        let (name, address) = (named.name(), address.unwrap_or_default());
-        tracing::warn!(name, address, "an inherited socket is closed, since it is not configured any more");
-    }
-    for name in &left.strange {
-        tracing::warn!(name, "an inherited descriptor is no listening socket that lines or requests could come by");
-    }
-}
-
-/// What is in force of the configuration, and who is to know.
-struct InForce {
-    config: ArcSwap<Config>,
-    followers: Mutex<Option<(Arc<Workers>, Arc<Mapper>)>>,
-}
-
-impl InForce {
-    fn config(&self) -> Arc<Config> {
-        self.config.load_full()
-    }
-
-    fn put(&self, config: Config) {
-        let followers = self.followers.lock().unwrap_or_else(PoisonError::into_inner);
-        tell(followers.as_ref(), &config);
-        self.config.store(Arc::new(config));
-    }
-
-    /// Tells these of the configuration in force, and of each that follows.
-    fn follow(&self, workers: &Arc<Workers>, mapper: &Arc<Mapper>) {
-        let mut followers = self.followers.lock().unwrap_or_else(PoisonError::into_inner);
-        *followers = Some((Arc::clone(workers), Arc::clone(mapper)));
-        tell(followers.as_ref(), &self.config.load());
-    }
-}
-
-fn tell(followers: Option<&(Arc<Workers>, Arc<Mapper>)>, config: &Config) {
-    if let Some((workers, mapper)) = followers {
-        workers.set(settings(config));
-        mapper.set(config.mapping.rules.clone());
-    }
-}
-
-/// Takes new configurations, or refuses them as a whole, as long as the process lives.
-struct Reloads {
-    orders: mpsc::Sender<Reload>,
-    in_force: Arc<InForce>,
-    refused: Arc<Refused>,
-}
-
-impl Reloads {
-    /// That has a thread of its own, which ends with the process: a file may take its time to be read, for ever if it is a
-    /// pipe, and a stop must not wait for it.
-    fn serve(
-        config: &Config,
-        mut reload: impl FnMut() -> Result<Config, String> + Send + 'static,
-    ) -> Result<Self, Error> {
-        let (orders, mut inbox) = mpsc::channel::<Reload>(1);
-        let config = ArcSwap::from_pointee(config.clone());
-        let in_force = Arc::new(InForce { config, followers: Mutex::new(None) });
-        let changed = Arc::clone(&in_force);
-        let mut obey = move || {
-            let config = reload().inspect_err(|error| tracing::error!("the configuration is refused: {error}"))?;
-            changed.put(config);
-            Ok(())
-        };
-        let refused = Arc::new(Refused::default());
-        let noted = Arc::clone(&refused);
-        let serve = move || {
-            while let Some(answer) = inbox.blocking_recv() {
-                systemd::reloading();
-                let outcome = obey();
-                noted.note(&outcome);
-                let wrong = outcome.err().into_iter().collect();
-                // Who asked may have gone.
-                drop(answer.send(wrong));
-            }
-        };
-        thread::Builder::new().name("reload".to_owned()).spawn(serve).map_err(Error::System)?;
-        Ok(Self { orders, in_force, refused })
-    }
-}
-
-/// Who is told of each commit, once they are there.
-#[derive(Default)]
-struct Bells {
-    ship: OnceLock<ship::Bell>,
-    #[cfg(feature = "kafka")]
-    kafka: OnceLock<kafka::Bell>,
-    #[cfg(feature = "kafka")]
-    input: OnceLock<Kept>,
-}
-
-/// Tells of each commit.
-fn ring(bells: &Arc<Bells>) -> flush::OnCommit {
-    let bells = Arc::clone(bells);
-    Box::new(move |written| {
-        if let Some(bell) = bells.ship.get() {
-            bell.ring();
-        }
-        #[cfg(feature = "kafka")]
-        if let Some(bell) = bells.kafka.get() {
-            let changed = written.changed.iter().map(|changed| (changed.series.kind(), changed.series.key()));
-            bell.touched(changed.chain(written.deleted.iter().map(|(kind, key)| (*kind, key))));
-        }
-        #[cfg(feature = "kafka")]
-        if let Some(kept) = bells.input.get() {
-            kept.tell(written.marks);
-        }
-        #[cfg(not(feature = "kafka"))]
-        let _ = written;
-    })
-}
-
-/// What brings the journal's figures to a store that agents share.
-enum Ship {
-    Redis(ship::Handle),
-    #[cfg(feature = "kafka")]
-    Kafka(kafka::Handle),
-}
-
-impl Ship {
-    fn stop(self, deadline: Instant) {
-        match self {
-            Self::Redis(ship) => ship.stop(deadline),
-            #[cfg(feature = "kafka")]
-            Self::Kafka(ship) => ship.stop(deadline),
-        }
-    }
-}
-
-fn start_ship(config: &Config, journal: Option<&Arc<Journal>>, running: &Running) -> Result<Option<Ship>, Error> {
-    let Some(journal) = journal else { return Ok(None) };
-    match config.store.kind {
-        Kind::Memory | Kind::Embedded => Ok(None),
-        Kind::Redis => {
-            ship::start(parts_of_redis(config, journal, running)).map(Ship::Redis).map(Some).map_err(Error::Ship)
-        }
-        #[cfg(feature = "kafka")]
-        Kind::Kafka => {
-            kafka::start(parts_of_kafka(config, journal, running)).map(Ship::Kafka).map(Some).map_err(Error::Kafka)
-        }
-    }
-}
-
-fn parts_of_redis(config: &Config, journal: &Arc<Journal>, running: &Running) -> ship::Parts {
-    let fold = running.fold();
-    let on_deleted = move |deleted: Vec<Deleted>| {
-        fold.forget(deleted.into_iter().map(|deleted| SeriesId { kind: deleted.kind, key: deleted.key }).collect());
-    };
-    ship::Parts {
-        journal: Arc::clone(journal),
-        config: config.store.redis.clone(),
-        limits: config.limits.redis.clone(),
-        expire: config.limits.journal.store_expire,
-        on_deleted: Arc::new(on_deleted),
-    }
-}
-
-#[cfg(feature = "kafka")]
-fn parts_of_kafka(config: &Config, journal: &Arc<Journal>, running: &Running) -> kafka::Parts {
-    let fold = running.fold();
-    kafka::Parts {
-        journal: Arc::clone(journal),
-        kafka: config.kafka.clone(),
-        config: config.store.kafka.clone(),
-        limits: config.limits.kafka.clone(),
-        expire: config.limits.journal.store_expire,
-        on_deleted: Arc::new(move |series, marks, answer| fold.follow(series, marks, answer)),
-    }
-}
-
-/// Starts to read the topic of JSON records, if it is to be read, from where the journal has it.
-#[cfg(feature = "kafka")]
-fn start_input(
-    config: &Config,
-    kept: Option<(String, Marks)>,
-    workers: &Arc<Workers>,
-    bells: &Bells,
-) -> Result<Option<Input>, Error> {
-    if !config.listen.kafka {
-        return Ok(None);
-    }
-    let (member, marks) = kept.unzip();
-    let input = Input::start(&config.kafka, member, marks.unwrap_or_default(), workers).map_err(Error::Kafka)?;
-    bells.input.get_or_init(|| input.kept());
-    Ok(Some(input))
-}
-
-fn remote(
-    config: &Config,
-    journal: Option<&Arc<Journal>>,
-    ship: Option<&Ship>,
-    bells: &Bells,
-) -> Result<Option<Remote>, Error> {
-    let (Some(journal), Some(ship)) = (journal, ship) else { return Ok(None) };
-    match ship {
-        Ship::Redis(ship) => {
-            let reader = RedisReader::new(&config.store.redis, &config.limits.redis);
-            let reader = reader.map_err(|error| Error::Ship(ship::Error::Config(error)))?;
-            let bell = bells.ship.get_or_init(|| ship.bell()).clone();
-            Ok(Some(Remote::Redis(Batched { reader, bell, journal: Arc::clone(journal) })))
-        }
-        #[cfg(feature = "kafka")]
-        Ship::Kafka(ship) => {
-            bells.kafka.get_or_init(|| ship.bell()).ring();
-            Ok(Some(Remote::Kafka(ship.reader())))
-        }
-    }
-}
-
-fn keeping(journal: Option<&Arc<Journal>>, running: &Running) -> Result<Keeping, Error> {
-    let receipts = journal.map(|journal| journal.receipts()).transpose().map_err(Error::Journal)?;
-    Ok(Keeping { fold: running.fold(), has_journal: receipts.is_some(), receipts: receipts.unwrap_or_default() })
-}
-
-fn settings(config: &Config) -> Settings {
-    Settings {
-        protocol: config.protocol.clone(),
-        limits: config.limits.protocol.clone(),
-        mapping: config.mapping.rules.clone(),
-    }
-}
-
-fn open_journal(config: &Config) -> Result<Option<Arc<Journal>>, journal::Error> {
-    let with_outbox = match config.store.kind {
-        Kind::Memory => return Ok(None),
-        Kind::Embedded => false,
-        #[cfg(feature = "kafka")]
-        Kind::Kafka => false,
-        Kind::Redis => true,
-    };
-    let limits = journal::Limits { receipts: config.limits.http.idempotency_keys, ..config.limits.journal.clone() };
-    let (journal, opened) = Journal::open(&config.state_dir, &config.store.embedded, &limits, with_outbox)?;
-    let Opened { agent, new, damage, totals, batches } = opened;
-    tracing::info!(%agent, new, totals, batches, directory = %config.state_dir.display(), "the journal is open");
-    if let Some(Damage { moved_to, cause, totals, batches, damaged }) = damage {
-        let moved_to = moved_to.display();
-        tracing::error!(%moved_to, cause, totals, batches, damaged, "the journal could not be opened; what could be read of it was copied");
-    }
-    Ok(Some(Arc::new(journal)))
-}
-
-/// The listening sockets of all HTTP servers, bound before anything else starts, since that is what goes wrong first.
-struct HttpSockets {
-    ingest: Vec<TcpListener>,
-    api: Vec<TcpListener>,
-    scrape: Vec<TcpListener>,
-}
-
-impl HttpSockets {
-    fn bind(config: &http::Config, inherited: &mut Inherited) -> Result<Self, http::Error> {
-        Ok(Self {
-            ingest: http::bind(Use::Ingest, &config.ingest, inherited)?,
-            api: http::bind(Use::Api, &config.api, inherited)?,
-            scrape: http::bind(Use::Scrape, &config.scrape, inherited)?,
-        })
-    }
-
-    fn bound(&self) -> BTreeMap<String, Vec<String>> {
-        let of = |listeners: &[TcpListener]| {
-            listeners
-                .iter()
-                .filter_map(|listener| listener.local_addr().ok())
-                .map(|a: SocketAddr| a.to_string())
-                .collect()
-        };
-        [("ingest", &self.ingest), ("api", &self.api), ("scrape", &self.scrape)]
-            .map(|(name, listeners)| (name.to_owned(), of(listeners)))
-            .into()
-    }
-}
-
-/// A thread with a runtime that ends when it is told to.
-struct Thread {
-    /// How long requests under way have.
-    stop: oneshot::Sender<Duration>,
-    thread: JoinHandle<()>,
-}
-
-impl Thread {
-    fn stop(self, deadline: Instant) {
-        let grace = http::GRACE.min(deadline.saturating_duration_since(Instant::now()));
-        // Both fail only when it has ended already.
-        let _ = self.stop.send(grace);
-        drop(self.thread.join());
-    }
-}
-
-fn start_api(
-    listeners: Vec<TcpListener>,
-    scrape: Vec<TcpListener>,
-    api: Api,
-    config: &Config,
-    beat: Beat,
-) -> Result<Thread, Error> {
-    let (stop, stopped) = oneshot::channel();
-    let (started, outcome) = std::sync::mpsc::channel();
-    let (http, limits) = (config.http.clone(), config.limits.http.clone());
-    let run = move || {
-        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-            Ok(runtime) => runtime,
-            Err(error) => return drop(started.send(Err(Error::System(error)))),
-        };
-        LocalSet::new().block_on(&runtime, async {
-            match http::start_api(listeners, scrape, api, &http, &limits) {
-                Ok(server) => {
-                    drop(started.send(Ok(())));
-                    tokio::task::spawn_local(pulse(beat));
-                    // An agent that is gone without a word stops as well.
-                    let grace = stopped.await.unwrap_or(http::GRACE);
-                    server.stop(grace).await;
-                }
-                Err(error) => drop(started.send(Err(Error::Http(error)))),
-            }
-        });
-        // A name that is being looked up holds up no stop.
-        runtime.shutdown_background();
-    };
-    let thread = thread::Builder::new().name("api".to_owned()).spawn(run).map_err(Error::System)?;
-    match outcome.recv() {
-        Ok(result) => result.map(|()| Thread { stop, thread }),
-        Err(_) => Err(Error::System(io::Error::other("the API's thread ended at once"))),
-    }
-}
-
-/// Beats as long as a runtime goes round.
-async fn pulse(beat: Beat) {
-    loop {
-        beat.beat();
-        tokio::time::sleep(Duration::from_secs(1)).await;
-    }
-}
-
-/// What forwards records that come by HTTP, if they are to be forwarded.
-fn start_forwarder(config: &Config) -> Result<Option<Forwarder>, Error> {
-    match config.ingest.forward {
-        Forward::None => Ok(None),
-        #[cfg(feature = "kafka")]
-        Forward::Kafka => {
-            Forwarder::new(&config.kafka).map(Some).map_err(|error| Error::Kafka(NotStarted::Config(error)))
-        }
-    }
-}
-
-/// HTTP ingest on the stream worker's thread, which waits for what it needs.
-struct HttpIngest {
-    start: oneshot::Sender<(Keeping, Option<Forwarder>)>,
-    started: std::sync::mpsc::Receiver<Result<(), http::Error>>,
-}
-
-impl HttpIngest {
-    fn start(self, keeping: Keeping, forwarder: Option<Forwarder>) -> Result<(), Error> {
-        // Where the thread has ended nothing comes back either.
-        drop(self.start.send((keeping, forwarder)));
-        match self.started.recv() {
-            Ok(started) => started.map_err(Error::Http),
-            Err(_) => Err(Error::System(io::Error::other("the stream worker's thread ended at once"))),
-        }
-    }
-}
-
-/// Starts the listeners for lines, and beside them on the stream worker's thread what becomes HTTP ingest.
-fn start_listeners(
-    ingest: Vec<TcpListener>,
-    config: &Config,
-    workers: &Arc<Workers>,
-    inherited: &mut Inherited,
-) -> Result<(Listeners, HttpIngest), Error> {
-    let (http, limits) = (config.http.clone(), config.limits.http.clone());
-    let (answer, started) = std::sync::mpsc::channel();
-    let (start, parts) = oneshot::channel();
-    let beside = move |worker: Rc<RefCell<Worker>>, mut ends: watch::Receiver<bool>| async move {
-        // An error means that the agent did not come so far.
-        let Ok((keeping, forwarder)) = parts.await else { return };
-        match http::start_ingest(ingest, worker, keeping, forwarder, &http, &limits) {
-            Ok(server) => {
-                drop(answer.send(Ok(())));
-                // An error means that the listeners are gone, which is an end as well.
-                drop(ends.wait_for(|ends| *ends).await);
-                server.stop(http::GRACE).await;
-            }
-            Err(error) => drop(answer.send(Err(error))),
-        }
-    };
-    let listeners = listen::start(&config.listen, &config.limits.listen, workers, inherited, beside);
-    Ok((listeners.map_err(Error::Listen)?, HttpIngest { start, started }))
 }

@@ -3,15 +3,16 @@
 //! Built-in defaults < TOML file < environment < `--set`. Every layer is turned into settings (a key, a value, an
 //! [`Origin`]), each is tried by itself against the defaults, so that a wrong one is reported with its own place and
 //! all of them are reported at once. It is pure: text and environment come as arguments, no file is opened here.
-//! The mapping file that a configuration names is handed in afterwards: [`Loaded::set_mapping`].
+//! What stands in files that a configuration names is handed in afterwards by whoever reads them.
 //! [`KEYS`] is the single definition of what a key means and whether a reload may change it; `packaging/tallyd.toml`
 //! is printed from it.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -20,11 +21,12 @@ use toml::{Table, Value};
 use crate::agent::limits as agent;
 use crate::aggregate::{self, histogram, set, shard};
 use crate::http::scrape;
+use crate::http::tokens::Right;
 use crate::kafka;
 use crate::mapping::Mapping;
 use crate::store::{self, journal, redis};
-use crate::units::without_password;
-use crate::{flush, http, ingest, listen, mapping, protocol};
+use crate::units::{ListenAddress, without_password};
+use crate::{flush, http, ingest, listen, mapping, protocol, tls};
 
 mod layers;
 #[cfg(test)]
@@ -54,6 +56,8 @@ pub struct Config {
     pub mapping: mapping::Config,
     /// What a scrape shows.
     pub prometheus: scrape::Config,
+    /// Who we are in TLS.
+    pub tls: tls::Config,
     /// What is written to standard error.
     pub log: Log,
     /// The parts' limits, one table for the operator.
@@ -73,6 +77,7 @@ impl Default for Config {
             kafka: kafka::Config::default(),
             mapping: mapping::Config::default(),
             prometheus: scrape::Config::default(),
+            tls: tls::Config::default(),
             log: Log::default(),
             limits: Limits::default(),
         }
@@ -220,22 +225,34 @@ keys! {
 
     "listen", Restart, "Where lines come in: StatsD and its dialects, any mix on any socket.";
     "listen.udp", Restart, "Addresses. Both loopbacks, because localhost is often ::1. Port 0 picks a free one.";
-    "listen.tcp", Restart, "Addresses of streams of lines.";
+    "listen.tcp", Restart, "Addresses of streams of lines; TLS is spoken at one that begins with tls://, as in \"tls://0.0.0.0:8126\".";
     "listen.unixgram", Restart, "Paths of unix sockets for datagrams.";
     "listen.unix", Restart, "Paths of unix sockets for streams of packets, each after its length in 4 bytes, little-endian.";
     "listen.unix_mode", Restart, "Permissions of these sockets: who may write there may send.";
+    "listen.unix_group", Restart, "Their group, by name or number. \"\": that of this process.";
+    "listen.unix_uids", Restart, "Users, by name or number, whose processes may send there. []: all.";
     "listen.workers", Restart, "Threads that read UDP. 0: one per core.";
     "listen.receive_buffer", Restart, "Asked of the kernel for each UDP socket.";
     "listen.udp_gro", Restart, "true: datagrams of one sender may be read as one where it sends such trains (UDP_SEGMENT). A train that is dropped counts as one drop.";
     "listen.kafka", Restart, "true: read JSON records from kafka.topic, as a member of kafka.group.";
     "listen.linger", Restart, "Longest rest of a worker that has emptied its socket while traffic flows, as far as the receive buffer allows: fewer wake-ups.";
 
-    "http", Restart, "Where requests come in.";
+    "http", Restart, "Where requests come in. TLS is spoken at addresses that begin with tls://.";
     "http.ingest", Restart, "POST /ingest/metrics.";
     "http.api", Restart, "The read API, /metrics and /-/ready.";
     "http.scrape", Restart, "/metrics on a listener of its own, usually \":9102\" of an address that Prometheus reaches.";
     "http.hosts", Restart, "Host names by which a loopback listener may be asked, besides localhost and loopback addresses.";
-    "http.insecure", Restart, "true: ingest and api may listen beyond loopback though whoever reaches them may write.";
+    "http.insecure", Restart, "true: ingest and api may listen beyond loopback without tokens, though whoever reaches them may write.";
+
+    "http.tokens", Now, "Bearer tokens: files, or credential:NAME, with a token of 16 bytes or more a line. \"\": everybody has that right.";
+    "http.tokens.write_file", Now, "May send: POST /ingest/metrics.";
+    "http.tokens.read_file", Now, "May read: /data, /metrics on every listener, /openapi.json.";
+    "http.tokens.admin_file", Now, "May do all, DELETE and POST /-/reload too.";
+
+    "tls", Now, "Who we are at addresses that begin with tls://. A reload reads the files again.";
+    "tls.cert_file", Now, "PEM: our certificate, and those between it and its authority behind it.";
+    "tls.key_file", Now, "PEM: its key; or credential:NAME.";
+    "tls.client_ca_file", Now, "PEM: who signs the certificates that clients must show. \"\": they need none.";
 
     "ingest", Restart, "What becomes of records that come by HTTP.";
     "ingest.forward", Restart, "\"none\": they are counted here; \"kafka\": they go to kafka.topic, and the answer comes once they are there.";
@@ -260,9 +277,10 @@ keys! {
     "store.redis.mode", Restart, "\"single\": one server; \"sentinel\": the master that the sentinels name; \"cluster\": a Redis Cluster.";
     "store.redis.nodes", Restart, "The sentinels, or further nodes to find the cluster by: host:port or URLs.";
     "store.redis.master", Restart, "What the sentinels call the master.";
+    "store.redis.password_file", Restart, "File, or credential:NAME, whose first line is the password of the URL's user. \"\": what the URL says.";
     "store.redis.ca_file", Restart, "PEM: who signs the servers' certificates (rediss://). \"\": the usual authorities, which are built in.";
     "store.redis.cert_file", Restart, "PEM: our own certificate, where the servers ask for one.";
-    "store.redis.key_file", Restart, "PEM: its key.";
+    "store.redis.key_file", Restart, "PEM: its key; or credential:NAME.";
     "store.redis.replicas", Restart, "How many replicas must have a batch before it leaves the outbox. \"auto\": 1 where there are any.";
     "store.kafka", Restart, "The compacted topic of totals.";
     "store.kafka.topic", Restart, "Its name. It is made when it is missing.";
@@ -273,7 +291,7 @@ keys! {
     "kafka.brokers", Restart, "Some of the brokers, as \"host:port\".";
     "kafka.topic", Restart, "JSON records, by the key level.name: what listen.kafka reads and ingest.forward writes.";
     "kafka.group", Restart, "Consumer group of listen.kafka: its agents share the partitions.";
-    "kafka.password_file", Restart, "File whose first line is sasl.password. \"\": none.";
+    "kafka.password_file", Restart, "File, or credential:NAME, whose first line is sasl.password. \"\": none.";
     "kafka.options", Restart, "Other properties of librdkafka, as in { \"security.protocol\" = \"SASL_SSL\" }.";
 
     "mapping", Now, "Which names and labels series have in a scrape, and which series are not kept.";
@@ -360,12 +378,12 @@ fn is_section(name: &str, value: &Value) -> bool {
     value.is_table() && !MAPS.contains(&name)
 }
 
-/// Keys that hold addresses to bind, whether HTTP writes or administration come in there.
+/// Keys that hold addresses to bind, and what comes in there.
 const ADDRESSES: [(&str, Access); 5] = [
     ("listen.udp", Access::Lines),
     ("listen.tcp", Access::Lines),
     ("http.ingest", Access::Writes),
-    ("http.api", Access::Writes),
+    ("http.api", Access::Administration),
     ("http.scrape", Access::Reads),
 ];
 
@@ -374,7 +392,27 @@ const ADDRESSES: [(&str, Access); 5] = [
 enum Access {
     Lines,
     Writes,
+    Administration,
     Reads,
+}
+
+impl Access {
+    /// What must have a token before other machines may reach it.
+    const fn guarded(self) -> Option<Right> {
+        match self {
+            Self::Writes => Some(Right::Write),
+            Self::Administration => Some(Right::Admin),
+            Self::Lines | Self::Reads => None,
+        }
+    }
+
+    /// Whether figures can be read there.
+    const fn shows(self) -> bool {
+        match self {
+            Self::Administration | Self::Reads => true,
+            Self::Lines | Self::Writes => false,
+        }
+    }
 }
 
 /// Where a value comes from.
@@ -442,6 +480,29 @@ pub enum Fault {
     Refused(String),
     /// A `--set` without `=`.
     Argument(String),
+    /// A file that is named can't be used.
+    File {
+        /// The key that names it.
+        key: String,
+        /// The name.
+        value: String,
+        /// The reason and the remedy.
+        remedy: String,
+        /// The exit code for it.
+        code: u8,
+    },
+}
+
+impl Problem {
+    /// The exit code of a start that fails so, after sysexits.
+    pub fn exit_code(&self) -> u8 {
+        match &self.fault {
+            Fault::File { code, .. } => *code,
+            Fault::Syntax(_) | Fault::Unknown { .. } | Fault::Value { .. } | Fault::Refused(_) | Fault::Argument(_) => {
+                78
+            }
+        }
+    }
 }
 
 impl fmt::Display for Problem {
@@ -455,7 +516,9 @@ impl fmt::Display for Problem {
             Fault::Unknown { name, nearest: None } => {
                 write!(f, "unknown key {name:?}; `tallyd check --print-defaults` lists all keys")
             }
-            Fault::Value { key, value, remedy } => write!(f, "{key} = {value}: {remedy}"),
+            Fault::Value { key, value, remedy } | Fault::File { key, value, remedy, .. } => {
+                write!(f, "{key} = {value}: {remedy}")
+            }
             Fault::Refused(text) => f.write_str(text),
             Fault::Argument(text) => write!(f, "{text:?} lacks a value; write section.key=value"),
         }
@@ -496,10 +559,22 @@ impl Config {
             let (old, new) = (get(&old_tree, key.name), get(&new_tree, key.name));
             old.is_some_and(|value| !is_section(key.name, value)) && old != new
         };
-        let other_rules = self.mapping.rules != new.mapping.rules;
-        let changed = || KEYS.iter().filter(|key| differs(key) || (other_rules && key.name == "mapping.file"));
+        let changed = || KEYS.iter().filter(|key| differs(key) || self.file_differs(new, key.name));
         let restart: Vec<_> = changed().filter(|key| key.reload == Reload::Restart).map(|key| key.name).collect();
         if restart.is_empty() { Ok(changed().map(|key| key.name).collect()) } else { Err(restart) }
+    }
+
+    /// Whether the file of a key says something else.
+    fn file_differs(&self, new: &Self, key: &str) -> bool {
+        let (tokens, others) = (&self.http.tokens.tokens, &new.http.tokens.tokens);
+        match Right::GIVEN.into_iter().find(|right| right.key() == key) {
+            Some(right) => tokens.of(right) != others.of(right),
+            None if key == "mapping.file" => self.mapping.rules != new.mapping.rules,
+            None if key == "tls.cert_file" => self.tls.identity != new.tls.identity,
+            None if key == "kafka.password_file" => self.kafka.password != new.kafka.password,
+            None if key == "store.redis.password_file" => self.store.redis.password != new.store.redis.password,
+            None => false,
+        }
     }
 
     /// The configuration file that says this, passwords included.
@@ -557,25 +632,75 @@ impl Loaded {
         Ok(())
     }
 
-    /// Whether the store can be used as far as that shows without asking it; the files that it names are read.
-    ///
-    /// # Errors
-    /// The exit code and what is wrong.
-    pub fn check_store(&self) -> Result<(), (u8, Problem)> {
-        if self.config.store.kind != Kind::Redis {
-            return Ok(());
-        }
-        self.config.store.redis.check().map_err(|error| {
-            let value = get(&self.config.tree(), error.key()).cloned().unwrap_or(Value::from(""));
-            (error.exit_code(), self.wrong(error.key(), &value, &error.to_string()))
-        })
+    /// That the file of a key can't be used, or what else its value leads to.
+    pub fn file_problem(&self, key: &str, code: u8, remedy: &impl fmt::Display) -> Problem {
+        let value = get(&self.config.tree(), key).map(shown).unwrap_or_default();
+        let fault = Fault::File { key: key.to_owned(), value, remedy: remedy.to_string(), code };
+        Problem { origin: self.origin(key), fault }
     }
 
-    /// What is right, but does nothing, each with its place.
+    /// That what one path of a list leads to can't be used.
+    pub fn path_problem(&self, key: &str, path: &Path, code: u8, remedy: &impl fmt::Display) -> Problem {
+        let value = literal(&Value::from(path.display().to_string()));
+        let fault = Fault::File { key: key.to_owned(), value, remedy: remedy.to_string(), code };
+        Problem { origin: self.origin(key), fault }
+    }
+
+    /// That a part refuses a value; it names the key itself.
+    pub fn refusal(&self, key: &str, error: &impl fmt::Display) -> Problem {
+        self.refused(key, error)
+    }
+
+    /// What is right, but does nothing or is not wise, each with its place.
     pub fn notes(&self) -> Vec<String> {
         let mapping::Config { file, rules } = &self.config.mapping;
         let notes = rules.iter().flat_map(|rules| rules.notes());
-        notes.map(|note| format!("{file}:{}:{}: {note}", note.at.line, note.at.column)).collect()
+        let notes = notes.map(|note| format!("{file}:{}:{}: {note}", note.at.line, note.at.column));
+        let expiry = self.config.tls.identity.as_ref().and_then(|identity| identity.warning(SystemTime::now()));
+        let expiry = expiry.map(|warning| format!("{}: {warning}", self.origin("tls.cert_file")));
+        notes.chain(expiry).chain(self.exposed()).chain(self.unused_tls()).collect()
+    }
+
+    /// Listeners that other machines reach, and what they could see or hear there.
+    fn exposed(&self) -> Vec<String> {
+        let reads_guarded = self.config.http.tokens.file(Right::Read).is_some();
+        let mut notes = Vec::new();
+        for (key, access, text) in self.listed() {
+            let Ok(at) = text.parse::<ListenAddress>() else { continue };
+            if access == Access::Lines || is_local(at) {
+                continue;
+            }
+            let origin = self.origin(key);
+            if access.shows() && !reads_guarded {
+                notes.push(format!(
+                    "{origin}: {key} = {text:?}: other machines can read all figures there; \
+                     http.tokens.read_file would ask them for a token"
+                ));
+            }
+            let has_tokens = access.guarded().is_some_and(|right| self.config.http.tokens.file(right).is_some())
+                || (access.shows() && reads_guarded);
+            if has_tokens && !at.tls {
+                notes.push(format!(
+                    "{origin}: {key} = {text:?}: tokens cross the network as they are; tls:// before the address hides them"
+                ));
+            }
+        }
+        notes
+    }
+
+    fn unused_tls(&self) -> Option<String> {
+        let is_used = self.listed().iter().any(|(_, _, text)| text.parse().is_ok_and(|at: ListenAddress| at.tls));
+        let is_set = !self.config.tls.cert_file.is_empty();
+        let note = || format!("{}: tls.cert_file: no address begins with tls://", self.origin("tls.cert_file"));
+        (is_set && !is_used).then(note)
+    }
+
+    /// The addresses to bind, with their keys.
+    fn listed(&self) -> Vec<(&'static str, Access, String)> {
+        let tree = self.config.tree();
+        let lists = ADDRESSES.iter().filter_map(|(key, access)| Some((*key, *access, get(&tree, key)?.as_array()?)));
+        let text = |item: &Value| item.as_str().unwrap_or_default().to_owned();
+        lists.flat_map(|(key, access, list)| list.iter().map(move |item| (key, access, text(item)))).collect()
     }
 
     /// Where the value of a key comes from.
@@ -673,36 +798,57 @@ impl Loaded {
     }
 
     fn addresses(&self) -> Vec<Problem> {
-        let tree = self.config.tree();
-        let lists = ADDRESSES.iter().filter_map(|(key, access)| Some((*key, *access, get(&tree, key)?.as_array()?)));
         let mut problems = Vec::new();
-        let mut taken: Vec<(&str, &str)> = Vec::new();
-        for (key, access, value) in
-            lists.flat_map(|(key, access, list)| list.iter().map(move |item| (key, access, item)))
-        {
-            let text = value.as_str().unwrap_or_default();
-            let Ok(address) = text.parse::<SocketAddr>() else {
+        let mut taken: Vec<(&str, SocketAddr)> = Vec::new();
+        for (key, access, text) in self.listed() {
+            let value = Value::from(text.as_str());
+            let Ok(at) = text.parse::<ListenAddress>() else {
                 let remedy = "no address with a port; write one such as \"127.0.0.1:8125\" or \"[::1]:8125\"";
-                problems.push(self.wrong(key, value, remedy));
+                problems.push(self.wrong(key, &value, remedy));
                 continue;
             };
-            if access == Access::Writes && !address.ip().to_canonical().is_loopback() && !self.config.http.insecure {
-                let remedy = "other machines reach it and could write without a token; \
-                              take a loopback address or set http.insecure = true";
-                problems.push(self.wrong(key, value, remedy));
-            }
+            problems.extend(self.tls_at(key, at).map(|remedy| self.wrong(key, &value, remedy)));
+            problems.extend(self.open_to_all(access, at).map(|remedy| self.wrong(key, &value, &remedy)));
             // UDP and TCP have ports of their own.
-            let clash =
-                taken.iter().find(|(other, at)| *at == text && (*other == "listen.udp") == (key == "listen.udp"));
+            let clash = taken
+                .iter()
+                .find(|(other, address)| *address == at.address && (*other == "listen.udp") == (key == "listen.udp"));
             match clash {
-                Some((other, _)) if address.port() != 0 => {
+                Some((other, address)) if address.port() != 0 => {
                     let remedy = format!("{other} has this address already; take another port");
-                    problems.push(self.wrong(key, value, &remedy));
+                    problems.push(self.wrong(key, &value, &remedy));
                 }
-                Some(_) | None => taken.push((key, text)),
+                Some(_) | None => taken.push((key, at.address)),
             }
         }
         problems
+    }
+
+    /// Why TLS can't be spoken at an address, if it is to be.
+    fn tls_at(&self, key: &str, at: ListenAddress) -> Option<&'static str> {
+        let tls::Config { cert_file, key_file, .. } = &self.config.tls;
+        match at.tls {
+            true if key == "listen.udp" => Some("datagrams have no TLS; name it in listen.tcp, or leave tls:// out"),
+            true if cert_file.is_empty() && key_file.is_empty() => {
+                Some("TLS needs a certificate; name one in tls.cert_file, and its key in tls.key_file")
+            }
+            true | false => None,
+        }
+    }
+
+    /// Why other machines may not reach an address, if they would.
+    fn open_to_all(&self, access: Access, at: ListenAddress) -> Option<String> {
+        let right = access.guarded().filter(|_| !is_local(at) && !self.config.http.insecure)?;
+        let (key, could) = match right {
+            Right::Write => (right.key(), "write"),
+            Right::Admin | Right::Read | Right::Open => (right.key(), "delete and reload"),
+        };
+        self.config.http.tokens.file(right).is_none().then(|| {
+            format!(
+                "other machines reach it and could {could} without a token; name a file of tokens in {key}, \
+                 take a loopback address or set http.insecure = true"
+            )
+        })
     }
 
     /// Unix sockets need absolute paths, each its own.
@@ -743,6 +889,11 @@ impl Loaded {
         let remedy = || format!("the interval ({interval}) must divide the window ({window}), as 1s divides 10s");
         (!divides).then(|| self.wrong(key, &Value::from(value.to_string()), &remedy()))
     }
+}
+
+/// Whether only this machine reaches an address.
+fn is_local(at: ListenAddress) -> bool {
+    at.address.ip().to_canonical().is_loopback()
 }
 
 /// All keys and sections of the table in the order of [`KEYS`], a section by `head`, a key by `line`.

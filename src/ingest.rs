@@ -463,6 +463,15 @@ impl Worker {
         self.core.line_end();
     }
 
+    /// Counts what a process sent that may not: every line of it.
+    pub fn deny(&mut self, datagram: &[u8], source: Source) {
+        self.core.hear(source, Coming { messages: 1, bytes: datagram.len(), ..Coming::default() });
+        for line in datagram.split(|byte| *byte == b'\n').filter(|line| !line.trim_ascii().is_empty()) {
+            self.core.reject(&Reject { reason: Reason::PeerDenied, line: 1, column: 0, bytes: line });
+            self.core.line_end();
+        }
+    }
+
     /// Reads an HTTP body.
     pub fn body(&mut self, body: &[u8], source: Source) -> Answer {
         self.answered(source, |parser, core| parser.body(body, core))

@@ -15,6 +15,7 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
+use crate::secret::Secret;
 #[cfg(feature = "kafka")]
 pub use client::{Link, Quiet, is_away, reason};
 
@@ -34,13 +35,13 @@ pub struct Config {
     pub topic: String,
     /// The consumer group that shares the topic's partitions.
     pub group: String,
-    /// A file whose first line is the value of `sasl.password`; none if empty.
+    /// A file, or a credential, whose first line is the value of `sasl.password`; none if empty.
     pub password_file: String,
     /// Any other property of librdkafka, by its name.
     pub options: BTreeMap<String, String>,
     /// What stands in the file; whoever reads files puts it here.
     #[serde(skip)]
-    pub password: Option<Password>,
+    pub password: Option<Secret>,
 }
 
 impl Default for Config {
@@ -53,16 +54,6 @@ impl Default for Config {
             options: BTreeMap::new(),
             password: None,
         }
-    }
-}
-
-/// A password, which nothing prints.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Password(pub String);
-
-impl fmt::Debug for Password {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("***")
     }
 }
 

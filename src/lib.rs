@@ -10,7 +10,8 @@
 //! It goes one way. `protocol` knows bytes and nothing else, `aggregate` knows numbers, `mapping` knows names and what
 //! Prometheus is to see in their place; all three are pure, and everything that can fail stands around them. Nothing on
 //! the right is ever waited for by anything on the left. The words that all share are in `sample`, `receipt`, `units`,
-//! `clock`, `heartbeat`, `sync` and `telemetry`; `systemd` is who may run the process; `config`, `agent` and `cli` put the parts together.
+//! `secret`, `clock`, `heartbeat`, `sync` and `telemetry`, and how connections are made to speak TLS in `tls`; `systemd` is
+//! who may run the process; `config`, `agent` and `cli` put the parts together.
 
 // Blank lines keep the order, which is that of the way and not of the alphabet.
 
@@ -39,6 +40,10 @@ pub mod view;
 pub mod http;
 
 pub mod kafka;
+
+pub mod tls;
+
+pub mod secret;
 
 pub mod units;
 

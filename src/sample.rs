@@ -228,11 +228,15 @@ pub enum Reason {
     PartialLine,
     /// On a unix stream, four bytes that cannot be the length of a packet.
     BadLength,
+    /// A client that speaks TLS to an address that does not.
+    TlsHello,
+    /// By a unix socket, from a process of a user that may not send there.
+    PeerDenied,
 }
 
 impl Reason {
     /// Every reason, in the order of their declaration.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 27] = [
         Self::NoValue,
         Self::EmptyName,
         Self::BadName,
@@ -258,6 +262,8 @@ impl Reason {
         Self::HttpRequest,
         Self::PartialLine,
         Self::BadLength,
+        Self::TlsHello,
+        Self::PeerDenied,
     ];
 
     /// The name of the reason in metrics, JSON and logs.
@@ -288,6 +294,8 @@ impl Reason {
             Self::HttpRequest => "http_request",
             Self::PartialLine => "partial_line",
             Self::BadLength => "bad_length",
+            Self::TlsHello => "tls_hello",
+            Self::PeerDenied => "peer_denied",
         }
     }
 }

@@ -73,6 +73,9 @@ table! {
     HANDOVERS = "tallyd_handovers_total", Counter, ["outcome"], "Hand-overs between processes; taken_over: this one took over, failed: another that was to did not, and this one went on.";
     CONNECTIONS = "tallyd_connections", Gauge, ["listener"], "Open stream connections.";
     CONNECTIONS_REFUSED = "tallyd_connections_refused_total", Counter, ["listener", "reason"], "Connections closed at once because a limit was reached.";
+    TLS_HANDSHAKES = "tallyd_tls_handshakes_total", Counter, ["listener"], "TLS connections made.";
+    TLS_FAILED = "tallyd_tls_failed_total", Counter, ["listener", "reason"], "Connections of which no TLS came; plaintext: something else than TLS came to a tls:// address, unexpected: TLS came to another, alert: the client broke it off.";
+    TLS_EXPIRY = "tallyd_tls_certificate_expiry_timestamp_seconds", Gauge, [], "When the certificate in tls.cert_file expires, in seconds since the epoch; missing without one.";
     ACCEPT_ERRORS = "tallyd_accept_errors_total", Counter, ["listener"], "Errors of accept and receive calls; the listener pauses and goes on.";
     SERIES = "tallyd_series", Gauge, ["kind"], "Series held in memory.";
     SERIES_CREATED = "tallyd_series_created_total", Counter, ["kind"], "Series seen for the first time or again after their expiry.";
@@ -105,6 +108,7 @@ table! {
     JOURNAL_EXPIRED = "tallyd_journal_expired_total", Counter, [], "Totals deleted from the journal because they were idle for too long, or longest when it was past its limit.";
     HTTP_REQUESTS = "tallyd_http_requests_total", Counter, ["listener", "route", "code"], "HTTP requests answered.";
     HTTP_SECONDS = "tallyd_http_request_seconds", Seconds, ["route"], "Time from the request's headers to the answer's headers.";
+    HTTP_DENIED = "tallyd_http_denied_total", Counter, ["listener", "reason"], "Requests told 401 or 403 for their token; missing: there was none, malformed: no bearer token, unknown: nobody has it, not_allowed: it has other rights.";
     IDEMPOTENCY_FORGOTTEN = "tallyd_idempotency_keys_forgotten_total", Counter, [], "Idempotency-Keys forgotten before their day was over because limits.idempotency_keys or 32 MiB were reached; what is sent again under one counts again.";
     SCRAPE_SECONDS = "tallyd_scrape_seconds", Seconds, [], "Time to write one scrape.";
     CONFLICTS = "tallyd_scrape_conflicts", Gauge, [], "Series renamed in the last scrape, or added to others, because their names would collide.";

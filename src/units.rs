@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::net::SocketAddr;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -89,6 +90,66 @@ impl fmt::Display for Size {
     }
 }
 
+/// Where a listener is to be, and whether it speaks TLS there: `127.0.0.1:8125`, `tls://[::]:8126`. Configurations hold it
+/// as text; this is the one place that reads it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ListenAddress {
+    /// The address, with its port.
+    pub address: SocketAddr,
+    /// Whether what is said there is said in TLS.
+    pub tls: bool,
+}
+
+/// What stands before an address where TLS is spoken.
+const TLS: &str = "tls://";
+
+impl FromStr for ListenAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (bare, tls) = text.strip_prefix(TLS).map_or((text, false), |bare| (bare, true));
+        let wrong =
+            |_| format!("{text:?} is no address with a port; write one such as \"127.0.0.1:8125\" or \"[::1]:8125\"");
+        bare.parse().map(|address| Self { address, tls }).map_err(wrong)
+    }
+}
+
+impl ListenAddress {
+    /// How a socket speaks that somebody else opened at an address: as the configured one with its port does, or, where
+    /// there is none, as all that are configured do together.
+    pub fn of_unit(address: SocketAddr, configured: &[String]) -> Self {
+        let configured: Vec<Self> = configured.iter().filter_map(|text| text.parse().ok()).collect();
+        let same = configured.iter().find(|at| at.address.port() == address.port());
+        let all = || !configured.is_empty() && configured.iter().all(|at| at.tls);
+        Self { address, tls: same.map_or_else(all, |at| at.tls) }
+    }
+}
+
+impl fmt::Display for ListenAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", if self.tls { TLS } else { "" }, self.address)
+    }
+}
+
+/// A user or a group, by name or by number.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Account(pub String);
+
+impl FromStr for Account {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let is_name = text.bytes().all(|byte| byte.is_ascii_graphic() && byte != b':' && byte != b',');
+        if is_name { Ok(Self(text.to_owned())) } else { Err(format!("{text:?} is no name and no number")) }
+    }
+}
+
+impl fmt::Display for Account {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 /// The permissions of a file, as chmod writes them: `0660`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mode(pub u32);
@@ -153,6 +214,7 @@ as_text! {
     Time, ReadTime, "a duration such as \"10s\"";
     Size, ReadSize, "a size such as \"64MiB\"";
     Mode, ReadMode, "permissions such as \"0660\"";
+    Account, ReadAccount, "a name or a number such as \"www-data\" or 33";
 }
 
 /// For a number of bytes that a hot path reads: `#[serde(with = "units::size")]` writes and reads it as a [`Size`].
@@ -208,6 +270,41 @@ mod tests {
         for text in ["0888", "rw-", "1777", "", "6", "+660"] {
             assert!(text.parse::<Mode>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn an_address_says_whether_it_speaks_tls() {
+        for (text, tls) in [("127.0.0.1:8125", false), ("tls://127.0.0.1:8125", true), ("tls://[::]:0", true)] {
+            let read: ListenAddress = text.parse().unwrap();
+            assert_eq!((read.tls, read.to_string()), (tls, text.to_owned()));
+        }
+        for text in ["", "tls://", "tls://tls://127.0.0.1:1", "TLS://127.0.0.1:1", "https://127.0.0.1:1", "localhost:1"]
+        {
+            assert!(text.parse::<ListenAddress>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_socket_of_a_unit_speaks_as_the_configured_address_of_its_port() {
+        let address: SocketAddr = "0.0.0.0:7443".parse().unwrap();
+        let tls = |configured: &[&str]| {
+            let configured: Vec<_> = configured.iter().map(|text| (*text).to_owned()).collect();
+            ListenAddress::of_unit(address, &configured).tls
+        };
+        assert!(tls(&["127.0.0.1:1", "tls://[::]:7443"]) && tls(&["tls://[::]:1"]));
+        assert!(!tls(&["tls://[::]:1", "[::]:7443"]) && !tls(&["tls://[::]:1", "[::]:2"]) && !tls(&[]));
+    }
+
+    #[test]
+    fn an_account_is_a_name_or_a_number() {
+        #[derive(Debug, Deserialize)]
+        struct List {
+            all: Vec<Account>,
+        }
+        let list: List = toml::from_str("all = [1000, 'www-data']").unwrap();
+        assert_eq!(list.all, [Account("1000".to_owned()), Account("www-data".to_owned())]);
+        assert!(toml::from_str::<List>("all = [1.5]").unwrap_err().message().contains("www-data"));
+        assert!("a b".parse::<Account>().is_err());
     }
 
     #[test]

@@ -14,6 +14,7 @@ use tallyd::inherited::Inherited;
 use tallyd::listen::{self, Address, Listeners};
 use tallyd::store::journal::Journal;
 use tallyd::telemetry::{self, Exporter};
+use tallyd::tls;
 use tallyd::units::{Size, Time};
 
 use super::clock::{PATIENCE, Thread};
@@ -81,7 +82,7 @@ impl Engine {
         let bound = self.listeners.as_ref().map_or(&[][..], Listeners::bound);
         let udp = bound.iter().find_map(|(_, address)| match address {
             Address::Inet(address) => Some(*address),
-            Address::Unix(_) => None,
+            Address::Tls(_) | Address::Unix(_) => None,
         });
         udp.expect("a listener")
     }
@@ -162,7 +163,9 @@ fn listen(workers: &Arc<Workers>) -> Listeners {
         workers: 1,
         ..listen::Config::default()
     };
-    listen::start(&config, &listen::Limits::default(), workers, &mut Inherited::default(), |_, _| future::ready(()))
+    let tls = tls::Acceptor::new(None, Duration::ZERO);
+    let limits = listen::Limits::default();
+    listen::start(&config, &limits, tls, workers, &mut Inherited::default(), |_, _| future::ready(()))
         .expect("a listener")
 }
 

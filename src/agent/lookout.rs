@@ -30,12 +30,13 @@ pub(super) struct Refused(ArcSwapOption<String>);
 
 impl Refused {
     /// Takes note of a reload, and tells that it is over.
-    pub(super) fn note(&self, outcome: &Result<(), String>) {
-        let status = match outcome {
-            Ok(()) => "the configuration was read again".to_owned(),
-            Err(error) => format!("reload refused: {error}"),
+    pub(super) fn note(&self, outcome: &Result<(), Vec<String>>) {
+        let wrong = outcome.as_ref().err().map(|problems| problems.join("; "));
+        let status = match &wrong {
+            None => "the configuration was read again".to_owned(),
+            Some(problems) => format!("reload refused: {problems}"),
         };
-        self.0.store(outcome.as_ref().err().cloned().map(Arc::new));
+        self.0.store(wrong.map(Arc::new));
         systemd::ready(&status);
     }
 }

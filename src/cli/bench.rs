@@ -24,6 +24,7 @@ use self::report::{Counted, Report};
 use super::send::{self, PATIENCE, Sender, Target, Warning};
 use super::{Code, Failure};
 use crate::clock::Clock;
+use crate::secret;
 use crate::units::{Size, Time};
 
 /// An agent publishes its counts once a second. Figures that rest for longer have arrived.
@@ -50,6 +51,9 @@ pub struct Args {
     /// Where the agent's API is, such as http://127.0.0.1:7000, to read back what it counted
     #[arg(long, value_name = "URL")]
     pub api: Option<Api>,
+    /// File, or credential:NAME, whose first token may read there
+    #[arg(long, value_name = "FILE", requires = "api")]
+    pub token_file: Option<String>,
     /// Lines a second, of all senders together; 0 is as fast as possible. Datagrams that are due go by sendmmsg, up to 64 a
     /// call
     #[arg(long, value_name = "LINES", default_value_t = 100_000)]
@@ -104,7 +108,11 @@ pub fn run(args: &Args, out: &mut impl Write, warnings: &mut impl Write) -> Resu
     if args.segments > 1 && !matches!(args.to, Target::Udp(_)) {
         return Err(Failure::told(USAGE, format!("--segments {}: only UDP has them; leave it out", args.segments)));
     }
-    let reader = args.api.as_ref().map(|api| Reader::new(api, listener(&args.to), &args.name));
+    let token = args.token_file.as_deref().map(secret::token).transpose().map_err(|error| {
+        let file = args.token_file.as_deref().unwrap_or_default();
+        Failure::told(error.exit_code(), format!("--token-file {file}: {error}"))
+    })?;
+    let reader = args.api.as_ref().map(|api| Reader::new(api, token.as_ref(), listener(&args.to), &args.name));
     let popularity = match args.zipf {
         Some(exponent) => Popularity::zipf(args.series, exponent),
         None => Popularity::even(args.series),

@@ -43,7 +43,7 @@ pub struct Args {
 
 /// Explains what it is given. Where something is rejected it says so and fails with [`Code::Data`].
 pub fn run(args: &Args, mut stdin: impl Read, out: &mut impl Write) -> Result<(), Failure> {
-    let config = args.layers.load()?.config;
+    let config = args.layers.load_for_lines()?.config;
     let mut reader = Reader::new(&config.protocol, &config.limits.protocol);
     let mut input = Vec::new();
     if args.lines.is_empty() {

@@ -6,13 +6,14 @@
 pub mod bench;
 pub mod check;
 pub mod explain;
+mod files;
 mod log;
 pub mod pages;
 pub mod run;
 pub mod send;
 
 use std::ffi::OsString;
-use std::io::{self, ErrorKind, Read as _, Write};
+use std::io::{self, ErrorKind, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::{env, fmt, fs};
@@ -20,8 +21,6 @@ use std::{env, fmt, fs};
 use clap::{Parser, Subcommand};
 
 use crate::config::{Config, Loaded, Problem, Sources};
-use crate::kafka::Password;
-use crate::mapping;
 use crate::systemd;
 
 /// A StatsD-compatible metrics agent: every dialect on one port, exact aggregates, JSON and Prometheus out.
@@ -80,8 +79,22 @@ impl Cli {
 }
 
 impl Layers {
-    /// Reads the file and the environment and merges all layers.
+    /// Merges all layers, and reads every file that they name: what a start needs, and says of it all that is wrong.
     pub fn load(&self) -> Result<Loaded, Failure> {
+        let mut loaded = self.merge()?;
+        files::read(&mut loaded).map_err(Failure::Configuration)?;
+        Ok(loaded)
+    }
+
+    /// The same without the files of secrets and what else concerns listeners and stores: what a line needs.
+    pub fn load_for_lines(&self) -> Result<Loaded, Failure> {
+        let mut loaded = self.merge()?;
+        files::read_mapping(&mut loaded).map_err(Failure::Configuration)?;
+        Ok(loaded)
+    }
+
+    /// Reads the file and the environment and merges all layers.
+    fn merge(&self) -> Result<Loaded, Failure> {
         let name = self.config.display().to_string();
         let text = if self.config.is_empty() { None } else { Some(read(Path::new(&self.config))?) };
         // What is not UTF-8 is nobody's key and no number, address or word of ours, so it is told as wrong by its key.
@@ -89,48 +102,8 @@ impl Layers {
         let environment: Vec<_> = env::vars_os().map(|(name, value)| (lossy(name), lossy(value))).collect();
         let file = text.as_deref().map(|text| (name.as_str(), text));
         let sources = Sources { file, environment: &environment, set: &self.set };
-        let mut loaded = Config::load(&sources).map_err(Failure::Configuration)?;
-        read_mapping(&mut loaded)?;
-        loaded.check_store().map_err(|(code, problem)| Failure::told(code, problem.to_string()))?;
-        read_password(&mut loaded)?;
-        Ok(loaded)
+        Config::load(&sources).map_err(Failure::Configuration)
     }
-}
-
-/// Reads the file that `mapping.file` names, if it names one.
-fn read_mapping(loaded: &mut Loaded) -> Result<(), Failure> {
-    let name = loaded.config.mapping.file.clone();
-    if name.is_empty() {
-        return Ok(());
-    }
-    let origin = loaded.origin("mapping.file");
-    let told = |code, what: String| Failure::told(code, format!("{origin}: mapping.file = {name:?}: {what}"));
-    let text = read_at_most(&name, mapping::FILE_MAX + 1).map_err(|error| {
-        let (code, remedy) = cannot_read(&error);
-        told(code, format!("{error}; {remedy}"))
-    })?;
-    if text.len() as u64 > mapping::FILE_MAX {
-        return Err(told(Code::Configuration, format!("longer than {} bytes; leave rules out", mapping::FILE_MAX)));
-    }
-    loaded.set_mapping(&text).map_err(Failure::Configuration)
-}
-
-/// No password is longer.
-const PASSWORD_MAX: u64 = 4_096;
-
-/// Reads the first line of the file that `kafka.password_file` names, if it names one.
-fn read_password(loaded: &mut Loaded) -> Result<(), Failure> {
-    let name = loaded.config.kafka.password_file.clone();
-    if name.is_empty() {
-        return Ok(());
-    }
-    let origin = loaded.origin("kafka.password_file");
-    let text = read_at_most(&name, PASSWORD_MAX).map_err(|error| {
-        let (code, remedy) = cannot_read(&error);
-        Failure::told(code, format!("{origin}: kafka.password_file = {name:?}: {error}; {remedy}"))
-    })?;
-    loaded.config.kafka.password = Some(Password(text.lines().next().unwrap_or_default().to_owned()));
-    Ok(())
 }
 
 fn read(path: &Path) -> Result<String, Failure> {
@@ -138,12 +111,6 @@ fn read(path: &Path) -> Result<String, Failure> {
         let (code, remedy) = cannot_read(&error);
         Failure::told(code, format!("{}: {error}; {remedy} with --config", path.display()))
     })
-}
-
-fn read_at_most(name: &str, bytes: u64) -> io::Result<String> {
-    let mut text = String::new();
-    fs::File::open(name)?.take(bytes).read_to_string(&mut text)?;
-    Ok(text)
 }
 
 /// The exit code for a file that cannot be read, and the remedy.
@@ -210,16 +177,25 @@ impl Failure {
     pub fn code(&self) -> u8 {
         match self {
             Self::Told(code, _) => *code,
-            Self::Configuration(_) => Code::Configuration.into(),
+            // Of several the first decides, as it is the one that a start tells.
+            Self::Configuration(problems) => problems.first().map_or(Code::Configuration.into(), Problem::exit_code),
             Self::Output(error) if error.kind() == ErrorKind::BrokenPipe => 0,
             Self::Output(_) => Code::Io.into(),
+        }
+    }
+
+    /// Each problem in a line of its own.
+    pub fn lines(self) -> Vec<String> {
+        match self {
+            Self::Configuration(problems) => problems.iter().map(Problem::to_string).collect(),
+            Self::Told(..) | Self::Output(_) => vec![self.to_string()],
         }
     }
 
     /// The same in one line, for a start in a service's journal.
     pub fn brief(self) -> Self {
         match self {
-            Self::Configuration(_) => Self::told(Code::Configuration, self.to_string()),
+            Self::Configuration(_) => Self::told(self.code(), self.to_string()),
             Self::Told(..) | Self::Output(_) => self,
         }
     }

@@ -13,19 +13,19 @@ pub fn run(layers: &Layers) -> Result<(), Failure> {
     run_agent(&config, reloader(layers.clone(), config.clone(), set_level))
 }
 
-/// Reads all layers again: the new configuration if a running agent can take it, else what is wrong with it. A refused
-/// one changes nothing.
+/// Reads all layers again, and all files: the new configuration if a running agent can take it, else all that is wrong with
+/// it. A refused one changes nothing.
 fn reloader(
     layers: Layers,
     mut current: Config,
     set_level: impl Fn(Level) + Send + 'static,
-) -> impl FnMut() -> Result<Config, String> + Send + 'static {
+) -> impl FnMut() -> Result<Config, Vec<String>> + Send + 'static {
     move || {
-        let loaded = layers.load().map_err(|failure| failure.to_string())?;
+        let loaded = layers.load().map_err(Failure::lines)?;
         let new = &loaded.config;
         let changed = current.reload(new).map_err(|keys| {
             let (keys, change) = (keys.join(", "), if keys.len() == 1 { "changes" } else { "change" });
-            format!("{keys}: {change} only with a restart; restart tallyd, or take the change back")
+            vec![format!("{keys}: {change} only with a restart; restart tallyd, or take the change back")]
         })?;
         set_level(new.log.level);
         warn(&loaded);
@@ -40,7 +40,10 @@ fn warn(loaded: &Loaded) {
     loaded.notes().iter().for_each(|note| tracing::warn!("{note}"));
 }
 
-fn run_agent(config: &Config, reload: impl FnMut() -> Result<Config, String> + Send + 'static) -> Result<(), Failure> {
+fn run_agent(
+    config: &Config,
+    reload: impl FnMut() -> Result<Config, Vec<String>> + Send + 'static,
+) -> Result<(), Failure> {
     agent::run(config, reload).map_err(|error| Failure::told(error.exit_code(), error.to_string()))
 }
 
@@ -68,8 +71,9 @@ mod tests {
 
         assert_eq!(read("[log]\nlevel = 'debug'").unwrap().log.level, Level::Debug);
         let refused = read("[log]\nlevel = 'warn'\n[flush]\nwindow = '20s'").unwrap_err();
-        assert!(refused.starts_with("flush.window: changes only with a restart"), "{refused}");
-        assert!(read("[log]\nlevel = 'loud'").unwrap_err().contains("tallyd.toml:2:9: log.level"));
+        assert!(refused[0].starts_with("flush.window: changes only with a restart"), "{refused:?}");
+        let refused = read("[log]\nlevel = 'loud'\nlvl = 1").unwrap_err();
+        assert!(refused.len() == 2 && refused[0].contains("tallyd.toml:2:9: log.level"), "{refused:?}");
         assert_eq!(read("").unwrap().log.level, Level::Info);
         drop(reload);
         assert_eq!(seen.iter().collect::<Vec<_>>(), [Level::Debug, Level::Info]);

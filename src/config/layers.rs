@@ -2,13 +2,14 @@
 //!
 //! Each setting is tried by itself against the defaults, so that whatever is wrong with it is told with its own place.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
 use toml::de::{DeTable, DeValue, ValueDeserializer};
 use toml::{Spanned, Table, Value};
 
-use super::{Config, Fault, KEYS, Loaded, Origin, Problem, Sources, get, is_section, last, literal, put, shown};
+use super::{Config, Fault, KEYS, Loaded, MAPS, Origin, Problem, Sources, get, is_section, last, literal, put, shown};
 use crate::handover;
 use crate::units::without_password;
 
@@ -32,8 +33,24 @@ struct Setting {
 }
 
 impl Setting {
+    /// What a type says of a value, which it often quotes.
+    fn without_secrets(&self, message: &str) -> String {
+        if MAPS.contains(&&*self.key) {
+            return "not a table of texts; write one such as { \"security.protocol\" = \"SASL_SSL\" }".to_owned();
+        }
+        let mut texts: Vec<&str> = self.value.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        texts.extend(self.value.as_str());
+        texts.iter().filter(|text| !text.is_empty()).fold(message.to_owned(), |message, text| {
+            let bare = without_password(text);
+            message.replace(&format!("{text:?}"), &format!("{bare:?}")).replace(text, &bare)
+        })
+    }
+
     fn wrong(&self, remedy: String) -> Problem {
-        let (key, value) = (self.key.clone(), shown(&self.value));
+        // A table that is none may hold a secret anywhere.
+        let is_hidden = MAPS.contains(&&*self.key) && !self.value.is_table();
+        let value = if is_hidden { "\"***\"".to_owned() } else { shown(&self.value) };
+        let key = self.key.clone();
         Problem { origin: self.origin.clone(), fault: Fault::Value { key, value, remedy } }
     }
 }
@@ -74,9 +91,7 @@ impl Reader {
             Ok(_) => self.settings.push(setting),
             Err(error) => {
                 let default = get(&self.known, &setting.key).map(literal).unwrap_or_default();
-                let text = setting.value.as_str().unwrap_or_default();
-                // What a type says of a text often quotes it.
-                let message = plain(error.message()).replace(text, &without_password(text));
+                let message = setting.without_secrets(&plain(error.message()));
                 self.problems.push(setting.wrong(format!("{message}; the default is {default}")));
             }
         }
@@ -245,9 +260,9 @@ impl Reader {
                 }
                 Some((key, _)) => {
                     let nearest = self.nearest(key.trim(), false).map(str::to_owned);
-                    Fault::Unknown { name: key.trim().to_owned(), nearest }
+                    Fault::Unknown { name: without_secrets(key.trim()).into_owned(), nearest }
                 }
-                None => Fault::Argument(argument.clone()),
+                None => Fault::Argument(without_secrets(argument).into_owned()),
             };
             self.problems.push(Problem { origin: Origin::Argument, fault });
         }
@@ -263,6 +278,12 @@ impl Reader {
         let ranked = names.map(|name| (name, likeness(name))).max_by(|a, b| a.1.total_cmp(&b.1));
         ranked.filter(|(_, likeness)| *likeness > 0.5).map(|(name, _)| name)
     }
+}
+
+/// An argument without `=`, of which only the beginning can be a key.
+fn without_secrets(argument: &str) -> Cow<'_, str> {
+    let end = argument.find(|c: char| !(c.is_ascii_alphanumeric() || "._-".contains(c)));
+    end.map_or(Cow::Borrowed(argument), |end| Cow::Owned(format!("{}...", &argument[..end])))
 }
 
 /// What serde says of a type, in the words of whoever writes a configuration.

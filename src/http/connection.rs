@@ -24,13 +24,13 @@ use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::problem::Problem;
 use super::server::Body;
 use super::{HEADER_LINES_MAX, Limits};
+use crate::tls;
 
 /// How long, and for how many bytes, a client is listened to after the last answer.
 const LINGER: Duration = Duration::from_secs(1);
@@ -41,13 +41,13 @@ const HEADER_LINES_READ: usize = 4 * HEADER_LINES_MAX;
 const HEAD_BYTES_READ_MIN: usize = 64 << 10;
 
 /// Serves requests until the client, a limit or `stop` ends the connection. After `stop` the request under way is the last.
-/// Returns the status of an answer that was given without a request to show for it.
+/// Returns how it ended if that was without a request to show for it.
 pub(super) async fn run<F, A>(
-    stream: TcpStream,
+    stream: tls::Stream,
     limits: &Limits,
     mut stop: watch::Receiver<bool>,
     answer: F,
-) -> Option<StatusCode>
+) -> Option<Unasked>
 where
     F: Fn(Request<Incoming>) -> A,
     A: Future<Output = Response<Body>>,
@@ -91,13 +91,23 @@ where
     };
     let stream = connection.into_parts().io.into_inner().stream;
     let (refusal, unread) = progress.borrow().verdict(end);
-    let status = refusal.as_ref().map(|problem| problem.status);
+    let refused = refusal.as_ref().map(|problem| Unasked::Refused(problem.status));
+    let is_tls = progress.borrow().is_tls;
     close(stream, refusal, unread).await;
-    status
+    if is_tls { Some(Unasked::Tls) } else { refused }
+}
+
+/// How a connection ended without a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unasked {
+    /// With an answer of this status.
+    Refused(StatusCode),
+    /// The client speaks TLS, and nobody here does.
+    Tls,
 }
 
 /// Tells the client why, if there is something to tell, and closes without a reset under what was told.
-pub(super) async fn close(mut stream: TcpStream, refusal: Option<Problem>, unread: bool) {
+pub(super) async fn close(mut stream: tls::Stream, refusal: Option<Problem>, unread: bool) {
     let linger = async {
         if let Some(problem) = &refusal {
             stream.write_all(&problem.last_words()).await?;
@@ -129,6 +139,8 @@ struct Progress {
     unread: bool,
     /// Whether hyper had something to say while no answer was under way.
     swallowed: bool,
+    /// Whether the first bytes were those of a client of TLS.
+    is_tls: bool,
     refusal: Option<StatusCode>,
     header_time: Duration,
     keep_alive: Duration,
@@ -197,6 +209,7 @@ impl Progress {
             told: false,
             unread: false,
             swallowed: false,
+            is_tls: false,
             refusal: None,
             header_time: limits.header_time.0,
             keep_alive: limits.keep_alive.0,
@@ -217,6 +230,10 @@ impl Progress {
     /// Counts what the client sent, if it is part of a head. `false` when that head is refused.
     fn heard(&mut self, read: &[u8]) -> bool {
         self.moved();
+        if self.phase == (Phase::Waiting { first: true }) && tls::is_hello(read) {
+            self.is_tls = true;
+            return false;
+        }
         let mut head = match self.phase {
             Phase::Waiting { .. } => Head::new(self.moved),
             Phase::Head(head) => head,
@@ -293,7 +310,7 @@ pub(super) fn too_large_head(max: usize) -> String {
 /// A stream that keeps account of where its connection stands.
 #[derive(Debug)]
 struct Screened {
-    stream: TcpStream,
+    stream: tls::Stream,
     progress: Rc<RefCell<Progress>>,
 }
 

@@ -28,6 +28,7 @@ use super::{Api, Limits, health};
 use crate::aggregate::ledger::Series;
 use crate::clock::{steady_ms, wall_ms};
 use crate::sample::{Kind, SeriesKey};
+use crate::tls;
 use crate::view::{self, Cursor, Filter, Metric, Page, Scope};
 
 /// The quantiles that are shown unless others are asked for.
@@ -46,15 +47,16 @@ const OPENAPI: &str = include_str!("openapi.json");
 /// The API's part behind the routes.
 pub(super) struct Data {
     api: Api,
+    tls: tls::Acceptor,
     lists: Semaphore,
     scrapes: Arc<Semaphore>,
     page_max: usize,
 }
 
 impl Data {
-    pub(super) fn new(api: Api, limits: &Limits) -> Self {
+    pub(super) fn new(api: Api, tls: tls::Acceptor, limits: &Limits) -> Self {
         let places = |count: usize| Semaphore::new(count.min(Semaphore::MAX_PERMITS));
-        Self { api, lists: places(limits.lists), scrapes: Arc::new(places(limits.scrapes)), page_max: limits.page }
+        Self { api, tls, lists: places(limits.lists), scrapes: Arc::new(places(limits.scrapes)), page_max: limits.page }
     }
 
     /// How many a page is to have.
@@ -229,7 +231,7 @@ impl Site for Data {
             Endpoint::Scrape => self.scrape(request.headers()).await,
             Endpoint::Ping => Ok(health::ping(Self::ON)),
             Endpoint::Healthy => Ok(health::healthy()),
-            Endpoint::Ready => Ok(health::ready(&self.api.health, self.api.view.unready())),
+            Endpoint::Ready => Ok(health::ready(&self.api.health, self.api.view.unready(), self.tls.warning())),
             Endpoint::Reload => health::reload(&self.api.reload).await,
             Endpoint::OpenApi => Ok(ok(JSON, OPENAPI)),
             Endpoint::Samples => Err(Problem::new(StatusCode::NOT_FOUND, "this stands on the ingest listeners")),

@@ -69,11 +69,17 @@ pub(super) fn healthy() -> Response<Body> {
     ok(JSON, json!({ "healthy": true, "reasons": [] }).to_string())
 }
 
-/// `others` are the reasons that are not the agent's own.
-pub(super) fn ready(health: &Health, others: Vec<String>) -> Response<Body> {
+/// `others` are the reasons that are not the agent's own; warnings are what will become one, and make nothing red.
+pub(super) fn ready(
+    health: &Health,
+    others: Vec<String>,
+    warnings: impl IntoIterator<Item = String>,
+) -> Response<Body> {
+    let warnings: Vec<String> = warnings.into_iter().collect();
     let reasons: Vec<String> = health.reasons().chain(health.stalled()).chain(others).collect();
     let ready = reasons.is_empty();
-    let text = json!({ "ready": ready, "reasons": reasons, "addresses": health.bound.get() }).to_string();
+    let text = json!({ "ready": ready, "reasons": reasons, "warnings": warnings, "addresses": health.bound.get() })
+        .to_string();
     let mut response = ok(JSON, text);
     if !ready {
         *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;

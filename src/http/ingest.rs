@@ -360,9 +360,8 @@ const fn explained(reason: Reason) -> &'static str {
         Reason::TooManyValues => "more values than limits.values",
         Reason::MemberTooLong => "the member of a SET is longer than limits.set_member",
         Reason::LineTooLong => "longer than limits.line",
-        Reason::BadEvent | Reason::BadServiceCheck | Reason::HttpRequest | Reason::PartialLine | Reason::BadLength => {
-            "not accepted"
-        }
+        Reason::BadEvent | Reason::BadServiceCheck | Reason::HttpRequest | Reason::PartialLine => "not accepted",
+        Reason::BadLength | Reason::TlsHello | Reason::PeerDenied => "not accepted",
     }
 }
 

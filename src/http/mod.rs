@@ -4,13 +4,16 @@
 //! that worker's shard. [`start_api`] answers reads and scrapes on a thread of its own and owns no shard, so that no reader
 //! ever delays a sample. Both need a `tokio::task::LocalSet` around them.
 //!
+//! [`Access`] says who may ask, and by which way: tokens and TLS, which a reload changes under running servers.
+//!
 //! Nothing a client sends ends a listener or is answered with 500. Limits: [`Limits`]. Metrics: `tallyd_http_requests_total`,
-//! `tallyd_http_request_seconds`, `tallyd_connections`, `tallyd_connections_refused_total`, `tallyd_accept_errors_total`.
+//! `tallyd_http_request_seconds`, `tallyd_connections`, `tallyd_connections_refused_total`, `tallyd_accept_errors_total`, those of `tls`
+//! and of [`tokens`].
 
 use std::cell::RefCell;
 use std::fmt;
 use std::io::{self, ErrorKind};
-use std::net::{Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +27,8 @@ use crate::ingest::Worker;
 use crate::inherited::{Inherited, Use};
 use crate::receipt::Receipt;
 use crate::telemetry;
-use crate::units::{Size, Time};
+use crate::tls;
+use crate::units::{ListenAddress, Size, Time};
 use crate::view::View;
 
 mod connection;
@@ -39,6 +43,7 @@ pub mod scrape;
 pub mod server;
 #[cfg(test)]
 mod tests;
+pub mod tokens;
 
 use forward::Forwarder;
 pub use health::{Health, Reload};
@@ -59,12 +64,21 @@ pub struct Config {
     pub hosts: Vec<String>,
     /// Whether listeners that are reachable from elsewhere may do without a token.
     pub insecure: bool,
+    /// Who may do what.
+    pub tokens: tokens::Config,
 }
 
 impl Default for Config {
     fn default() -> Self {
         let loopback = |port: u16| vec![format!("127.0.0.1:{port}"), format!("[::1]:{port}")];
-        Self { ingest: loopback(8000), api: loopback(7000), scrape: Vec::new(), hosts: Vec::new(), insecure: false }
+        Self {
+            ingest: loopback(8000),
+            api: loopback(7000),
+            scrape: Vec::new(),
+            hosts: Vec::new(),
+            insecure: false,
+            tokens: tokens::Config::default(),
+        }
     }
 }
 
@@ -138,9 +152,18 @@ pub enum Error {
         /// The configuration key.
         key: &'static str,
         /// Which address.
-        address: SocketAddr,
+        address: ListenAddress,
         /// What the kernel said.
         error: io::Error,
+    },
+    /// A unit's socket that other machines reach, without a token for what they could do.
+    Open {
+        /// The configuration key.
+        key: &'static str,
+        /// Which address.
+        address: ListenAddress,
+        /// What they could do.
+        right: tokens::Right,
     },
     /// A bound socket could not be given to the runtime.
     Register(io::Error),
@@ -156,7 +179,7 @@ impl Error {
             }
             Self::Bind { error, .. } if error.kind() == ErrorKind::PermissionDenied => 77,
             Self::Bind { .. } => 74,
-            Self::Address { .. } => 78,
+            Self::Address { .. } | Self::Open { .. } => 78,
             Self::Register(_) => 74,
         }
     }
@@ -183,6 +206,12 @@ impl fmt::Display for Error {
                     None => write!(f, "{error}; mend that, or name another address"),
                 }
             }
+            Self::Open { key, address, right } => write!(
+                f,
+                "http.{key}: a unit opened {address}, which other machines reach without a token; name a file of tokens in {}, \
+                 or let the unit listen on a loopback address",
+                right.key()
+            ),
             Self::Register(error) => write!(f, "http: a listener can't be watched: {error}"),
         }
     }
@@ -190,25 +219,47 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
+/// A bound socket of a server, and whether it speaks TLS.
+#[derive(Debug)]
+pub struct Socket {
+    /// The socket.
+    pub listener: TcpListener,
+    /// Whether what is said there is said in TLS.
+    pub tls: bool,
+}
+
+impl Socket {
+    /// Where it is, as a configuration would have it.
+    pub fn address(&self) -> Option<ListenAddress> {
+        let address = self.listener.local_addr().ok()?;
+        Some(ListenAddress { address, tls: self.tls })
+    }
+}
+
 /// Takes what was inherited for `http.<key>`, and binds the rest of its addresses. Without SO_REUSEPORT, so an address that
 /// another process has is an error. On a host without IPv6 its loopback is left out where the same port of IPv4's stands
 /// beside it, as in the defaults and where `INGEST_PORT` and `API_PORT` put both.
-pub fn bind(r#use: Use, addresses: &[String], inherited: &mut Inherited) -> Result<Vec<TcpListener>, Error> {
+pub fn bind(r#use: Use, addresses: &[String], inherited: &mut Inherited) -> Result<Vec<Socket>, Error> {
     let of_units = inherited.take_of_units(r#use).map_err(Error::Register)?;
     if !of_units.is_empty() {
-        return Ok(of_units.into_iter().map(TcpListener::from).collect());
+        let of_unit = |listener: TcpListener| {
+            let tls = ListenAddress::of_unit(listener.local_addr()?, addresses).tls;
+            Ok(Socket { listener, tls })
+        };
+        let sockets = of_units.into_iter().map(TcpListener::from).map(of_unit);
+        return sockets.collect::<io::Result<_>>().map_err(Error::Register);
     }
     let key = r#use.name();
-    let mut listeners = Vec::with_capacity(addresses.len());
+    let mut sockets = Vec::with_capacity(addresses.len());
     for text in addresses {
-        let address: SocketAddr = text.parse().map_err(|_| Error::Address { key, text: text.clone() })?;
-        match inherit_or_open(r#use, address, inherited) {
-            Ok(listener) => listeners.push(listener),
+        let address: ListenAddress = text.parse().map_err(|_| Error::Address { key, text: text.clone() })?;
+        match inherit_or_open(r#use, address.address, inherited) {
+            Ok(listener) => sockets.push(Socket { listener, tls: address.tls }),
             Err(error) if has_twin(address, addresses) && is_no_such_family(&error) => {}
             Err(error) => return Err(Error::Bind { key, address, error }),
         }
     }
-    Ok(listeners)
+    Ok(sockets)
 }
 
 fn inherit_or_open(r#use: Use, address: SocketAddr, inherited: &mut Inherited) -> io::Result<TcpListener> {
@@ -227,12 +278,32 @@ fn inherit_or_open(r#use: Use, address: SocketAddr, inherited: &mut Inherited) -
 }
 
 /// Whether an address is the loopback of IPv6, and that of IPv4 has the same port.
-fn has_twin(address: SocketAddr, addresses: &[String]) -> bool {
-    address.ip() == Ipv6Addr::LOCALHOST && addresses.contains(&format!("127.0.0.1:{}", address.port()))
+fn has_twin(ListenAddress { address, tls }: ListenAddress, addresses: &[String]) -> bool {
+    let twin = ListenAddress { address: (Ipv4Addr::LOCALHOST, address.port()).into(), tls };
+    address.ip() == Ipv6Addr::LOCALHOST && addresses.iter().any(|text| text.parse() == Ok(twin))
 }
 
 fn is_no_such_family(error: &io::Error) -> bool {
     error.kind() == ErrorKind::AddrNotAvailable || error.raw_os_error() == Some(libc::EAFNOSUPPORT)
+}
+
+/// Who may ask, and as whom the servers speak TLS. Clones share both.
+#[derive(Debug, Clone)]
+pub struct Access {
+    guard: tokens::Guard,
+    tls: tls::Acceptor,
+}
+
+impl Access {
+    /// By these tokens, as this acceptor; so many denials of a reason are logged in a second.
+    pub fn new(config: &tokens::Config, denials_logged: u32, tls: tls::Acceptor) -> Self {
+        Self { guard: tokens::Guard::new(config, denials_logged), tls }
+    }
+
+    /// Puts other tokens in force.
+    pub fn set(&self, config: &tokens::Config) {
+        self.guard.set(config.tokens.clone());
+    }
 }
 
 /// What the API answers from.
@@ -266,7 +337,8 @@ pub struct Keeping {
 /// Takes samples on these listeners into the worker's shard, or by it to where they are forwarded. To be called inside a
 /// `LocalSet` on the worker's thread; the worker is borrowed only while a body is parsed, never across an await.
 pub fn start_ingest(
-    listeners: Vec<TcpListener>,
+    sockets: Vec<Socket>,
+    access: Access,
     worker: Rc<RefCell<Worker>>,
     keeping: Keeping,
     forwarder: Option<Forwarder>,
@@ -274,24 +346,25 @@ pub fn start_ingest(
     limits: &Limits,
 ) -> Result<Server, Error> {
     let site = Rc::new(ingest::Ingest::new(worker, keeping, forwarder, limits));
-    let mut server = Server::new(config, limits);
-    server.listen(listeners, &site)?;
+    let mut server = Server::new(access, config, limits);
+    server.listen(sockets, &site)?;
     Ok(server)
 }
 
 /// Answers reads on the listeners of `http.api`, and scrapes there and on those of `http.scrape`. To be called inside a
 /// `LocalSet`.
 pub fn start_api(
-    listeners: Vec<TcpListener>,
-    scrape: Vec<TcpListener>,
+    sockets: Vec<Socket>,
+    scrape: Vec<Socket>,
+    access: Access,
     api: Api,
     config: &Config,
     limits: &Limits,
 ) -> Result<Server, Error> {
-    let site = Rc::new(data::Data::new(api, limits));
-    let mut server = Server::new(config, limits);
+    let site = Rc::new(data::Data::new(api, access.tls.clone(), limits));
+    let mut server = Server::new(access, config, limits);
     server.listen(scrape, &Rc::new(data::Scrape(Rc::clone(&site))))?;
-    server.listen(listeners, &site)?;
+    server.listen(sockets, &site)?;
     Ok(server)
 }
 

@@ -1,6 +1,7 @@
-//! What every request goes through before a part answers it: the connection, `Host` and `Origin`, the table of routes.
+//! What every request goes through before a part answers it: the connection, `Host` and `Origin`, the table of routes, the
+//! token.
 //!
-//! [`ROUTES`] is the single definition of what exists where; a request that matches no row is told 404, one with another
+//! [`ROUTES`] is the single definition of what exists where, and which right each method of it needs; a request that matches no row is told 404, one with another
 //! method 405. The route's template, never the path, is a label of our metrics.
 
 use std::convert::Infallible;
@@ -20,9 +21,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::connection::{self, Unasked};
 use super::problem::Problem;
-use super::{Config, Error, HEADER_LINES_MAX, Limits, connection};
+use super::tokens::{Asking, Guard, Right};
+use super::{Access, Config, Error, HEADER_LINES_MAX, Limits, Socket};
 use crate::telemetry;
+use crate::tls;
 
 /// The body of an answer, whole or streamed. It cannot fail: what can is asked before the first byte.
 pub type Body = Pin<Box<dyn hyper::body::Body<Data = Bytes, Error = Infallible>>>;
@@ -107,29 +111,59 @@ pub struct Route {
     pub template: &'static str,
     /// What answers it.
     pub endpoint: Endpoint,
-    /// The methods it has; HEAD comes with GET, OPTIONS with all.
-    pub methods: &'static [&'static str],
+    /// The methods it has, and the right that each needs; HEAD comes with GET, OPTIONS with all.
+    pub methods: &'static [(&'static str, Right)],
     /// Where it stands.
     pub on: &'static [On],
 }
 
 /// Every route.
 pub const ROUTES: &[Route] = &[
-    Route { template: "/ingest/metrics", endpoint: Endpoint::Samples, methods: &["POST"], on: &[On::Ingest] },
-    Route { template: "/health/ping", endpoint: Endpoint::Ping, methods: &["GET"], on: &[On::Ingest, On::Api] },
-    Route { template: "/-/healthy", endpoint: Endpoint::Healthy, methods: &["GET"], on: &[On::Api] },
-    Route { template: "/-/ready", endpoint: Endpoint::Ready, methods: &["GET"], on: &[On::Api] },
-    Route { template: "/-/reload", endpoint: Endpoint::Reload, methods: &["POST"], on: &[On::Api] },
-    Route { template: "/openapi.json", endpoint: Endpoint::OpenApi, methods: &["GET"], on: &[On::Api] },
-    Route { template: "/data/metrics", endpoint: Endpoint::List, methods: &["GET"], on: &[On::Api] },
-    Route { template: "/data/metrics/{key}", endpoint: Endpoint::One, methods: &["GET", "DELETE"], on: &[On::Api] },
-    Route { template: "/data/rejects", endpoint: Endpoint::Rejects, methods: &["GET"], on: &[On::Api] },
-    Route { template: "/data/sources", endpoint: Endpoint::Sources, methods: &["GET"], on: &[On::Api] },
-    Route { template: "/data/events", endpoint: Endpoint::Events, methods: &["GET"], on: &[On::Api] },
-    Route { template: "/data/checks", endpoint: Endpoint::Checks, methods: &["GET"], on: &[On::Api] },
-    Route { template: "/data/conflicts", endpoint: Endpoint::Conflicts, methods: &["GET"], on: &[On::Api] },
-    Route { template: "/data/unmapped", endpoint: Endpoint::Unmapped, methods: &["GET"], on: &[On::Api] },
-    Route { template: "/metrics", endpoint: Endpoint::Scrape, methods: &["GET"], on: &[On::Api, On::Scrape] },
+    Route {
+        template: "/ingest/metrics",
+        endpoint: Endpoint::Samples,
+        methods: &[("POST", Right::Write)],
+        on: &[On::Ingest],
+    },
+    Route {
+        template: "/health/ping",
+        endpoint: Endpoint::Ping,
+        methods: &[("GET", Right::Open)],
+        on: &[On::Ingest, On::Api],
+    },
+    Route { template: "/-/healthy", endpoint: Endpoint::Healthy, methods: &[("GET", Right::Open)], on: &[On::Api] },
+    Route { template: "/-/ready", endpoint: Endpoint::Ready, methods: &[("GET", Right::Open)], on: &[On::Api] },
+    Route { template: "/-/reload", endpoint: Endpoint::Reload, methods: &[("POST", Right::Admin)], on: &[On::Api] },
+    Route { template: "/openapi.json", endpoint: Endpoint::OpenApi, methods: &[("GET", Right::Read)], on: &[On::Api] },
+    Route { template: "/data/metrics", endpoint: Endpoint::List, methods: &[("GET", Right::Read)], on: &[On::Api] },
+    Route {
+        template: "/data/metrics/{key}",
+        endpoint: Endpoint::One,
+        methods: &[("GET", Right::Read), ("DELETE", Right::Admin)],
+        on: &[On::Api],
+    },
+    Route { template: "/data/rejects", endpoint: Endpoint::Rejects, methods: &[("GET", Right::Read)], on: &[On::Api] },
+    Route { template: "/data/sources", endpoint: Endpoint::Sources, methods: &[("GET", Right::Read)], on: &[On::Api] },
+    Route { template: "/data/events", endpoint: Endpoint::Events, methods: &[("GET", Right::Read)], on: &[On::Api] },
+    Route { template: "/data/checks", endpoint: Endpoint::Checks, methods: &[("GET", Right::Read)], on: &[On::Api] },
+    Route {
+        template: "/data/conflicts",
+        endpoint: Endpoint::Conflicts,
+        methods: &[("GET", Right::Read)],
+        on: &[On::Api],
+    },
+    Route {
+        template: "/data/unmapped",
+        endpoint: Endpoint::Unmapped,
+        methods: &[("GET", Right::Read)],
+        on: &[On::Api],
+    },
+    Route {
+        template: "/metrics",
+        endpoint: Endpoint::Scrape,
+        methods: &[("GET", Right::Read)],
+        on: &[On::Api, On::Scrape],
+    },
 ];
 
 impl Route {
@@ -142,16 +176,19 @@ impl Route {
     }
 
     fn allow(&self) -> String {
-        let mut allow = self.methods.join(", ");
-        if self.methods.contains(&"GET") {
+        let names: Vec<_> = self.methods.iter().map(|(name, _)| *name).collect();
+        let mut allow = names.join(", ");
+        if names.contains(&"GET") {
             allow.push_str(", HEAD");
         }
         allow.push_str(", OPTIONS");
         allow
     }
 
-    fn allows(&self, method: &Method) -> bool {
-        self.methods.contains(&method.as_str()) || (method == Method::HEAD && self.methods.contains(&"GET"))
+    /// The right that a method needs, if the route has it.
+    fn right(&self, method: &Method) -> Option<Right> {
+        let name = if method == Method::HEAD { "GET" } else { method.as_str() };
+        self.methods.iter().find(|(method, _)| *method == name).map(|(_, right)| *right)
     }
 }
 
@@ -177,6 +214,7 @@ pub(super) trait Site: 'static {
 /// Listeners and their connections, on the thread that made them.
 #[derive(Debug)]
 pub struct Server {
+    access: Access,
     gate: Gate,
     limits: Rc<Limits>,
     connections: Arc<Semaphore>,
@@ -191,8 +229,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const TURNED_AWAY_MAX: usize = 64;
 
 impl Server {
-    pub(super) fn new(config: &Config, limits: &Limits) -> Self {
+    pub(super) fn new(access: Access, config: &Config, limits: &Limits) -> Self {
         Self {
+            access,
             gate: Gate { hosts: config.hosts.iter().map(|host| host.to_ascii_lowercase()).collect() },
             limits: Rc::new(limits.clone()),
             connections: Arc::new(Semaphore::new(limits.http_connections.min(Semaphore::MAX_PERMITS))),
@@ -201,12 +240,16 @@ impl Server {
         }
     }
 
-    pub(super) fn listen<S: Site>(&mut self, listeners: Vec<std::net::TcpListener>, site: &Rc<S>) -> Result<(), Error> {
-        for listener in listeners {
+    pub(super) fn listen<S: Site>(&mut self, sockets: Vec<Socket>, site: &Rc<S>) -> Result<(), Error> {
+        Guard::begin(S::ON.label());
+        tls::Acceptor::begin(S::ON.label());
+        for Socket { listener, tls } in sockets {
             listener.set_nonblocking(true).map_err(Error::Register)?;
             let listener = TcpListener::from_std(listener).map_err(Error::Register)?;
             let door = Rc::new(Door {
                 site: Rc::clone(site),
+                guard: self.access.guard.clone(),
+                tls: tls.then(|| self.access.tls.clone()),
                 gate: self.gate.clone(),
                 limits: Rc::clone(&self.limits),
                 loopback: listener.local_addr().is_ok_and(|address| is_loopback(address.ip())),
@@ -231,6 +274,9 @@ impl Server {
 /// One listener's way in.
 struct Door<S> {
     site: Rc<S>,
+    guard: Guard,
+    /// What makes its connections speak TLS, where they do.
+    tls: Option<tls::Acceptor>,
     gate: Gate,
     limits: Rc<Limits>,
     loopback: bool,
@@ -275,7 +321,9 @@ async fn accept<S: Site>(
             }
             Err(_) => {
                 refused.increment(1);
-                if let Ok(permit) = Arc::clone(&turned_away).try_acquire_owned() {
+                // To a client of TLS words without it are none.
+                let permit = Arc::clone(&turned_away).try_acquire_owned().ok().filter(|_| door.tls.is_none());
+                if let Some(permit) = permit {
                     tasks.spawn_local(turn_away(stream, permit));
                 }
             }
@@ -287,7 +335,7 @@ async fn accept<S: Site>(
 
 async fn turn_away(stream: TcpStream, _permit: OwnedSemaphorePermit) {
     let problem = Problem::busy("as many connections as limits.http_connections allows are open; try again");
-    connection::close(stream, Some(problem), true).await;
+    connection::close(tls::Stream::Plain(stream), Some(problem), true).await;
 }
 
 async fn serve<S: Site>(
@@ -295,24 +343,47 @@ async fn serve<S: Site>(
     peer: SocketAddr,
     door: Rc<Door<S>>,
     _permit: OwnedSemaphorePermit,
-    stop: watch::Receiver<bool>,
+    mut stop: watch::Receiver<bool>,
 ) {
     // Answers are written whole, so waiting for more bytes to fill a segment only delays them. A socket that refuses the
     // option is as good as one that has it.
     let _ = stream.set_nodelay(true);
-    let refused = connection::run(stream, &door.limits, stop, |request| door.answer(peer, request)).await;
-    if let Some(status) = refused {
-        telemetry::HTTP_REQUESTS.counter(&[S::ON.label(), "other", status.as_str()]).increment(1);
+    let stream = tokio::select! {
+        stream = door.secure(stream) => stream,
+        // Who has not even asked is not waited for.
+        _ = stop.wait_for(|stop| *stop) => None,
+    };
+    let Some(stream) = stream else { return };
+    match connection::run(stream, &door.limits, stop, |request| door.answer(peer, request)).await {
+        Some(Unasked::Refused(status)) => {
+            telemetry::HTTP_REQUESTS.counter(&[S::ON.label(), "other", status.as_str()]).increment(1);
+        }
+        Some(Unasked::Tls) => tls::Failure::Unexpected.count(S::ON.label()),
+        None => {}
     }
 }
 
 impl<S: Site> Door<S> {
+    /// The connection as this door speaks, if it comes to that.
+    async fn secure(&self, stream: TcpStream) -> Option<tls::Stream> {
+        let Some(tls) = &self.tls else { return Some(tls::Stream::Plain(stream)) };
+        match tls.accept(stream, S::ON.label()).await {
+            Ok(stream) => Some(stream),
+            Err((_, None)) => None,
+            Err((_, Some(plain))) => {
+                let problem = Problem::bad_request("this address speaks TLS; write https:// before it");
+                connection::close(tls::Stream::Plain(plain), Some(problem), true).await;
+                None
+            }
+        }
+    }
+
     /// The answer to any request whatever.
     async fn answer(&self, peer: SocketAddr, request: Request<Incoming>) -> Response<Body> {
         let began = Instant::now();
         let found = find(S::ON, request.uri().path());
         let template = found.map_or("other", |(route, _)| route.template);
-        let passed = self.pass(&request, found);
+        let passed = self.pass(peer, &request, found);
         let answered = match passed {
             Ok(Passed::To(endpoint, rest)) => self.site.answer(Asked { endpoint, rest, peer }, request).await,
             Ok(Passed::Answered(response)) => Ok(response),
@@ -326,7 +397,12 @@ impl<S: Site> Door<S> {
         response
     }
 
-    fn pass(&self, request: &Request<Incoming>, found: Option<(&Route, &str)>) -> Result<Passed, Problem> {
+    fn pass(
+        &self,
+        peer: SocketAddr,
+        request: &Request<Incoming>,
+        found: Option<(&Route, &str)>,
+    ) -> Result<Passed, Problem> {
         self.limits.check(request)?;
         self.gate.check(self.loopback, request)?;
         let Some((route, rest)) = found else {
@@ -339,11 +415,13 @@ impl<S: Site> Door<S> {
                 )),
             };
         };
-        match request.method() {
-            &Method::OPTIONS => Ok(Passed::Answered(options(&route.allow()))),
-            method if route.allows(method) => Ok(Passed::To(route.endpoint, rest.to_owned())),
-            _ => Err(Problem::method(&route.allow())),
+        if request.method() == Method::OPTIONS {
+            return Ok(Passed::Answered(options(&route.allow())));
         }
+        let right = route.right(request.method()).ok_or_else(|| Problem::method(&route.allow()))?;
+        let (listener, route_name, headers) = (S::ON.label(), route.template, request.headers());
+        self.guard.check(Asking { listener, route: route_name, right, headers, peer })?;
+        Ok(Passed::To(route.endpoint, rest.to_owned()))
     }
 }
 

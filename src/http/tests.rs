@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use super::server::ROUTES;
+use super::tokens::Right;
 use super::*;
 use crate::aggregate::ledger::Ledger;
 use crate::aggregate::shard::Budget;
@@ -72,10 +73,10 @@ fn exporter() -> telemetry::Exporter {
     EXPORTER.get_or_init(|| telemetry::install().unwrap()).clone()
 }
 
-fn bound() -> (TcpListener, SocketAddr) {
+fn bound() -> (Socket, SocketAddr) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    (listener, address)
+    (Socket { listener, tls: false }, address)
 }
 
 impl Agent {
@@ -103,8 +104,10 @@ impl Agent {
                 let (mapper, exporter) = (Arc::default(), exporter());
                 let api_of = Api { view, percentiles, health: shared, reload, prometheus, mapper, exporter };
                 let keeping = Keeping { fold: running.fold(), has_journal: false, receipts: Vec::new() };
-                let ingest = start_ingest(vec![ingest], worker, keeping, None, &config, &limits).unwrap();
-                let api = start_api(vec![api], vec![scrape], api_of, &config, &limits).unwrap();
+                let access = Access::new(&config.tokens, 10, tls::Acceptor::new(None, limits.header_time.0));
+                let shared = access.clone();
+                let ingest = start_ingest(vec![ingest], shared, worker, keeping, None, &config, &limits).unwrap();
+                let api = start_api(vec![api], vec![scrape], access, api_of, &config, &limits).unwrap();
                 let grace = stopped.await.unwrap_or_default();
                 tokio::join!(ingest.stop(grace), api.stop(grace));
                 running.stop(Instant::now());
@@ -740,7 +743,7 @@ fn a_stop_does_not_wait_longer_than_its_grace() {
     assert!(began.elapsed() < Duration::from_secs(5));
 }
 
-fn bind_api(addresses: &[String]) -> Result<Vec<TcpListener>, Error> {
+fn bind_api(addresses: &[String]) -> Result<Vec<Socket>, Error> {
     bind(Use::Api, addresses, &mut Inherited::default())
 }
 
@@ -757,7 +760,7 @@ fn addresses_are_bound_or_named() {
     assert_eq!(elsewhere.to_string(), "http.api = \"192.0.2.1:0\": no address of this host; name one that it has");
     assert_eq!((error.exit_code(), elsewhere.exit_code()), (69, 69));
     let denied = ErrorKind::PermissionDenied.into();
-    let denied = Error::Bind { key: "api", address: ([127, 0, 0, 1], 80).into(), error: denied };
+    let denied = Error::Bind { key: "api", address: "127.0.0.1:80".parse().unwrap(), error: denied };
     assert!(denied.to_string().contains("CAP_NET_BIND_SERVICE") && denied.exit_code() == 77, "{denied}");
     assert_eq!(bind_api(&["127.0.0.1:0".to_owned()]).unwrap().len(), 1);
 }
@@ -781,11 +784,37 @@ fn the_document_describes_every_route() {
         described.extend(methods.map(|method| format!("{} {path}", method.to_uppercase())));
     }
     let routes =
-        ROUTES.iter().flat_map(|route| route.methods.iter().map(|method| format!("{method} {}", route.template)));
+        ROUTES.iter().flat_map(|route| route.methods.iter().map(|(method, _)| format!("{method} {}", route.template)));
     let mut routes: Vec<_> = routes.collect();
     routes.sort();
     described.sort();
     assert_eq!(described, routes);
+}
+
+/// The document names for each request the token that it needs where tokens are configured: its right's, or an admin's.
+#[test]
+fn the_document_says_which_token_each_request_needs() {
+    let document: Value = serde_json::from_str(include_str!("openapi.json")).unwrap();
+    let schemes = document["components"]["securitySchemes"].as_object().unwrap();
+    for right in Right::GIVEN {
+        let scheme = &schemes[right.name()];
+        assert_eq!((&scheme["type"], &scheme["scheme"]), (&json!("http"), &json!("bearer")), "{right:?}");
+    }
+    for route in ROUTES {
+        for (method, right) in route.methods {
+            let operation = &document["paths"][route.template][method.to_lowercase()];
+            let expected = match right {
+                Right::Open => Value::Null,
+                Right::Admin => json!([{}, { "admin": [] }]),
+                Right::Write | Right::Read => json!([{}, { right.name(): [] }, { "admin": [] }]),
+            };
+            assert_eq!(operation["security"], expected, "{method} {}", route.template);
+            for status in ["401", "403"] {
+                let is_told = *right == Right::Open || operation["responses"][status].is_object();
+                assert!(is_told, "{method} {}: {status}", route.template);
+            }
+        }
+    }
 }
 
 /// Pieces of requests, whole and broken; put together in any order they are what a confused client sends.

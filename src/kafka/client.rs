@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rdkafka::client::ClientContext;
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
-use rdkafka::consumer::ConsumerContext;
+use rdkafka::consumer::{BaseConsumer, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::producer::{BaseProducer, DeliveryResult, ProducerContext};
 
 use super::{Config, Error, check_topic};
 
@@ -49,20 +50,36 @@ impl Config {
             config.set(name, value);
         }
         if let Some(password) = &self.password {
-            config.set("sasl.password", &password.0);
+            config.set("sasl.password", password.reveal());
         }
         config.create_native_config().map(drop).map_err(refused)?;
         Ok(config)
     }
 
-    /// Checks names and values of all options. Whether they fit together, and whether files that they name are there,
-    /// shows when a client is made of them.
+    /// Checks names and values of all options.
     ///
     /// # Errors
     /// What is wrong.
     pub fn check(&self) -> Result<(), Error> {
         check_topic(&self.topic)?;
         self.client().map(drop)
+    }
+
+    /// Whether the options fit together, and the files that they name are there: a producer and a consumer are made of
+    /// them, without a broker, so that nothing is connected to.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn fit(&self) -> Result<(), Error> {
+        let mut config = self.client()?;
+        config.remove("bootstrap.servers");
+        config.create_with_context::<_, BaseConsumer<Quiet>>(Quiet::default()).map_err(refused)?;
+        // As all that produces here does, and as soon as any of it gives a record up.
+        config.set("enable.idempotence", "true").set("acks", "all");
+        if config.get("message.timeout.ms").is_none() {
+            config.set("message.timeout.ms", "5000");
+        }
+        config.create_with_context::<_, BaseProducer<Quiet>>(Quiet::default()).map(drop).map_err(refused)
     }
 }
 
@@ -187,6 +204,13 @@ impl ClientContext for Quiet {
 }
 
 impl ConsumerContext for Quiet {}
+
+/// What becomes of a record is nobody's concern: none is sent.
+impl ProducerContext for Quiet {
+    type DeliveryOpaque = ();
+
+    fn delivery(&self, _: &DeliveryResult<'_>, (): ()) {}
+}
 
 /// Whether an error says that the brokers are not to be had now, rather than that they refuse something.
 pub fn is_away(error: &KafkaError) -> bool {

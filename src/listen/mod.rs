@@ -2,6 +2,9 @@
 //! sockets of its own (`udp`), one for each unix socket of datagrams, and one worker for all that comes in streams
 //! (`stream`), whose runtime serves HTTP ingest too; `kafka` is a worker that reads a topic. Nothing here reads a line; nothing here waits for a store, a scraper or a reader.
 //!
+//! TLS is spoken at addresses of `listen.tcp` that begin with `tls://`. By unix sockets only the users of `listen.unix_uids`
+//! may send, if it names any; what others send is counted and has no other effect.
+//!
 //! A receive or accept error never ends a listener: it is counted, the listener pauses 100 ms and goes on.
 //!
 //! Metrics: `tallyd_datagrams_total`, `tallyd_datagrams_truncated_total`, `tallyd_received_bytes_total`,
@@ -13,6 +16,7 @@ mod frames;
 #[cfg(feature = "kafka")]
 pub mod kafka;
 pub mod lines;
+mod peers;
 mod sockets;
 mod stream;
 #[cfg(test)]
@@ -37,8 +41,10 @@ use tokio::sync::{mpsc, watch};
 
 use crate::ingest::{Listener, Worker, Workers};
 use crate::inherited::Inherited;
-use crate::units::{Mode, Size, Time};
+use crate::tls;
+use crate::units::{Account, ListenAddress, Mode, Size, Time};
 use burst::Wake;
+use peers::Peers;
 pub use stream::Passed;
 
 /// `[listen]`: where lines come in.
@@ -55,6 +61,10 @@ pub struct Config {
     pub unix: Vec<PathBuf>,
     /// Permissions of the unix sockets' files.
     pub unix_mode: Mode,
+    /// Their group; that of this process if empty.
+    pub unix_group: Account,
+    /// Users whose processes may send there; all if none is named.
+    pub unix_uids: Vec<Account>,
     /// Threads that read UDP; 0 is one for each core.
     pub workers: usize,
     /// What is asked of the kernel for each UDP socket.
@@ -79,6 +89,8 @@ impl Default for Config {
             unix: Vec::new(),
             // Who may send to the loopback address may send here.
             unix_mode: Mode(0o666),
+            unix_group: Account::default(),
+            unix_uids: Vec::new(),
             workers: 0,
             receive_buffer: Size(8 << 20),
             // Drops are to be counted exactly, and few clients send what can be joined (`benches/receive.rs`).
@@ -123,6 +135,20 @@ impl Default for Limits {
     }
 }
 
+impl Config {
+    /// Finds the users and the group that are named, as far as a start will need them.
+    ///
+    /// # Errors
+    /// The first that this host has not.
+    pub fn check_accounts(&self) -> Result<(), Error> {
+        Peers::new(self)?;
+        peers::group(self).map(|_| ())
+    }
+}
+
+/// The key of the unix sockets' group.
+const GROUP_KEY: &str = "listen.unix_group";
+
 /// No UDP datagram is longer.
 const DATAGRAM_MAX: u64 = 65_535;
 
@@ -143,6 +169,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub enum Address {
     /// Of IPv4 or IPv6.
     Inet(SocketAddr),
+    /// The same, where TLS is spoken.
+    Tls(SocketAddr),
     /// Of a unix socket.
     Unix(PathBuf),
 }
@@ -150,6 +178,12 @@ pub enum Address {
 impl From<SocketAddr> for Address {
     fn from(address: SocketAddr) -> Self {
         Self::Inet(address)
+    }
+}
+
+impl From<ListenAddress> for Address {
+    fn from(ListenAddress { address, tls }: ListenAddress) -> Self {
+        if tls { Self::Tls(address) } else { Self::Inet(address) }
     }
 }
 
@@ -163,6 +197,7 @@ impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Inet(address) => address.fmt(f),
+            Self::Tls(address) => ListenAddress { address: *address, tls: true }.fmt(f),
             Self::Unix(path) => path.display().fmt(f),
         }
     }
@@ -180,6 +215,13 @@ pub enum Error {
     },
     /// No path for a unix socket.
     Path {
+        /// The key in the configuration.
+        key: &'static str,
+        /// What stands there.
+        value: String,
+    },
+    /// No user, or no group, of this host.
+    Account {
         /// The key in the configuration.
         key: &'static str,
         /// What stands there.
@@ -238,10 +280,20 @@ impl Error {
         }
     }
 
+    /// The key that is to be changed, if it is one.
+    pub const fn key(&self) -> Option<&'static str> {
+        match self {
+            Self::Address { key, .. } | Self::Path { key, .. } | Self::Account { key, .. } => Some(key),
+            Self::InUse { key, .. } | Self::Denied { key, .. } | Self::NotHere { key, .. } => Some(key),
+            Self::NoDirectory { key, .. } | Self::Bind { key, .. } => Some(key),
+            Self::System(_) => None,
+        }
+    }
+
     /// The exit code of a start that failed so, after sysexits.
     pub const fn exit_code(&self) -> u8 {
         match self {
-            Self::Address { .. } | Self::Path { .. } => 78,
+            Self::Address { .. } | Self::Path { .. } | Self::Account { .. } => 78,
             Self::NoDirectory { .. } => 66,
             Self::InUse { .. } | Self::NotHere { .. } => 69,
             Self::Denied { .. } => 77,
@@ -259,14 +311,21 @@ impl fmt::Display for Error {
             Self::Path { key, value } => {
                 write!(f, "{key} = {value:?}: write a path that begins with / and has at most {UNIX_PATH_MAX} bytes")
             }
+            Self::Account { key, value } => {
+                let (what, command) = if *key == GROUP_KEY { ("group", "group") } else { ("user", "passwd") };
+                write!(
+                    f,
+                    "{key} = {value:?}: this host has no such {what}; see `getent {command}`, or write its number"
+                )
+            }
             Self::InUse { key, address } => {
                 let other = match address {
-                    Address::Inet(_) => "port",
+                    Address::Inet(_) | Address::Tls(_) => "port",
                     Address::Unix(_) => "path",
                 };
                 write!(f, "{key} = \"{address}\": in use; stop the other program there, or take another {other}")
             }
-            Self::Denied { key, address: address @ Address::Inet(_) } => {
+            Self::Denied { key, address: address @ (Address::Inet(_) | Address::Tls(_)) } => {
                 write!(f, "{key} = \"{address}\": not permitted; take a port above 1023, or grant CAP_NET_BIND_SERVICE")
             }
             Self::Denied { key, address: address @ Address::Unix(_) } => {
@@ -404,6 +463,7 @@ impl Stop {
 pub fn start<F>(
     config: &Config,
     limits: &Limits,
+    tls: tls::Acceptor,
     workers: &Arc<Workers>,
     inherited: &mut Inherited,
     beside: impl FnOnce(Rc<RefCell<Worker>>, watch::Receiver<bool>) -> F + Send + 'static,
@@ -415,6 +475,7 @@ where
         0 => thread::available_parallelism().map_or(1, Into::into),
         count => count,
     };
+    let peers = Peers::new(config)?;
     let sockets = sockets::bind(config, count, inherited)?;
     let (adopted, adopting) = mpsc::unbounded_channel();
     let mut listeners = Listeners {
@@ -427,10 +488,10 @@ where
         adopted,
     };
     let (unixgram, unix) = (listeners.keep_files(sockets.unixgram), listeners.keep_files(sockets.unix));
-    let streams = stream::Sockets { tcp: sockets.tcp, unix, adopted: adopting };
+    let streams = stream::Sockets { tcp: sockets.tcp, tls, unix, peers: peers.clone(), adopted: adopting };
     let started = listeners
         .start_udp(&sockets.udp, count, config, limits, workers)
-        .and_then(|()| listeners.start_unixgram(unixgram, limits, workers))
+        .and_then(|()| listeners.start_unixgram(unixgram, &peers, limits, workers))
         .and_then(|()| listeners.start_streams(streams, limits, workers, beside));
     match started {
         Ok(()) => Ok(listeners),
@@ -509,9 +570,15 @@ impl Listeners {
 
     /// A worker for each socket, since the kernel spreads none of them over several. It never naps: the kernel holds few
     /// datagrams of a unix socket, and makes their senders wait or fail.
-    fn start_unixgram(&mut self, sockets: Vec<Socket>, limits: &Limits, workers: &Arc<Workers>) -> io::Result<()> {
+    fn start_unixgram(
+        &mut self,
+        sockets: Vec<Socket>,
+        peers: &Peers,
+        limits: &Limits,
+        workers: &Arc<Workers>,
+    ) -> io::Result<()> {
         for (number, socket) in sockets.into_iter().enumerate() {
-            let inlets = vec![udp::Inlet::unix(socket)?];
+            let inlets = vec![udp::Inlet::unix(socket, peers.clone())?];
             self.start_receiver(Listener::Unixgram, number, inlets, Duration::ZERO, limits, workers)?;
         }
         Ok(())

@@ -13,7 +13,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use super::{Address, Config, Error, Warning, burst, unix};
 use crate::ingest::Listener;
 use crate::inherited::{Inherited, Use};
-use crate::units::Size;
+use crate::units::{ListenAddress, Size};
 
 /// Connections that wait to be accepted; the kernel's own bound is `net.core.somaxconn`.
 pub(super) const BACKLOG: i32 = 1_024;
@@ -22,7 +22,7 @@ pub(super) const BACKLOG: i32 = 1_024;
 #[derive(Debug, Default)]
 pub(super) struct Sockets {
     pub(super) udp: Vec<Shared>,
-    pub(super) tcp: Vec<TcpListener>,
+    pub(super) tcp: Vec<Stream>,
     pub(super) unixgram: Vec<unix::Bound>,
     pub(super) unix: Vec<unix::Bound>,
     /// What did not turn out as configured.
@@ -33,11 +33,26 @@ impl Sockets {
     /// Where they are bound.
     pub(super) fn addresses(&self) -> Vec<(Listener, Address)> {
         let udp = self.udp.iter().map(|shared| (Listener::Udp, shared.address.into()));
-        let tcp = self.tcp.iter().filter_map(|socket| Some((Listener::Tcp, socket.local_addr().ok()?.into())));
+        let tcp = self.tcp.iter().filter_map(|stream| Some((Listener::Tcp, stream.address()?.into())));
         let path = |bound: &unix::Bound| bound.file.path().to_owned().into();
         let unixgram = self.unixgram.iter().map(|bound| (Listener::Unixgram, path(bound)));
         let unix = self.unix.iter().map(|bound| (Listener::Unix, path(bound)));
         udp.chain(tcp).chain(unixgram).chain(unix).collect()
+    }
+}
+
+/// A listening TCP socket, and whether it speaks TLS.
+#[derive(Debug)]
+pub(super) struct Stream {
+    pub(super) listener: TcpListener,
+    pub(super) tls: bool,
+}
+
+impl Stream {
+    /// As bound.
+    fn address(&self) -> Option<ListenAddress> {
+        let address = self.listener.local_addr().ok()?;
+        Some(ListenAddress { address, tls: self.tls })
     }
 }
 
@@ -85,10 +100,14 @@ fn udp(
     bind_each("listen.udp", &config.udp, &Config::default().udp, bind, warnings)
 }
 
-fn tcp(config: &Config, inherited: &mut Inherited, warnings: &mut Vec<Warning>) -> Result<Vec<TcpListener>, Error> {
+fn tcp(config: &Config, inherited: &mut Inherited, warnings: &mut Vec<Warning>) -> Result<Vec<Stream>, Error> {
     let of_units = inherited.take_of_units(Use::Tcp).map_err(Error::System)?;
     if !of_units.is_empty() {
-        return of_units.into_iter().map(listening).collect::<io::Result<_>>().map_err(Error::System);
+        let of_unit = |socket: Socket| {
+            let tls = ListenAddress::of_unit(local(&socket)?, &config.tcp).tls;
+            listening(socket, tls)
+        };
+        return of_units.into_iter().map(of_unit).collect::<io::Result<_>>().map_err(Error::System);
     }
     let bind = |place| stream(place, inherited);
     bind_each("listen.tcp", &config.tcp, &Config::default().tcp, bind, warnings)
@@ -98,6 +117,7 @@ fn tcp(config: &Config, inherited: &mut Inherited, warnings: &mut Vec<Warning>) 
 #[derive(Debug, Clone, Copy)]
 struct Place {
     address: SocketAddr,
+    tls: bool,
     /// An IPv6 socket must leave IPv4 alone, because the list has that port there too.
     only_v6: bool,
 }
@@ -117,17 +137,24 @@ fn bind_each<T>(
             Err(error) if texts == defaults && lacks_family(place, &error) => {
                 warnings.push(Warning::NoIpv6 { key, address: place.address });
             }
-            Err(error) => return Err(Error::bind(key, place.address, error)),
+            Err(error) => {
+                let Place { address, tls, .. } = place;
+                return Err(Error::bind(key, ListenAddress { address, tls }, error));
+            }
         }
     }
     Ok(bound)
 }
 
 fn places(key: &'static str, texts: &[String]) -> Result<Vec<Place>, Error> {
-    let parse = |text: &String| text.parse().map_err(|_| Error::Address { key, value: text.clone() });
-    let addresses = texts.iter().map(parse).collect::<Result<Vec<SocketAddr>, _>>()?;
-    let v4_has = |port| addresses.iter().any(|other| other.is_ipv4() && other.port() == port);
-    Ok(addresses.iter().map(|&address| Place { address, only_v6: v4_has(address.port()) }).collect())
+    let parse = |text: &String| {
+        let parsed = text.parse().ok().filter(|at: &ListenAddress| !at.tls || key == "listen.tcp");
+        parsed.ok_or_else(|| Error::Address { key, value: text.clone() })
+    };
+    let addresses = texts.iter().map(parse).collect::<Result<Vec<_>, _>>()?;
+    let v4_has = |port| addresses.iter().any(|other| other.address.is_ipv4() && other.address.port() == port);
+    let place = |&ListenAddress { address, tls }: &_| Place { address, tls, only_v6: v4_has(address.port()) };
+    Ok(addresses.iter().map(place).collect())
 }
 
 /// A host without IPv6 either knows no such sockets or has no such address.
@@ -155,6 +182,7 @@ fn shared(place: Place, workers: usize, config: &Config, inherited: &mut Inherit
     while shared.sockets.len() < workers.max(1) {
         let socket = socket(place, Type::DGRAM, Protocol::UDP)?;
         socket.set_reuse_port(true)?;
+        set_receive_buffer(&socket, config.receive_buffer)?;
         // Before anything can come.
         shared.prepare(&socket, config)?;
         socket.bind(&shared.address.into())?;
@@ -184,17 +212,17 @@ impl Shared {
         let address = sockets.first().map_or(Ok(address), local)?;
         let mut shared = Self { address, sockets: Vec::new(), receive_buffer: Size(u64::MAX), gro: false };
         for socket in &sockets {
+            // It may be larger than this process can ask for, and must not shrink by asking.
+            if receive_buffer(socket)? < config.receive_buffer {
+                set_receive_buffer(socket, config.receive_buffer)?;
+            }
             shared.prepare(socket, config)?;
         }
         Ok(Self { sockets, ..shared })
     }
 
-    /// Asks for what is configured. If one socket may hold trains, all are read as if they did.
+    /// Lets a socket hold trains if it is to. If one of them does, all are read as if they did.
     fn prepare(&mut self, socket: &Socket, config: &Config) -> io::Result<()> {
-        // The buffer of an inherited socket may be larger than this process can ask for, and is not to shrink by asking.
-        if receive_buffer(socket)? < config.receive_buffer {
-            set_receive_buffer(socket, config.receive_buffer)?;
-        }
         self.gro |= config.udp_gro && burst::set_gro(socket.as_fd()).is_ok();
         self.receive_buffer = self.receive_buffer.min(receive_buffer(socket)?);
         Ok(())
@@ -208,21 +236,21 @@ fn take_first_bound(r#use: Use, place: Place, inherited: &mut Inherited) -> io::
 }
 
 /// A listening TCP socket. SO_REUSEADDR passes over what is left of closed connections, not over another listener.
-fn stream(place: Place, inherited: &mut Inherited) -> io::Result<TcpListener> {
+fn stream(place: Place, inherited: &mut Inherited) -> io::Result<Stream> {
     if let Some(socket) = take_first_bound(Use::Tcp, place, inherited)?.into_iter().next() {
-        return listening(socket);
+        return listening(socket, place.tls);
     }
     let socket = socket(place, Type::STREAM, Protocol::TCP)?;
     socket.set_reuse_address(true)?;
     socket.bind(&place.address.into())?;
     socket.listen(BACKLOG)?;
     inherited.keep(Use::Tcp, &socket)?;
-    listening(socket)
+    listening(socket, place.tls)
 }
 
-fn listening(socket: Socket) -> io::Result<TcpListener> {
+fn listening(socket: Socket, tls: bool) -> io::Result<Stream> {
     socket.set_nonblocking(true)?;
-    Ok(socket.into())
+    Ok(Stream { listener: socket.into(), tls })
 }
 
 fn socket(place: Place, kind: Type, protocol: Protocol) -> io::Result<Socket> {
@@ -274,14 +302,14 @@ mod tests {
             assert!(shared.sockets.iter().all(|socket| local(socket).unwrap() == shared.address));
             assert!(shared.receive_buffer > Size(0));
         }
-        assert_ne!(bound.tcp[0].local_addr().unwrap().port(), 0);
+        assert_ne!(bound.tcp[0].address().unwrap().address.port(), 0);
     }
 
     #[test]
     fn an_address_that_another_agent_shares_is_in_use() {
         let first = bind(&config(&["127.0.0.1:0"], &["127.0.0.1:0"]), 2).unwrap();
         let udp = first.udp[0].address.to_string();
-        let tcp = first.tcp[0].local_addr().unwrap().to_string();
+        let tcp = first.tcp[0].address().unwrap().to_string();
         for (second, address) in [(config(&[&udp], &[]), &udp), (config(&[], &[&tcp]), &tcp)] {
             let error = bind(&second, 2).unwrap_err();
             assert!(matches!(error, Error::InUse { .. }), "{error}");

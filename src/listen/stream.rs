@@ -4,7 +4,9 @@
 //! A connection reads at most `limits.stream_buffer` before the others have their turn, and holds at most one partial
 //! line or packet. What is too long is refused and the stream goes on; an HTTP client's request line, or what cannot be
 //! the length of a packet, is counted and the stream closed, as is one that stays silent for `limits.stream_idle`, or
-//! inside a line or packet for `limits.partial_line`. Connections beyond `limits.connections`,
+//! inside a line or packet for `limits.partial_line`. A connection to a `tls://` address has a seat from its handshake on,
+//! and is told when its stream ends; one of a client of TLS to another address is counted and closed, and so is a unix stream
+//! of a user that may not send. Connections beyond `limits.connections`,
 //! `limits.connections_per_address` or what `limits.reserved_fds` leaves are accepted and closed.
 //!
 //! At a stop a connection reads what the kernel holds and closes; where another agent takes over it is [`Passed`] on as it
@@ -34,12 +36,14 @@ use tokio::time::sleep;
 
 use super::frames::{self, Frames};
 use super::lines::{self, Lines};
-use super::{DATAGRAM_MAX, Limits, OWES_SEAL, PAUSE, SEAL_BURSTS, Stop, burst};
+use super::peers::Peers;
+use super::{DATAGRAM_MAX, Limits, OWES_SEAL, PAUSE, SEAL_BURSTS, Stop, burst, sockets};
 use crate::clock::Clock;
 use crate::heartbeat::Beat;
 use crate::ingest::{self, Address, Listener, Source, Worker, Workers};
 use crate::sample::Reason;
 use crate::telemetry;
+use crate::tls;
 
 /// Tasks that run before the runtime looks at sockets and timers again, so that a seal is not late under load.
 const TASKS_A_LOOK: u32 = 16;
@@ -51,6 +55,7 @@ pub(super) struct Streams {
     adopted: mpsc::UnboundedReceiver<Passed>,
     worker: Worker,
     workers: Arc<Workers>,
+    peers: Peers,
     limits: Limits,
     stop: Arc<Stop>,
     wake: Arc<Notify>,
@@ -59,8 +64,12 @@ pub(super) struct Streams {
 
 /// What the streams worker serves.
 pub(super) struct Sockets {
-    pub(super) tcp: Vec<std::net::TcpListener>,
+    pub(super) tcp: Vec<sockets::Stream>,
+    /// What makes connections speak TLS, where they do.
+    pub(super) tls: tls::Acceptor,
     pub(super) unix: Vec<Socket>,
+    /// Whose processes may connect to these.
+    pub(super) peers: Peers,
     /// Streams that another agent had.
     pub(super) adopted: mpsc::UnboundedReceiver<Passed>,
 }
@@ -81,10 +90,13 @@ impl Streams {
     pub(super) fn new(sockets: Sockets, limits: Limits, workers: &Arc<Workers>, stop: Arc<Stop>) -> io::Result<Self> {
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().event_interval(TASKS_A_LOOK).build()?;
-        let Sockets { tcp, unix, adopted } = sockets;
+        let Sockets { tcp, tls, unix, peers, adopted } = sockets;
         let doors = {
             let _inside = runtime.enter();
-            let tcp = tcp.into_iter().map(|socket| TcpListener::from_std(socket).map(Door::Tcp));
+            let tcp = tcp.into_iter().map(|sockets::Stream { listener, tls: speaks }| {
+                let tls = speaks.then(|| tls.clone());
+                TcpListener::from_std(listener).map(|listener| Door::Tcp(listener, tls))
+            });
             let unix = unix.into_iter().map(|socket| UnixListener::from_std(socket.into()).map(Door::Unix));
             tcp.chain(unix).collect::<io::Result<_>>()?
         };
@@ -92,7 +104,7 @@ impl Streams {
         let caller = Arc::clone(&wake);
         let worker = workers.register(move || caller.notify_one());
         let beat = workers.beats().begin("streams");
-        Ok(Self { runtime, doors, adopted, worker, workers: Arc::clone(workers), limits, stop, wake, beat })
+        Ok(Self { runtime, doors, adopted, worker, workers: Arc::clone(workers), peers, limits, stop, wake, beat })
     }
 
     /// Serves until it is told to stop, and `beside` too.
@@ -100,12 +112,12 @@ impl Streams {
     where
         F: Future<Output = ()> + 'static,
     {
-        let Self { runtime, doors, adopted, worker, workers, limits, stop, wake, beat } = self;
+        let Self { runtime, doors, adopted, worker, workers, peers, limits, stop, wake, beat } = self;
         let worker = Rc::new(RefCell::new(worker));
         let ends = stop.ends.subscribe();
         let tasks = LocalSet::new();
         tasks.block_on(&runtime, async {
-            let intake = Rc::new(Intake::new(Rc::clone(&worker), workers, limits, Arc::clone(&stop)));
+            let intake = Rc::new(Intake::new(Rc::clone(&worker), workers, peers, limits, Arc::clone(&stop)));
             let streams = serve(doors, adopted, intake, ends.clone());
             let beside = beside(Rc::clone(&worker), ends.clone());
             let mut until = ends.clone();
@@ -168,6 +180,9 @@ async fn serve(
         ingest::begin(listener);
         telemetry::CONNECTIONS_REFUSED.begin(Refusal::ALL.map(|refusal| [listener.name(), refusal.name()]));
     }
+    if doors.iter().any(|door| door.listener() == Listener::Tcp) {
+        tls::Acceptor::begin(Listener::Tcp.name());
+    }
     let adopting = spawn_local(adopt(adopted, Rc::clone(&intake), ends.clone()));
     let accepting = doors.into_iter().map(|door| spawn_local(accept(door, intake.clone(), ends.clone())));
     for task in accepting.chain([adopting]).collect::<Vec<_>>() {
@@ -178,30 +193,40 @@ async fn serve(
 
 /// A listening socket.
 enum Door {
-    Tcp(TcpListener),
+    /// With what makes its connections speak TLS, where they do.
+    Tcp(TcpListener, Option<tls::Acceptor>),
     Unix(UnixListener),
 }
 
 impl Door {
     const fn listener(&self) -> Listener {
         match self {
-            Self::Tcp(_) => Listener::Tcp,
+            Self::Tcp(..) => Listener::Tcp,
             Self::Unix(_) => Listener::Unix,
+        }
+    }
+
+    fn tls(&self) -> Option<tls::Acceptor> {
+        match self {
+            Self::Tcp(_, tls) => tls.clone(),
+            Self::Unix(_) => None,
         }
     }
 
     /// The next connection, and the address of its peer, if it has one.
     async fn accept(&self) -> io::Result<(Transport, Option<SocketAddr>)> {
         match self {
-            Self::Tcp(socket) => socket.accept().await.map(|(stream, peer)| (Transport::Tcp(stream), Some(peer))),
+            Self::Tcp(socket, _) => socket.accept().await.map(|(stream, peer)| (Transport::tcp(stream), Some(peer))),
             Self::Unix(socket) => socket.accept().await.map(|(stream, _)| (Transport::Unix(stream), None)),
         }
     }
 
-    /// Connections that the kernel has accepted and nobody has taken. The runtime may not have looked yet; this does.
+    /// Connections that the kernel has accepted and nobody has taken. The runtime may not have looked yet; this does. Those
+    /// that would speak TLS have not said anything yet.
     fn waiting(&self, intake: &Rc<Intake>) -> Vec<Connection> {
         let door = match self {
-            Self::Tcp(socket) => SockRef::from(socket),
+            Self::Tcp(_, Some(_)) => return Vec::new(),
+            Self::Tcp(socket, None) => SockRef::from(socket),
             Self::Unix(socket) => SockRef::from(socket),
         };
         let taken = std::iter::from_fn(|| door.accept().ok());
@@ -211,7 +236,7 @@ impl Door {
     fn taken(&self, socket: Socket, peer: &SockAddr, intake: &Rc<Intake>) -> Option<Connection> {
         socket.set_nonblocking(true).ok()?;
         let stream = match self {
-            Self::Tcp(_) => Transport::Tcp(TcpStream::from_std(socket.into()).ok()?),
+            Self::Tcp(..) => Transport::tcp(TcpStream::from_std(socket.into()).ok()?),
             Self::Unix(_) => Transport::Unix(UnixStream::from_std(socket.into()).ok()?),
         };
         Connection::begin(stream, peer.as_socket(), intake).ok()
@@ -228,7 +253,7 @@ async fn accept(door: Door, intake: Rc<Intake>, mut ends: watch::Receiver<bool>)
             accepted = door.accept() => {
                 let begun = accepted.map(|(stream, peer)| Connection::begin(stream, peer, &intake));
                 match begun {
-                    Ok(Ok(connection)) => drop(connections.spawn_local(connection.run(ends.clone()))),
+                    Ok(Ok(connection)) => drop(connections.spawn_local(connection.run(door.tls(), ends.clone()))),
                     Ok(Err(refusal)) => intake.refused(door.listener(), refusal).await,
                     Err(_) => intake.failed(door.listener()).await,
                 }
@@ -237,7 +262,7 @@ async fn accept(door: Door, intake: Rc<Intake>, mut ends: watch::Receiver<bool>)
     }
     if !intake.stop.passes_on() {
         for connection in door.waiting(&intake) {
-            connections.spawn_local(connection.run(ends.clone()));
+            connections.spawn_local(connection.run(None, ends.clone()));
         }
     }
     drop(door);
@@ -253,7 +278,7 @@ async fn adopt(mut adopted: mpsc::UnboundedReceiver<Passed>, intake: Rc<Intake>,
             Some(passed) = adopted.recv() => {
                 let listener = passed.listener;
                 match Connection::resume(passed, &intake) {
-                    Ok(Ok(connection)) => drop(connections.spawn_local(connection.run(ends.clone()))),
+                    Ok(Ok(connection)) => drop(connections.spawn_local(connection.run(None, ends.clone()))),
                     Ok(Err(refusal)) => intake.refused(listener, refusal).await,
                     Err(_) => intake.failed(listener).await,
                 }
@@ -269,6 +294,7 @@ async fn adopt(mut adopted: mpsc::UnboundedReceiver<Passed>, intake: Rc<Intake>,
 struct Intake {
     worker: Rc<RefCell<Worker>>,
     workers: Arc<Workers>,
+    peers: Peers,
     limits: Limits,
     stop: Arc<Stop>,
     descriptors_max: u64,
@@ -305,26 +331,29 @@ enum Refusal {
     Connections,
     PerAddress,
     Descriptors,
+    Peer,
 }
 
 impl Refusal {
-    const ALL: [Self; 3] = [Self::Connections, Self::PerAddress, Self::Descriptors];
+    const ALL: [Self; 4] = [Self::Connections, Self::PerAddress, Self::Descriptors, Self::Peer];
 
-    /// The limit, as a label.
+    /// The key that says so, as a label.
     const fn name(self) -> &'static str {
         match self {
             Self::Connections => "connections",
             Self::PerAddress => "connections_per_address",
             Self::Descriptors => "reserved_fds",
+            Self::Peer => "unix_uids",
         }
     }
 }
 
 impl Intake {
-    fn new(worker: Rc<RefCell<Worker>>, workers: Arc<Workers>, limits: Limits, stop: Arc<Stop>) -> Self {
+    fn new(worker: Rc<RefCell<Worker>>, workers: Arc<Workers>, peers: Peers, limits: Limits, stop: Arc<Stop>) -> Self {
         Self {
             worker,
             workers,
+            peers,
             stop,
             descriptors_max: burst::descriptors_max(),
             clock: Clock::default(),
@@ -344,6 +373,10 @@ impl Intake {
     /// A seat for a connection of this source, if there is one. The kernel numbers descriptors from below, so a
     /// connection's own says how many there are.
     fn admit(self: &Rc<Self>, source: Source, descriptor: u64) -> Result<Seat, Refusal> {
+        if source.listener == Listener::Unix && !self.peers.admit(source.address) {
+            self.worker.borrow_mut().refuse(Reason::PeerDenied, b"", source);
+            return Err(Refusal::Peer);
+        }
         let reserved = self.limits.reserved_fds.min(self.descriptors_max / 2);
         if descriptor >= self.descriptors_max - reserved {
             return Err(Refusal::Descriptors);
@@ -381,6 +414,13 @@ impl Intake {
         let mut worker = self.worker.borrow_mut();
         worker.stamp();
         worker.received(bytes, source);
+    }
+
+    /// Counts a client of TLS where none is spoken, as one line of what it said.
+    fn hello(&self, bytes: &[u8], source: Source) {
+        tls::Failure::Unexpected.count(source.listener.name());
+        self.received(bytes.len(), source);
+        self.worker.borrow_mut().refuse(Reason::TlsHello, bytes, source);
     }
 
     /// Gives a line to the worker; a request line ends the stream.
@@ -435,14 +475,18 @@ impl Drop for Seat {
 
 /// The kernel's side of a connection.
 enum Transport {
-    Tcp(TcpStream),
+    Tcp(tls::Stream),
     Unix(UnixStream),
 }
 
 impl Transport {
+    fn tcp(stream: TcpStream) -> Self {
+        Self::Tcp(tls::Stream::Plain(stream))
+    }
+
     fn socket(&self) -> SockRef<'_> {
         match self {
-            Self::Tcp(stream) => SockRef::from(stream),
+            Self::Tcp(stream) => SockRef::from(stream.tcp()),
             Self::Unix(stream) => SockRef::from(stream),
         }
     }
@@ -454,9 +498,34 @@ impl Transport {
         }
     }
 
+    /// Reads what there is, without the runtime and without waiting.
+    fn read_held(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => stream.read_held(buffer),
+            Self::Unix(stream) => (&*SockRef::from(&*stream)).read(buffer),
+        }
+    }
+
+    /// Whether bytes come in TLS, so that nobody else could go on with them.
+    fn is_tls(&self) -> bool {
+        match self {
+            Self::Tcp(tls::Stream::Tls(_)) => true,
+            Self::Tcp(tls::Stream::Plain(_)) | Self::Unix(_) => false,
+        }
+    }
+
+    fn farewell(&mut self) {
+        match self {
+            Self::Tcp(stream) => stream.farewell(),
+            Self::Unix(_) => {}
+        }
+    }
+
+    /// The socket, if it can be left to another agent.
     fn into_socket(self) -> io::Result<Socket> {
         match self {
-            Self::Tcp(stream) => stream.into_std().map(Socket::from),
+            Self::Tcp(tls::Stream::Plain(stream)) => stream.into_std().map(Socket::from),
+            Self::Tcp(tls::Stream::Tls(_)) => Err(io::ErrorKind::Unsupported.into()),
             Self::Unix(stream) => stream.into_std().map(Socket::from),
         }
     }
@@ -527,6 +596,8 @@ struct Connection {
     /// When something came last, and when the line or packet began that has not ended.
     heard: Duration,
     begun: Option<Duration>,
+    /// Whether nothing has come yet.
+    is_new: bool,
     seat: Seat,
 }
 
@@ -554,7 +625,7 @@ impl Connection {
         let descriptor = u64::from(stream.socket().as_raw_fd().unsigned_abs());
         let seat = intake.admit(Source { listener, address }, descriptor)?;
         let heard = intake.clock.monotonic();
-        Ok(Self { stream, framing, heard, begun: None, seat })
+        Ok(Self { stream, framing, heard, begun: None, is_new: true, seat })
     }
 
     /// Goes on with a stream of another agent.
@@ -565,13 +636,14 @@ impl Connection {
         let stream = match listener {
             Listener::Unix => Transport::Unix(UnixStream::from_std(socket.into())?),
             Listener::Tcp | Listener::Udp | Listener::Unixgram | Listener::Http | Listener::Kafka => {
-                Transport::Tcp(TcpStream::from_std(socket.into())?)
+                Transport::tcp(TcpStream::from_std(socket.into())?)
             }
         };
         Ok(Self::begin(stream, peer, intake).map(|connection| {
             let framing = Framing::resume(listener, rest, intake);
             let begun = framing.is_inside().then_some(connection.heard);
-            Self { framing, begun, ..connection }
+            // It began with lines: what comes next may be anything.
+            Self { framing, begun, is_new: false, ..connection }
         }))
     }
 
@@ -584,7 +656,26 @@ impl Connection {
         }
     }
 
-    async fn run(mut self, mut ends: watch::Receiver<bool>) {
+    async fn run(self, tls: Option<tls::Acceptor>, mut ends: watch::Receiver<bool>) {
+        if let Some(connection) = self.secured(tls, &mut ends).await {
+            connection.read(ends).await;
+        }
+    }
+
+    /// The same in TLS, where that is to be spoken and comes about.
+    async fn secured(self, tls: Option<tls::Acceptor>, ends: &mut watch::Receiver<bool>) -> Option<Self> {
+        let stream = match (self.stream, tls) {
+            (Transport::Tcp(tls::Stream::Plain(stream)), Some(tls)) => tokio::select! {
+                made = tls.accept(stream, Listener::Tcp.name()) => Transport::Tcp(made.ok()?),
+                () = stopped(ends) => return None,
+            },
+            (stream, _) => stream,
+        };
+        let heard = self.seat.intake.clock.monotonic();
+        Some(Self { stream, heard, ..self })
+    }
+
+    async fn read(mut self, mut ends: watch::Receiver<bool>) {
         let end = loop {
             let patience = self.patience();
             if patience.is_zero() {
@@ -592,7 +683,7 @@ impl Connection {
             }
             tokio::select! {
                 biased;
-                () = stopped(&mut ends) => if self.seat.intake.stop.passes_on() {
+                () = stopped(&mut ends) => if self.seat.intake.stop.passes_on() && !self.stream.is_tls() {
                     return self.pass_on();
                 } else {
                     break self.drain();
@@ -632,7 +723,7 @@ impl Connection {
         let mut buffer = intake.buffer.borrow_mut();
         let mut left = self.stream.socket().recv_buffer_size().unwrap_or(0);
         while left > 0 {
-            let read = (&*self.stream.socket()).read(&mut buffer);
+            let read = self.stream.read_held(&mut buffer);
             left = left.saturating_sub(*read.as_ref().unwrap_or(&0));
             if let ControlFlow::Break(end) = self.take(read.map(|length| &buffer[..length]), 0) {
                 return end;
@@ -648,6 +739,11 @@ impl Connection {
             Ok([]) => return ControlFlow::Break(End::Closed),
             Ok(bytes) => bytes,
         };
+        let is_lines = matches!(self.framing, Framing::Lines(_));
+        if std::mem::take(&mut self.is_new) && is_lines && !self.stream.is_tls() && tls::is_hello(bytes) {
+            self.seat.intake.hello(bytes, self.seat.source);
+            return ControlFlow::Break(End::Foreign);
+        }
         let Self { seat, framing, .. } = self;
         seat.intake.meters(seat.source.listener).bytes.increment(bytes.len() as u64);
         seat.intake.received(bytes.len(), seat.source);
@@ -660,10 +756,13 @@ impl Connection {
         } else if self.begun.is_none() || ended {
             self.begun = Some(self.heard);
         }
-        ControlFlow::Continue(if room == 0 { Fill::Whole } else { Fill::Part })
+        // What TLS holds ready is read without a look at the socket, where the runtime would think of the others.
+        let has_more = room == 0 || self.stream.is_tls();
+        ControlFlow::Continue(if has_more { Fill::Whole } else { Fill::Part })
     }
 
-    fn finish(self, end: End) {
+    fn finish(mut self, end: End) {
+        self.stream.farewell();
         let Seat { intake, source } = &self.seat;
         match (end, self.framing) {
             (End::Closed, Framing::Lines(mut lines)) => lines.end(|piece| intake.line(piece, *source)),
@@ -703,7 +802,7 @@ mod tests {
         let workers =
             Workers::new(settings, budget, rejects, ingest::Times { interval_ms: 1_000, window_ms: 10_000 }).0;
         let worker = Rc::new(RefCell::new(workers.register(|| {})));
-        Intake::new(worker, workers, limits, Arc::new(Stop::new()))
+        Intake::new(worker, workers, Peers::default(), limits, Arc::new(Stop::new()))
     }
 
     fn source(ip: [u8; 4]) -> Source {

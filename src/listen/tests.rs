@@ -23,6 +23,10 @@ use crate::protocol;
 use crate::sample::Reason;
 use crate::sync::Receiver;
 
+fn no_tls() -> tls::Acceptor {
+    tls::Acceptor::new(None, Duration::ZERO)
+}
+
 /// Seals come only when they are asked for.
 const RARELY: Times = Times { interval_ms: 3_600_000, window_ms: 3_600_000 };
 
@@ -53,7 +57,8 @@ impl House {
         let budget = Arc::new(aggregate::shard::Budget::new(&aggregate::shard::Limits::default()));
         let rejects = Arc::new(Rejects::new(&crate::ingest::Limits { reject_log: 1_000 }));
         let (workers, deliveries) = Workers::new(settings, budget, Arc::clone(&rejects), RARELY);
-        let listeners = start(config, limits, &workers, &mut Inherited::default(), |_worker, _ends| async {}).unwrap();
+        let nothing = &mut Inherited::default();
+        let listeners = start(config, limits, no_tls(), &workers, nothing, |_worker, _ends| async {}).unwrap();
         let answers = vec![0; workers.len()];
         let (names, totals) = (HashMap::new(), HashMap::new());
         Self { workers, deliveries, rejects, listeners: Some(listeners), names, totals, answers, closed: 0 }
@@ -410,7 +415,7 @@ fn what_runs_beside_has_the_worker_of_the_streams() {
             std::future::pending::<()>().await;
         });
     };
-    let listeners = start(&config, &Limits::default(), &workers, &mut Inherited::default(), beside).unwrap();
+    let listeners = start(&config, &Limits::default(), no_tls(), &workers, &mut Inherited::default(), beside).unwrap();
     listeners.stop(DEADLINE);
     let mut last = deliveries.try_iter().last().unwrap();
     assert!(last.last);

@@ -20,6 +20,7 @@ use metrics::Counter;
 use socket2::Socket;
 
 use super::burst::{self, BURST, Burst, Wake};
+use super::peers::Peers;
 use super::{OWES_SEAL, PAUSE, SEAL_BURSTS, Stop, sockets};
 use crate::clock::Clock;
 use crate::heartbeat::Beat;
@@ -43,15 +44,17 @@ pub(super) struct Inlet {
     dropped: u64,
     /// Whether this worker answers for the drops: of workers that share one socket, the first does.
     counts_drops: bool,
+    /// Who may send, where processes do.
+    peers: Peers,
 }
 
 impl Inlet {
-    /// A bound unix socket.
-    pub(super) fn unix(socket: Socket) -> io::Result<Self> {
+    /// A bound unix socket, by which these may send.
+    pub(super) fn unix(socket: Socket, peers: Peers) -> io::Result<Self> {
         let path = socket.local_addr()?;
         let name = path.as_pathname().map_or_else(String::new, |path| path.display().to_string());
         let receive_buffer = sockets::receive_buffer(&socket)?.0;
-        Ok(Self { socket, name, receive_buffer, gro: false, dropped: 0, counts_drops: true })
+        Ok(Self { socket, name, receive_buffer, gro: false, dropped: 0, counts_drops: true, peers })
     }
 }
 
@@ -71,7 +74,7 @@ fn dealt(shared: &sockets::Shared, worker: usize, count: usize) -> impl Iterator
         let receive_buffer = shared.receive_buffer.0;
         let counts_drops = worker < held;
         let name = format!("{}#{}", shared.address, if counts_drops { number } else { worker });
-        Ok(Inlet { socket, name, receive_buffer, gro: shared.gro, dropped: 0, counts_drops })
+        Ok(Inlet { socket, name, receive_buffer, gro: shared.gro, dropped: 0, counts_drops, peers: Peers::default() })
     })
 }
 
@@ -232,6 +235,8 @@ fn read_burst(inlet: &Inlet, listener: Listener, burst: &mut Burst, worker: &mut
             if datagram.truncated {
                 counts.truncated += 1;
                 worker.truncated(datagram.bytes.len(), source);
+            } else if !inlet.peers.admit(datagram.source) {
+                worker.deny(datagram.bytes, source);
             } else {
                 worker.datagram(datagram.bytes, source);
             }
@@ -377,6 +382,7 @@ mod tests {
             gro: false,
             dropped: 0,
             counts_drops: true,
+            peers: Peers::default(),
         };
         (sender, inlet)
     }

@@ -6,13 +6,13 @@
 
 use std::fs::{self, Permissions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::sockets::BACKLOG;
-use super::{Config, Error};
+use super::{Config, Error, peers};
 use crate::inherited::{Inherited, Use};
 use crate::units::Mode;
 
@@ -62,18 +62,20 @@ impl Drop for File {
 
 /// Binds the paths of `listen.unixgram`.
 pub(super) fn datagrams(config: &Config, inherited: &mut Inherited) -> Result<Vec<Bound>, Error> {
+    let group = peers::group(config)?;
     let bind = |path: &PathBuf, inherited: &mut Inherited| {
-        let place =
-            Place { key: "listen.unixgram", r#use: Use::Unixgram, path, kind: Type::DGRAM, mode: config.unix_mode };
-        place.bind(inherited)
+        let (key, r#use) = ("listen.unixgram", Use::Unixgram);
+        Place { key, r#use, path, kind: Type::DGRAM, mode: config.unix_mode, group }.bind(inherited)
     };
     bind_each(&config.unixgram, Use::Unixgram, inherited, bind)
 }
 
 /// Binds the paths of `listen.unix`, and listens.
 pub(super) fn streams(config: &Config, inherited: &mut Inherited) -> Result<Vec<Bound>, Error> {
+    let group = peers::group(config)?;
     let listen = |path: &PathBuf, inherited: &mut Inherited| {
-        let place = Place { key: "listen.unix", r#use: Use::Unix, path, kind: Type::STREAM, mode: config.unix_mode };
+        let (key, r#use) = ("listen.unix", Use::Unix);
+        let place = Place { key, r#use, path, kind: Type::STREAM, mode: config.unix_mode, group };
         let bound = place.bind(inherited)?;
         let listening = bound.socket.listen(BACKLOG).and_then(|()| bound.socket.set_nonblocking(true));
         listening.map_err(|error| Error::bind(place.key, path.clone(), error))?;
@@ -113,6 +115,7 @@ struct Place<'a> {
     path: &'a Path,
     kind: Type,
     mode: Mode,
+    group: Option<u32>,
 }
 
 impl Place<'_> {
@@ -134,6 +137,10 @@ impl Place<'_> {
             None => self.open(address, inherited)?,
         };
         let file = File::of(self.path)?;
+        if self.group.is_some() {
+            // Before the permissions, so that no other group ever has them.
+            chown(self.path, None, self.group)?;
+        }
         fs::set_permissions(self.path, Permissions::from_mode(self.mode.0))?;
         Ok(Bound { socket, file })
     }

@@ -21,7 +21,15 @@ pub fn tallyd() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tallyd"));
     // Nothing of the machine's environment may reach the configuration.
     for (name, _) in std::env::vars() {
-        let seed = ["INGEST_PORT", "API_PORT", "STORE", "REDIS_HOST", "REDIS_PORT", "STATE_DIRECTORY"];
+        let seed = [
+            "INGEST_PORT",
+            "API_PORT",
+            "STORE",
+            "REDIS_HOST",
+            "REDIS_PORT",
+            "STATE_DIRECTORY",
+            "CREDENTIALS_DIRECTORY",
+        ];
         if name.starts_with("TALLYD_") || name.starts_with("KAFKA_") || seed.contains(&name.as_str()) {
             command.env_remove(name);
         }
@@ -70,6 +78,11 @@ impl Agent {
         let state = Arc::new(tempfile::tempdir().unwrap());
         std::fs::write(state.path().join("tallyd.toml"), text).unwrap();
         Self::start_in(state, &[])
+    }
+
+    /// An agent with the configuration file in a directory, if there is one, and these settings above it.
+    pub fn start_with(directory: Arc<TempDir>, settings: &[&str]) -> Self {
+        Self::start_in(directory, settings)
     }
 
     /// Replaces the configuration file.
@@ -349,7 +362,8 @@ fn addresses(ready: &str) -> BTreeMap<String, Vec<SocketAddr>> {
     let mut addresses: BTreeMap<String, Vec<SocketAddr>> = BTreeMap::new();
     for (listener, address) in ready.split(' ').filter_map(|word| word.split_once('=')) {
         // Unix sockets have paths, which the test chose itself.
-        addresses.entry(listener.to_owned()).or_default().extend(address.parse::<SocketAddr>());
+        let bare = address.strip_prefix("tls://").unwrap_or(address);
+        addresses.entry(listener.to_owned()).or_default().extend(bare.parse::<SocketAddr>());
     }
     addresses
 }

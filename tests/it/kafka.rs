@@ -672,12 +672,12 @@ fn a_password_from_a_file_lets_an_agent_in_and_a_wrong_one_is_named() {
         format!("kafka.password_file={}", file.display()),
     ];
     let settings: Vec<_> = settings.iter().map(String::as_str).chain(["listen.kafka=true"]).collect();
-    std::fs::write(&file, "a wrong one\n").unwrap();
+    crate::access::secret(directory.path(), "password", "a wrong one\n");
     let agent = kafka.agent(&settings);
     let reason = || agent.get("/-/ready").text();
     until("the refusal", || reason().contains("uthentication").then_some(()));
     assert!(!(agent.stderr() + &reason()).contains("a wrong one"));
-    std::fs::write(&file, "a password\n").unwrap();
+    crate::access::secret(directory.path(), "password", "a password\n");
     let agent = kafka.agent(&settings);
     ready(&agent);
     produce(&kafka, &[one("let_in")]);

@@ -15,6 +15,7 @@ mod http;
 mod net;
 mod redis_servers;
 
+mod access;
 mod accounting;
 mod addresses;
 mod aggregation;

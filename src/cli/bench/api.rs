@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::cli::send::{self, PATIENCE};
 use crate::clock::Clock;
+use crate::secret::Secret;
 use crate::telemetry;
 
 /// Most bytes of a page.
@@ -81,9 +82,10 @@ impl Figures {
 }
 
 /// What is looked for in a page.
-#[derive(Debug)]
 pub(super) struct Reader<'a> {
     api: &'a Api,
+    /// The header that says who asks, where the agent wants to know.
+    authorization: String,
     /// A label of the listener's metrics.
     listener: String,
     /// What the names of the load's counters begin with.
@@ -92,8 +94,15 @@ pub(super) struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     /// Reads figures of a listener and of the counters that are called `name.c.NUMBER`.
-    pub(super) fn new(api: &'a Api, listener: &str, name: &str) -> Self {
-        Self { api, listener: format!("listener=\"{listener}\""), counters: format!("{}_c_", name.replace('.', "_")) }
+    pub(super) fn new(api: &'a Api, token: Option<&Secret>, listener: &str, name: &str) -> Self {
+        let header = |token: &Secret| format!("Authorization: Bearer {}\r\n", token.reveal());
+        let authorization = token.map(header).unwrap_or_default();
+        Self {
+            api,
+            authorization,
+            listener: format!("listener=\"{listener}\""),
+            counters: format!("{}_c_", name.replace('.', "_")),
+        }
     }
 
     /// Reads the page as it is now. An agent makes few pages at a time, and tells who is too many to come again.
@@ -112,7 +121,8 @@ impl<'a> Reader<'a> {
     fn read_once(&self) -> io::Result<Figures> {
         let mut stream = send::connect(&self.api.0)?;
         stream.set_read_timeout(Some(PATIENCE))?;
-        write!(stream, "GET /metrics HTTP/1.0\r\nHost: {}\r\nAccept: text/plain\r\n\r\n", self.api.0)?;
+        let Self { api, authorization, .. } = self;
+        write!(stream, "GET /metrics HTTP/1.0\r\nHost: {}\r\n{authorization}Accept: text/plain\r\n\r\n", api.0)?;
         self.page(BufReader::with_capacity(1 << 16, stream.take(PAGE_MAX)))
     }
 
@@ -121,6 +131,10 @@ impl<'a> Reader<'a> {
         let mut line = String::new();
         answer.read_line(&mut line)?;
         let status = line.split(' ').nth(1);
+        if status == Some("401") {
+            let remedy = "GET /metrics needs a token with the right to read; name its file with --token-file";
+            return Err(io::Error::new(ErrorKind::PermissionDenied, remedy));
+        }
         if status != Some("200") {
             let kind = if status == Some("503") { ErrorKind::ResourceBusy } else { ErrorKind::Other };
             return Err(io::Error::new(kind, format!("GET /metrics was answered {:?}", line.trim_end())));
@@ -181,7 +195,7 @@ mod tests {
 
     fn read(page: &str) -> io::Result<Figures> {
         let api = "http://localhost:7000/".parse().unwrap();
-        Reader::new(&api, "udp", "bench").page(page.as_bytes())
+        Reader::new(&api, None, "udp", "bench").page(page.as_bytes())
     }
 
     #[test]

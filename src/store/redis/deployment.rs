@@ -12,6 +12,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::error::{Error, TlsFile};
+use crate::secret::{self, Secret};
 use crate::units::without_password;
 
 /// Where sentinels listen unless they are told otherwise.
@@ -35,6 +36,8 @@ pub struct Config {
     pub nodes: Vec<String>,
     /// What the sentinels call the master.
     pub master: String,
+    /// A file, or a credential, whose first line is the password of the URL's user; none if empty.
+    pub password_file: String,
     /// PEM: who signs the servers' certificates, instead of the roots that are built in.
     pub ca_file: String,
     /// PEM: our certificate.
@@ -43,6 +46,9 @@ pub struct Config {
     pub key_file: String,
     /// How many replicas must have a batch before it leaves the outbox.
     pub replicas: Replicas,
+    /// What stands in the password's file; whoever reads files puts it here.
+    #[serde(skip)]
+    pub password: Option<Secret>,
 }
 
 /// How many servers there are, and who tells which of them to use.
@@ -106,11 +112,13 @@ impl<'de> Deserialize<'de> for Replicas {
 
 impl fmt::Debug for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { url, prefix, mode, nodes, master, ca_file, cert_file, key_file, replicas } = self;
+        let Self { url, prefix, mode, nodes, master, password_file, ca_file, cert_file, key_file, replicas, password } =
+            self;
         let nodes: Vec<_> = nodes.iter().map(|node| without_password(node)).collect();
         let mut shown = f.debug_struct("Config");
         shown.field("url", &without_password(url)).field("prefix", prefix).field("mode", mode).field("nodes", &nodes);
-        shown.field("master", master).field("ca_file", ca_file).field("cert_file", cert_file);
+        shown.field("master", master).field("password_file", password_file).field("password", password);
+        shown.field("ca_file", ca_file).field("cert_file", cert_file);
         shown.field("key_file", key_file).field("replicas", replicas).finish()
     }
 }
@@ -123,10 +131,12 @@ impl Default for Config {
             mode: Mode::default(),
             nodes: Vec::new(),
             master: "mymaster".to_owned(),
+            password_file: String::new(),
             ca_file: String::new(),
             cert_file: String::new(),
             key_file: String::new(),
             replicas: Replicas::default(),
+            password: None,
         }
     }
 }
@@ -165,7 +175,7 @@ impl Deployment {
         if config.prefix.contains(['{', '}']) {
             return Err(Error::Prefix);
         }
-        let server = config.url.as_str().into_connection_info().map_err(|_| Error::Url)?;
+        let server = with_password(config.url.as_str().into_connection_info().map_err(|_| Error::Url)?, config)?;
         match (config.mode, server.addr()) {
             (_, ConnectionAddr::TcpTls { insecure: true, .. }) => return Err(Error::Insecure),
             (Mode::Sentinel | Mode::Cluster, ConnectionAddr::Unix(_)) => return Err(Error::Socket),
@@ -192,6 +202,16 @@ impl Deployment {
             Some(_) | None => Client::open(info),
         }
     }
+}
+
+/// With the password of the file, if there is one.
+fn with_password(server: ConnectionInfo, config: &Config) -> Result<ConnectionInfo, Error> {
+    let Some(password) = &config.password else { return Ok(server) };
+    let settings = server.redis_settings().clone();
+    if settings.password().is_some() {
+        return Err(Error::TwoPasswords);
+    }
+    Ok(server.set_redis_settings(settings.set_password(password.reveal())))
 }
 
 fn is_tls(info: &ConnectionInfo) -> bool {
@@ -275,6 +295,7 @@ fn certificates(config: &Config, server: &ConnectionInfo) -> Result<Option<TlsCe
         if !is_tls(server) {
             return Err(Error::FileUnused(file));
         }
+        let path = secret::locate(path).map_err(|_| Error::Credential(file))?;
         let bytes = fs::read(path).map_err(|error| Error::File(file, error.kind()))?;
         let text = String::from_utf8_lossy(&bytes);
         let is_pem = text.lines().any(|line| {
@@ -312,6 +333,11 @@ mod tests {
         assert_eq!(check(|config| config.url = "http://x".to_owned()), Err(Error::Url));
         assert_eq!(check(|config| config.url = "rediss://x#insecure".to_owned()), Err(Error::Insecure));
         assert_eq!(check(|config| config.prefix = "a{b".to_owned()), Err(Error::Prefix));
+        assert_eq!(
+            check(|config| config.ca_file = "credential:a/b".to_owned()),
+            Err(Error::FileUnused(TlsFile::Ca)),
+            "a file is looked for where it is used"
+        );
         assert_eq!(check(|config| config.nodes = vec!["x:1".to_owned()]), Err(Error::NodesUnused));
         assert_eq!(check(|config| config.mode = Mode::Sentinel), Err(Error::NoSentinels));
         assert_eq!(check(|config| config.ca_file = "/x".to_owned()), Err(Error::FileUnused(TlsFile::Ca)));

@@ -55,6 +55,10 @@ pub enum Error {
     HalfCertificate(TlsFile),
     /// A file can't be read.
     File(TlsFile, io::ErrorKind),
+    /// A file is said to be a credential, and there is none.
+    Credential(TlsFile),
+    /// A password in the URL, and one in a file.
+    TwoPasswords,
     /// A file is not what it should be.
     Pem(TlsFile),
     /// Nobody answers there.
@@ -124,6 +128,7 @@ impl Error {
             Self::Url | Self::Insecure | Self::Prefix | Self::Socket | Self::ClusterDatabase => "configuration",
             Self::NoSentinels | Self::Node(_) | Self::NodeCredentials(_) | Self::NodesUnused => "configuration",
             Self::FileUnused(_) | Self::HalfCertificate(_) | Self::File(..) | Self::Pem(_) => "configuration",
+            Self::Credential(_) | Self::TwoPasswords => "configuration",
             Self::Connect => "connect",
             Self::Tls => "tls",
             Self::Sentinels => "sentinels",
@@ -151,6 +156,8 @@ impl Error {
             Self::Prefix => "store.redis.prefix",
             Self::NoSentinels | Self::Node(_) | Self::NodeCredentials(_) | Self::NodesUnused => "store.redis.nodes",
             Self::FileUnused(file) | Self::HalfCertificate(file) | Self::File(file, _) | Self::Pem(file) => file.key(),
+            Self::Credential(file) => file.key(),
+            Self::TwoPasswords => "store.redis.password_file",
             Self::Url | Self::Insecure | Self::Socket | Self::ClusterDatabase => "store.redis.url",
             Self::Connect | Self::Tls | Self::Sentinels | Self::MasterUnknown | Self::Denied => "store.redis.url",
             Self::Dropped | Self::Timeout | Self::OutOfMemory | Self::ReadOnly | Self::Loading => "store.redis.url",
@@ -179,6 +186,7 @@ impl Error {
             Self::Url | Self::Insecure | Self::Prefix | Self::Socket | Self::ClusterDatabase => true,
             Self::NoSentinels | Self::Node(_) | Self::NodeCredentials(_) | Self::NodesUnused => true,
             Self::FileUnused(_) | Self::HalfCertificate(_) | Self::File(..) | Self::Pem(_) => true,
+            Self::Credential(_) | Self::TwoPasswords => true,
             Self::Connect | Self::Tls | Self::Sentinels | Self::MasterUnknown | Self::Denied => true,
             Self::Dropped | Self::Timeout | Self::ReadOnly | Self::Loading | Self::IsCluster | Self::NoCluster => true,
             Self::OutOfMemory | Self::Busy | Self::ClusterDown | Self::Moving => false,
@@ -207,6 +215,10 @@ impl fmt::Display for Error {
             }
             Self::HalfCertificate(_) => "missing; store.redis.cert_file and key_file go together",
             Self::File(_, kind) => return write!(f, "the file can't be read ({kind}); name a readable file"),
+            Self::Credential(_) => {
+                "no such credential: systemd sets CREDENTIALS_DIRECTORY for a unit with LoadCredential=, and its name has no /; name a file by its path, or add that to the unit"
+            }
+            Self::TwoPasswords => "store.redis.url has a password too; leave one of them out",
             Self::Pem(TlsFile::Ca | TlsFile::Certificate) => "no certificate in PEM; name a file that has one",
             Self::Pem(TlsFile::Key) => "no private key in PEM; name a file that has one without a password",
             Self::Url => "store.redis.url is no address of a Redis; write one such as \"redis://127.0.0.1:6379\"",

@@ -1,0 +1,91 @@
+//! Whose processes may send by unix sockets: names of users and groups into numbers, and the judgement of a peer by them.
+//!
+//! The kernel says who a peer is (SO_PEERCRED of a stream, SCM_CREDENTIALS with a datagram), so nobody can pretend to be
+//! another. Names are looked up once, at the start.
+
+use std::sync::Arc;
+
+use nix::unistd::{Group, User};
+
+use super::{Config, Error, GROUP_KEY};
+use crate::ingest::Address;
+use crate::units::Account;
+
+/// The users whose processes may send; all, if none is named.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Peers(Arc<[u32]>);
+
+impl Peers {
+    /// The users of `listen.unix_uids`.
+    pub(super) fn new(config: &Config) -> Result<Self, Error> {
+        config.unix_uids.iter().map(user).collect::<Result<_, _>>().map(Self)
+    }
+
+    /// Whether a process may send.
+    #[inline]
+    pub(super) fn admit(&self, peer: Option<Address>) -> bool {
+        self.0.is_empty() || self.names(peer)
+    }
+
+    fn names(&self, peer: Option<Address>) -> bool {
+        match peer {
+            Some(Address::Process { uid, .. }) => self.0.contains(&uid),
+            // Who can't be told apart is not one of those that are named.
+            Some(Address::Inet(_) | Address::Record { .. }) | None => false,
+        }
+    }
+}
+
+fn user(account: &Account) -> Result<u32, Error> {
+    let name = account.0.as_str();
+    let by_name = || User::from_name(name).ok().flatten().map(|user| user.uid.as_raw());
+    let found = name.parse().ok().or_else(by_name);
+    found.ok_or_else(|| Error::Account { key: "listen.unix_uids", value: name.to_owned() })
+}
+
+/// The group of `listen.unix_group`, if one is named.
+pub(super) fn group(config: &Config) -> Result<Option<u32>, Error> {
+    let name = config.unix_group.0.as_str();
+    if name.is_empty() {
+        return Ok(None);
+    }
+    let by_name = || Group::from_name(name).ok().flatten().map(|group| group.gid.as_raw());
+    let found = name.parse().ok().or_else(by_name);
+    found.map(Some).ok_or_else(|| Error::Account { key: GROUP_KEY, value: name.to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(uids: &[&str], group: &str) -> Config {
+        let account = |text: &&str| Account((*text).to_owned());
+        Config { unix_uids: uids.iter().map(account).collect(), unix_group: account(&group), ..Config::default() }
+    }
+
+    #[test]
+    fn users_and_groups_are_found_by_name_and_by_number() {
+        assert_eq!(Peers::new(&config(&["root", "12345"], "")).unwrap(), Peers([0, 12_345].into()));
+        assert_eq!(group(&config(&[], "root")).unwrap(), Some(0));
+        assert_eq!(group(&config(&[], "4242")).unwrap(), Some(4_242));
+        assert_eq!(group(&config(&[], "")).unwrap(), None);
+        let error = Peers::new(&config(&["no-such-user"], "")).unwrap_err();
+        assert_eq!(error.exit_code(), 78);
+        assert!(
+            error.to_string().starts_with("listen.unix_uids = \"no-such-user\": this host has no such user"),
+            "{error}"
+        );
+        let error = group(&config(&[], "no-such-group")).unwrap_err();
+        assert!(error.to_string().contains("getent group"), "{error}");
+    }
+
+    #[test]
+    fn only_those_who_are_named_may_send_if_any_are() {
+        let process = |uid| Some(Address::Process { uid, pid: 1 });
+        let all = Peers::default();
+        assert!(all.admit(process(5)) && all.admit(None));
+        let some = Peers([5, 7].into());
+        assert!(some.admit(process(5)) && some.admit(process(7)));
+        assert!(!some.admit(process(6)) && !some.admit(None));
+    }
+}
