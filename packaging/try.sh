@@ -5,7 +5,7 @@
 #   packaging/try.sh [--release NAME]... [OLD.deb NEW.deb]
 #
 # NEW is the same code with a higher version. Without packages packaging/deb.sh makes both. Releases: bookworm and trixie
-# (Debian 12 and 13). Their systems are made once by debootstrap and kept in ${TALLYD_TRY_CACHE:-/var/tmp/tallyd-try}; what
+# (Debian 12 and 13). Their systems are made once by debootstrap and kept in ${TRY_CACHE:-/var/tmp/tallyd-try}; what
 # is done to them lies in memory and is gone with each run. Needs root, and installs what it needs. The last line is
 # `N passed, N failed, N skipped`; the exit code is 1 when something failed. Takes about four minutes for each release.
 set -uo pipefail
@@ -125,8 +125,8 @@ under_load() {
   load "$name" 8 >"/run/$name.json" 2>"/run/$name.err" &
   local bench=$!
   sleep 3
-  "$@" || code=$?
-  if [ "$code" = 0 ]; then ok "$what: done"; else not_ok "$what: ended with $code"; fi
+  "$@" >"/run/$name.log" 2>&1 || code=$?
+  if [ "$code" = 0 ]; then ok "$what: done"; else not_ok "$what: ended with $code: $(tail -c 600 "/run/$name.log")"; fi
   wait "$bench" || not_ok "$what: the load ended with $?: $(tail -1 "/run/$name.err")"
   sent=$(jq .lines "/run/$name.json")
   packets=$(jq .packets "/run/$name.json")
@@ -402,12 +402,35 @@ try_upgrade() {
   is "what was counted is there" "$(value try.udp value)" 7
 }
 
-try_hand_over() {
+# hand_over: another process of the same executable.
+hand_over() {
   local pid
   pid=$(main_pid)
-  under_load "SIGUSR2 by hand" handover eval "systemctl kill --kill-whom=main -s USR2 $unit && until_true 30 is_another $pid"
-  is "the watchdog waits for the new process" "$(property WatchdogUSec | grep -c .)" 1
-  succeeds "and it is restarted as ever" systemctl restart $unit
+  systemctl kill --kill-whom=main -s USR2 $unit && until_true 60 is_another "$pid"
+}
+
+# A process that systemd has not started itself is served as one that it has.
+try_hand_over() {
+  local pid since
+  under_load "SIGUSR2 by hand" handover hand_over
+  under_load "systemctl restart of a process that took over" after systemctl restart $unit
+  drop_in watchdog '[Service]
+WatchdogSec=5'
+  systemctl restart $unit
+  succeeds "SIGUSR2 under a watchdog of 5 s" hand_over
+  pid=$(main_pid)
+  sleep 12
+  is "the process that took over feeds it" "$(property ActiveState) $(main_pid)" "active $pid"
+  since=$(mark)
+  kill -STOP "$pid"
+  becomes "and is started again when it stands still" 30 is_another "$pid"
+  becomes "by the watchdog" 10 was_logged "$since" 'Watchdog timeout'
+  succeeds "SIGUSR2 once more" hand_over
+  pid=$(main_pid)
+  kill -9 "$pid"
+  becomes "a process that took over is started again after kill -9" 20 is_another "$pid"
+  drop_in watchdog
+  systemctl restart $unit
 }
 
 try_downgrade() {
@@ -450,7 +473,7 @@ inside() {
 # --- the host: systems that are made once, booted, and ended.
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-cache=${TALLYD_TRY_CACHE:-/var/tmp/tallyd-try}
+cache=${TRY_CACHE:-/var/tmp/tallyd-try}
 work=
 mounted=
 containers=()
@@ -539,7 +562,7 @@ try_release() {
   system || { not_ok "a system could be made" && return; }
   boot || { not_ok "systemd could be booted: $(tail -2 "$work/boot.log")" && return; }
   # Bounded, whatever happens inside.
-  timeout -k 10 900 nsenter -t "$leader" -m -u -i -n -p -C -- bash /try/try.sh --inside "$release" $parts 2>&1 |
+  timeout -k 10 900 nsenter -t "$leader" -m -u -i -n -p -C -- env -i bash /try/try.sh --inside "$release" $parts 2>&1 |
     tee "$work/$release.log" | grep -v '^counts '
   local counts
   if counts=$(grep '^counts ' "$work/$release.log"); then
@@ -548,9 +571,9 @@ try_release() {
   else
     not_ok "the tests came to their end"
   fi
-  if [ -n "${TALLYD_TRY_LOGS:-}" ]; then
-    mkdir -p "$TALLYD_TRY_LOGS"
-    in_system journalctl --no-pager >"$TALLYD_TRY_LOGS/$release.journal" 2>&1
+  if [ -n "${TRY_LOGS:-}" ]; then
+    mkdir -p "$TRY_LOGS"
+    in_system journalctl --no-pager >"$TRY_LOGS/$release.journal" 2>&1
   fi
   end "$nspawn"
 }

@@ -16,4 +16,8 @@ RUSTDOCFLAGS="-D warnings" step cargo doc --quiet --locked --features kafka --no
 step cargo test --locked --features kafka --no-fail-fast
 # To see that they build; they measure with the profile `bench`, which takes longer to.
 step cargo bench --quiet --locked --features kafka --no-run --profile dev
+step tests/units.sh
 step fuzz/run.sh 20
+echo
+echo "skipped: packaging/try.sh, which tries the packages in booted Debian systems: it needs two builds' packages of a release,"
+echo "root and some ten minutes. tests/it/systemd.rs and tests/it/handover.rs drive the same executable from outside."
