@@ -237,6 +237,8 @@ impl Authority {
         let name = ServerName::try_from("localhost").unwrap();
         let stream = TcpStream::connect(to).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        // What was written is on its way, not kept until what came before is acknowledged.
+        stream.set_nodelay(true).unwrap();
         StreamOwned::new(ClientConnection::new(Arc::new(config), name).unwrap(), stream)
     }
 }
