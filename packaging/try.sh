@@ -337,6 +337,40 @@ try_socket_units() {
   succeeds "back to sockets of its own" systemctl start $unit
 }
 
+# readme FILE: the commands of its blocks `shell-session`, each with what it shows, as tab-separated lines; line feeds are \n.
+readme() {
+  awk '
+    function put() { if (command != "") print command "\t" shown; command = ""; shown = "" }
+    /^ *```shell-session$/ { inside = 1; indent = index($0, "`") - 1; next }
+    inside && /^ *```$/ { put(); inside = 0; next }
+    inside {
+      line = substr($0, indent + 1)
+      if (line ~ /^# /) { put(); command = substr(line, 3) } else shown = shown line "\\n"
+    }' "$1"
+}
+
+# What the README shows; `...` stands for any text.
+try_readme() {
+  local command shown found pattern count=0
+  while IFS=$'\t' read -r command shown; do
+    count=$((count + 1))
+    shown=$(printf '%b' "$shown")
+    pattern=$(sed 's/[][\\*?]/\\&/g; s/\.\.\./*/g' <<<"$shown")
+    found=$(bash -c "$command" 2>&1 </dev/null)
+    # What was sent takes its time to be counted.
+    if [[ $found != $pattern && $command == curl* ]]; then
+      sleep 1.5
+      found=$(bash -c "$command" 2>&1 </dev/null)
+    fi
+    if [[ $found == $pattern ]]; then
+      ok "README: $command"
+    else
+      not_ok "README: $command: printed $found and the README shows $shown"
+    fi
+  done < <(readme /try/README.md)
+  if [ "$count" -lt 5 ]; then not_ok "README: only $count commands"; fi
+}
+
 # A line whose first half comes before a change and its second after it, on one connection.
 begin_line() { exec 9<>/dev/tcp/127.0.0.1/8125 && printf 'try.half:%s' "$1" >&9; }
 end_line() { printf '1|c\n' >&9 && exec 9>&-; }
@@ -403,7 +437,7 @@ inside() {
   release=$1
   shift
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-  local only=${*:-install lines unix journal reload watchdog frozen_disk kill wrong_configuration restart_under_load socket_units upgrade hand_over downgrade remove}
+  local only=${*:-install lines readme unix journal reload watchdog frozen_disk kill wrong_configuration restart_under_load socket_units upgrade hand_over downgrade remove}
   say "== $release: Debian $(cat /etc/debian_version), $(systemctl --version | head -1)"
   for part in $only; do
     say "-- $release: $part"
@@ -553,6 +587,7 @@ main() {
     make_packages
   fi
   cp "${BASH_SOURCE[0]}" "$work/try.sh"
+  cp "$here/../README.md" "$work/README.md"
   chmod 755 "$work" && chmod 644 "$work"/*.deb
   make_disk
   [ ${#releases[@]} -gt 0 ] || releases=(bookworm trixie)

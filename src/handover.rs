@@ -18,7 +18,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus};
+use std::process::{self, Child, Command, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -101,6 +101,8 @@ pub enum Error {
     Silent(Duration),
     /// It could not be told something.
     Channel(io::Error),
+    /// This process is the first of its container, with which all others end.
+    First,
 }
 
 impl fmt::Display for Error {
@@ -111,6 +113,9 @@ impl fmt::Display for Error {
             Self::Ended(None) => f.write_str("the successor closed the channel"),
             Self::Silent(time) => write!(f, "the successor said nothing for {} s", time.as_secs()),
             Self::Channel(error) => write!(f, "the successor could not be told: {error}"),
+            Self::First => f.write_str(
+                "this process is the first of its container, which would end with it; start another container",
+            ),
         }
     }
 }
@@ -155,6 +160,9 @@ pub struct Successor {
 impl Successor {
     /// Starts the successor and gives it the sockets. Blocks until it reads them.
     pub fn start(program: &Program, sockets: &[Named]) -> Result<Self, Error> {
+        if process::id() == 1 {
+            return Err(Error::First);
+        }
         let (ours, theirs) = Channel::pair()?;
         let mut command = Command::new(&program.path);
         command.args(&program.arguments).env(VARIABLE, "stdin").stdin(theirs.0);
@@ -363,10 +371,12 @@ impl Channel {
                 received => break received?,
             }
         };
-        let descriptor = control.drain().find_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
-            _ => None,
-        });
+        let mut descriptor = None;
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(mut descriptors) = message {
+                descriptor = descriptors.next();
+            }
+        }
         if received.bytes == 0 {
             return Ok(None);
         }

@@ -182,6 +182,7 @@ fn shared(place: Place, workers: usize, config: &Config, inherited: &mut Inherit
     while shared.sockets.len() < workers.max(1) {
         let socket = socket(place, Type::DGRAM, Protocol::UDP)?;
         socket.set_reuse_port(true)?;
+        set_receive_buffer(&socket, config.receive_buffer)?;
         // Before anything can come.
         shared.prepare(&socket, config)?;
         socket.bind(&shared.address.into())?;
@@ -211,17 +212,17 @@ impl Shared {
         let address = sockets.first().map_or(Ok(address), local)?;
         let mut shared = Self { address, sockets: Vec::new(), receive_buffer: Size(u64::MAX), gro: false };
         for socket in &sockets {
+            // It may be larger than this process can ask for, and must not shrink by asking.
+            if receive_buffer(socket)? < config.receive_buffer {
+                set_receive_buffer(socket, config.receive_buffer)?;
+            }
             shared.prepare(socket, config)?;
         }
         Ok(Self { sockets, ..shared })
     }
 
-    /// Asks for what is configured. If one socket may hold trains, all are read as if they did.
+    /// Lets a socket hold trains if it is to. If one of them does, all are read as if they did.
     fn prepare(&mut self, socket: &Socket, config: &Config) -> io::Result<()> {
-        // The buffer of an inherited socket may be larger than this process can ask for, and is not to shrink by asking.
-        if receive_buffer(socket)? < config.receive_buffer {
-            set_receive_buffer(socket, config.receive_buffer)?;
-        }
         self.gro |= config.udp_gro && burst::set_gro(socket.as_fd()).is_ok();
         self.receive_buffer = self.receive_buffer.min(receive_buffer(socket)?);
         Ok(())

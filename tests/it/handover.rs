@@ -1,10 +1,12 @@
 //! Restarts and upgrades that lose nothing: a process that takes over from another at SIGUSR2, and sockets that are open
 //! before a process begins.
 
+use std::fs::Permissions;
 use std::io::{IoSliceMut, Write};
 use std::mem::MaybeUninit;
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, IntoRawFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::Path;
 use std::process::Command;
@@ -164,6 +166,94 @@ fn an_agent_whose_successor_cannot_start_goes_on_with_all_that_it_had() {
     assert_eq!(other.get("/-/ready").status, 200);
 }
 
+/// A command that starts the executable at this path with the environment of the one under test.
+fn at(path: &Path) -> Command {
+    like_tallyd(Command::new(path))
+}
+
+fn like_tallyd(mut command: Command) -> Command {
+    for (name, value) in tallyd().get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    command
+}
+
+#[test]
+fn the_file_that_is_at_the_path_now_takes_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, newer) = (directory.path().join("tallyd"), directory.path().join("newer"));
+    std::fs::copy(tallyd().get_program(), &path).unwrap();
+    let mut agent = Agent::start_by(at(&path), &[]);
+    agent.datagram("load:1|c");
+    agent.wait_for("load", "value", 1);
+    std::fs::copy(tallyd().get_program(), &newer).unwrap();
+    std::fs::rename(&newer, &path).unwrap();
+    agent.hand_over();
+    let runs = std::fs::metadata(format!("/proc/{}/exe", agent.process())).unwrap();
+    assert_eq!(runs.ino(), std::fs::metadata(&path).unwrap().ino());
+    agent.datagram("load:2|c");
+    agent.wait_for("load", "value", 3);
+}
+
+/// What a file at the path does that is no tallyd, and what the agent says of it.
+#[track_caller]
+fn goes_on_without(script: &str, complaint: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, newer) = (directory.path().join("tallyd"), directory.path().join("newer"));
+    std::fs::copy(tallyd().get_program(), &path).unwrap();
+    let agent = Agent::start_by(at(&path), &[]);
+    let mut tcp = agent.connect();
+    tcp.write_all(b"before:1|c\nin.the.mid").unwrap();
+    agent.wait_for("before", "value", 1);
+    std::fs::write(&newer, script).unwrap();
+    std::fs::set_permissions(&newer, Permissions::from_mode(0o755)).unwrap();
+    std::fs::rename(&newer, &path).unwrap();
+    agent.signal("USR2");
+    until("the complaint", || {
+        agent.stderr().lines().any(|line| line.contains("nobody took over") && line.contains(complaint)).then_some(())
+    });
+    tcp.write_all(b"dle:2|c\n").unwrap();
+    agent.wait_for("in.the.middle", "value", 2);
+    agent.datagram("before:2|c");
+    agent.wait_for("before", "value", 3);
+    agent.ingest(r#"{"name":"before","type":"COUNTER","value":4}"#);
+    agent.wait_for("before", "value", 7);
+}
+
+#[test]
+fn one_that_ends_at_once_changes_nothing() {
+    goes_on_without("#!/bin/sh\nexit 3\n", "ended with exit status: 3");
+}
+
+#[test]
+fn one_that_cannot_be_started_changes_nothing() {
+    goes_on_without("#!/no/such/interpreter\n", "could not be started");
+}
+
+#[test]
+fn one_that_takes_all_and_dies_changes_nothing() {
+    let script = "#!/usr/bin/env python3
+import array, os, socket
+channel = socket.socket(fileno=os.dup(0))
+names, streams = [], []
+while True:
+    message, passed, _, _ = channel.recvmsg(1 << 17, socket.CMSG_SPACE(4))
+    head, _, rest = message.partition(b'\\n')
+    if b'\"begin\"' in head:
+        channel.send(b'{\"message\":\"of a later version\"}\\n')
+        channel.send(b'{\"message\":\"reading\"}\\n')
+    elif b'\"stream\"' in head:
+        streams.append((rest, len(passed)))
+    elif b'\"yours\"' in head:
+        assert streams == [(b'in.the.mid', 1)], streams
+        os._exit(4)
+";
+    goes_on_without(script, "ended with exit status: 4");
+}
+
 #[test]
 fn a_stop_while_a_successor_starts_is_a_stop() {
     let directory = tempfile::tempdir().unwrap();
@@ -194,16 +284,9 @@ fn with_sockets(sockets: &[(&str, &dyn AsFd)]) -> Command {
         names.push(*name);
     }
     script.push_str("export LISTEN_PID=$$; exec \"$0\" \"$@\"");
-    let plain = tallyd();
-    let mut command = Command::new("bash");
-    for (name, value) in plain.get_envs() {
-        match value {
-            Some(value) => command.env(name, value),
-            None => command.env_remove(name),
-        };
-    }
+    let mut command = like_tallyd(Command::new("bash"));
     command.env("LISTEN_FDS", sockets.len().to_string()).env("LISTEN_FDNAMES", names.join(":"));
-    command.args(["-c", &script]).arg(plain.get_program());
+    command.args(["-c", &script]).arg(tallyd().get_program());
     command
 }
 

@@ -106,7 +106,7 @@ fn a_state_directory_that_is_none_ends_the_start_with_one_line() {
     let mut settings = otherwise_free(directory.path());
     settings[0] = format!("state_dir={}", file.display());
     let (code, stderr) = failure(&settings);
-    let complaint = format!("tallyd: state_dir: {}: ", file.display());
+    let complaint = format!("tallyd: --set: state_dir = {file:?}: there is a file in its place");
     assert!(code == Some(74) && stderr.starts_with(&complaint) && stderr.lines().count() == 1, "{code:?} {stderr}");
     settings[0] = "state_dir=".to_owned();
     let (code, stderr) = failure(&settings);
