@@ -116,7 +116,7 @@ impl std::error::Error for Error {}
 /// # Errors
 /// When a part cannot start.
 pub fn run(config: &Config, reload: impl FnMut() -> Result<Config, Vec<String>> + Send + 'static) -> Result<(), Error> {
-    let program = Program::of_this_process().map_err(Error::System)?;
+    let program = Program::of_this_process(systemd::is_there()).map_err(Error::System)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::System)?;
     let mut signals = Signals::of(&runtime).map_err(Error::System)?;
     let exporter = telemetry::install().map_err(Error::Telemetry)?;

@@ -18,15 +18,17 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::process::{self, Child, Command, ExitStatus};
+use std::process::{self, Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use socket2::Socket;
 
@@ -56,10 +58,21 @@ const TO_END: Duration = Duration::from_secs(1);
 /// No message is longer: a packet of a stream and what is said of it.
 const MESSAGE_MAX: usize = 80 << 10;
 
+/// What [`VARIABLE`] says to a successor.
+const STDIN: &str = "stdin";
+
+/// What it says to a process that is to start the successor, and no more.
+const GO_BETWEEN: &str = "go-between";
+
 /// What they say.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "message", rename_all = "snake_case")]
 enum Message {
+    /// The go-between has started the successor.
+    Started {
+        /// Its process.
+        id: u32,
+    },
     /// Here is a listening socket; its descriptor comes along.
     Socket {
         /// Its name, as in [`Named::name`].
@@ -133,13 +146,44 @@ impl From<io::Error> for Error {
 pub struct Program {
     path: PathBuf,
     arguments: Vec<OsString>,
+    /// Whether successors are to be children of the first process of the system, and none of ours.
+    is_apart: bool,
 }
 
 impl Program {
     /// To be asked at the start: an upgrade puts another file at the path, and the system then no longer says which it was.
-    pub fn of_this_process() -> io::Result<Self> {
-        Ok(Self { path: env::current_exe()?, arguments: env::args_os().skip(1).collect() })
+    ///
+    /// systemd serves a main process as its own only if it is its child at the moment when it is told of it: one that is not
+    /// it kills at a stop without waiting for its last flush. There successors are to be `apart`.
+    pub fn of_this_process(is_apart: bool) -> io::Result<Self> {
+        Ok(Self { path: env::current_exe()?, arguments: env::args_os().skip(1).collect(), is_apart })
     }
+
+    /// The command that runs it as this part of a hand-over.
+    fn command(&self, part: &str) -> Command {
+        let mut command = Command::new(&self.path);
+        command.args(&self.arguments).env(VARIABLE, part);
+        // These are about this process alone.
+        for name in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"] {
+            command.env_remove(name);
+        }
+        command
+    }
+}
+
+/// Starts the successor, if this process was started for that alone; then it is to end, so that the successor becomes a child
+/// of the first process of the system. False in any other process.
+///
+/// # Errors
+/// When the successor could not be started, or the agent not be told.
+pub fn go_between() -> io::Result<bool> {
+    if env::var_os(VARIABLE).is_none_or(|part| part != GO_BETWEEN) {
+        return Ok(false);
+    }
+    let successor = Program::of_this_process(false)?.command(STDIN).spawn()?;
+    let channel = Channel(io::stdin().as_fd().try_clone_to_owned()?);
+    channel.send(&Message::Started { id: successor.id() }, &[], None)?;
+    Ok(true)
 }
 
 impl fmt::Display for Program {
@@ -153,8 +197,47 @@ impl fmt::Display for Program {
 pub struct Successor {
     id: u32,
     /// None once it is on its own.
-    process: Option<Child>,
+    process: Option<Process>,
     channel: Channel,
+}
+
+/// A process that can be ended.
+#[derive(Debug)]
+enum Process {
+    Child(Child),
+    /// Somebody else's child.
+    Apart(OwnedFd),
+}
+
+impl Process {
+    /// Kills it and waits for its end.
+    fn end(self) {
+        // These fail only for one that has ended.
+        match self {
+            Self::Child(mut child) => {
+                drop(child.kill());
+                drop(child.wait());
+            }
+            Self::Apart(process) => {
+                let _ = pidfd_send_signal(&process, Signal::KILL);
+                has_ended(&process, TO_END);
+            }
+        }
+    }
+
+    /// How it ended, if that is known and it has.
+    fn status(&mut self) -> io::Result<Option<ExitStatus>> {
+        match self {
+            Self::Child(child) => child.try_wait(),
+            Self::Apart(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+}
+
+/// Waits until a process has ended, for so long at most.
+fn has_ended(process: &OwnedFd, within: Duration) -> bool {
+    let within = Timespec { tv_sec: within.as_secs() as i64, tv_nsec: 0 };
+    poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&within)).is_ok_and(|count| count > 0)
 }
 
 impl Successor {
@@ -164,22 +247,42 @@ impl Successor {
             return Err(Error::First);
         }
         let (ours, theirs) = Channel::pair()?;
-        let mut command = Command::new(&program.path);
-        command.args(&program.arguments).env(VARIABLE, "stdin").stdin(theirs.0);
-        // These are about this process alone.
-        for name in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"] {
-            command.env_remove(name);
-        }
+        let mut command = program.command(if program.is_apart { GO_BETWEEN } else { STDIN });
+        command.stdin(Stdio::from(theirs.0));
         let process = command.spawn().map_err(|error| Error::NotStarted { program: program.path.clone(), error })?;
         // The command holds the other's end of the channel.
         drop(command);
-        let mut successor = Self { id: process.id(), process: Some(process), channel: ours };
+        let mut successor = Self { id: process.id(), process: Some(Process::Child(process)), channel: ours };
+        if program.is_apart {
+            successor.become_started()?;
+        }
         for named in sockets {
             successor.tell(&Message::Socket { name: named.name() }, &[], Some(named.socket.as_fd()))?;
         }
         successor.tell(&Message::Begin, &[], None)?;
         successor.wait_for(&Message::Reading, TO_READ, || ())?;
         Ok(successor)
+    }
+
+    /// From the go-between to the process that it starts.
+    fn become_started(&mut self) -> Result<(), Error> {
+        let deadline = Instant::now() + TO_READ;
+        let id = loop {
+            match self.channel.receive(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Some(Received { message: Message::Started { id }, .. })) => break id,
+                Ok(Some(_)) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(Error::Silent(TO_READ)),
+                Ok(None) | Err(_) => return Err(self.ended()),
+            }
+        };
+        let process = Pid::from_raw(id.cast_signed()).ok_or(Error::Ended(None))?;
+        let process = pidfd_open(process, PidfdFlags::empty()).map_err(|_| Error::Ended(None))?;
+        self.id = id;
+        if let Some(Process::Child(mut go_between)) = self.process.replace(Process::Apart(process)) {
+            // It has said its one word, and ends by itself.
+            drop(go_between.wait());
+        }
+        Ok(())
     }
 
     /// Its process.
@@ -229,7 +332,7 @@ impl Successor {
     fn ended(&mut self) -> Error {
         let deadline = Instant::now() + TO_END;
         loop {
-            match self.process.as_mut().map(Child::try_wait) {
+            match self.process.as_mut().map(Process::status) {
                 Some(Ok(Some(status))) => {
                     self.process = None;
                     return Error::Ended(Some(status));
@@ -243,10 +346,8 @@ impl Successor {
 
 impl Drop for Successor {
     fn drop(&mut self) {
-        if let Some(mut process) = self.process.take() {
-            // It fails only for one that has ended.
-            drop(process.kill());
-            drop(process.wait());
+        if let Some(process) = self.process.take() {
+            process.end();
         }
     }
 }

@@ -1,11 +1,15 @@
 //! `tallyd run`: the configuration read, the log opened, the agent started, and what a reload reads anew.
 
-use super::{Failure, Layers, log};
+use super::{Code, Failure, Layers, log};
 use crate::agent;
 use crate::config::{Config, Level, Loaded};
+use crate::handover;
 
 /// Runs the agent until it is told to stop.
 pub fn run(layers: &Layers) -> Result<(), Failure> {
+    if handover::go_between().map_err(|error| Failure::told(Code::Io, format!("no successor: {error}")))? {
+        return Ok(());
+    }
     let loaded = layers.load().map_err(Failure::brief)?;
     let set_level = log::open(loaded.config.log.level);
     warn(&loaded);

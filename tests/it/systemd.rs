@@ -94,6 +94,28 @@ fn a_service_manager_is_told_of_start_reloads_and_stop() {
     assert_eq!(agent.wait().code(), Some(0));
 }
 
+/// The parent of a process.
+fn parent(process: &str) -> u32 {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
+    stat.rsplit_once(')').unwrap().1.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_process_that_takes_over_is_nobodys_child_when_systemd_is_told_of_it() {
+    let (manager, mut agent) = start("", &[("WATCHDOG_USEC", "6000000")]);
+    manager.wait_for("READY=1");
+    agent.signal("USR2");
+    let message = manager.wait_for("MAINPID=");
+    let successor = message.iter().find_map(|state| state.strip_prefix("MAINPID=")).unwrap().to_owned();
+    // Else systemd would not wait for its end at a stop.
+    assert_ne!(parent(&successor), agent.process());
+    manager.wait_for("READY=1");
+    assert_eq!(agent.wait().code(), Some(0));
+    manager.wait_for("WATCHDOG=1");
+    assert!(std::process::Command::new("kill").args(["-TERM", &successor]).status().unwrap().success());
+    manager.wait_for("STOPPING=1");
+}
+
 #[test]
 fn the_watchdog_is_fed_in_its_time() {
     let (manager, agent) = start("", &[("WATCHDOG_USEC", "6000000")]);
