@@ -198,7 +198,7 @@ impl Identity {
                 builder.with_client_cert_verifier(verifier)
             }
         };
-        let server = builder.with_single_cert(chain, private).map_err(unusable)?;
+        let server = builder.with_single_cert(chain, private).map_err(|error| unusable(&error))?;
         let all = [cert, b"\0", key, b"\0", client_ca.unwrap_or_default()].concat();
         let mut of_all = [0; 32];
         of_all.copy_from_slice(digest(&SHA256, &all).as_ref());
@@ -221,7 +221,7 @@ impl Identity {
 }
 
 /// Why rustls does not take a certificate with a key.
-fn unusable(error: rustls::Error) -> Error {
+fn unusable(error: &rustls::Error) -> Error {
     if let rustls::Error::InconsistentKeys(_) = error {
         return Error::Mismatch;
     }

@@ -272,7 +272,7 @@ fn a_stop_while_a_successor_starts_is_a_stop() {
 }
 
 /// A command that starts tallyd with these sockets, as systemd does.
-fn with_sockets(sockets: &[(&str, &dyn AsFd)]) -> Command {
+pub fn with_sockets(sockets: &[(&str, &dyn AsFd)]) -> Command {
     let mut script = String::new();
     let mut names = Vec::new();
     for (number, (name, socket)) in sockets.iter().enumerate() {
@@ -374,9 +374,8 @@ fn message(socket: &UnixDatagram) -> Option<(String, Vec<OwnedFd>)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC).ok()?;
-    let descriptors = control.drain().filter_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
-        _ => None,
+    let descriptors = control.drain().filter_map(|message| {
+        if let RecvAncillaryMessage::ScmRights(descriptors) = message { Some(descriptors) } else { None }
     });
     let descriptors = descriptors.flatten().collect();
     Some((String::from_utf8_lossy(&bytes[..received.bytes]).into_owned(), descriptors))
