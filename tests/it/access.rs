@@ -2,7 +2,7 @@
 
 use std::fs::{self, Permissions};
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -18,7 +18,9 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::agent::{Agent, PATIENCE, until};
+use crate::handover::with_sockets;
 use crate::http::{self, Answer};
+use crate::redis_servers::Server;
 
 const WRITE: &str = "write-canary-0123456789";
 const READ: &str = "read-canary-0123456789";
@@ -604,4 +606,56 @@ fn an_agent_is_secured_as_the_readme_says() {
         let (header, ca) = (format!("Authorization: Bearer {}", token.trim()), format!("{here}/cert.pem"));
         said(&curl(&["--cacert", &ca, "-H", &header, &url])).contains("\"value\":3").then_some(())
     });
+}
+
+#[test]
+fn a_units_socket_speaks_as_its_port_is_configured_and_is_held_to_tokens() {
+    let authority = Authority::new();
+    let (tcp, api) = (TcpListener::bind("127.0.0.1:0").unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
+    let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
+    let mut settings = authority.settings("server", 100);
+    settings.push(format!("listen.tcp=tls://127.0.0.1:{}", port(&tcp)));
+    let command = with_sockets(&[("lines", &tcp), ("api", &api)]);
+    let agent = Agent::start_by(command, &words(&settings));
+    let mut client = authority.connect(tcp.local_addr().unwrap(), None);
+    client.write_all(b"of_a_unit:1|c\n").unwrap();
+    agent.wait_for("of_a_unit", "value", 1);
+
+    let public = TcpListener::bind("0.0.0.0:0").unwrap();
+    let state = tempfile::tempdir().unwrap();
+    let free = ["listen.udp=127.0.0.1:0", "listen.tcp=127.0.0.1:0", "http.ingest=[]", "http.api=127.0.0.1:0"];
+    let mut command = with_sockets(&[("api", &public)]);
+    command.env("TALLYD_STATE_DIR", state.path()).args(free.iter().flat_map(|setting| ["--set", setting]));
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(78), "{}", said(&output));
+    assert!(said(&output).contains("http.tokens.admin_file"), "{}", said(&output));
+}
+
+#[test]
+fn a_password_of_redis_may_stand_in_a_file() {
+    let server = Server::start(&["--requirepass", "canary-of-redis"]);
+    let directory = tempfile::tempdir().unwrap();
+    let file = secret(directory.path(), "password", "canary-of-redis\n");
+    let settings = [
+        "store.kind=redis".to_owned(),
+        format!("store.redis.url=redis://default@{}", server.address()),
+        format!("store.redis.password_file={file}"),
+        "flush.interval=100ms".to_owned(),
+        "flush.window=1s".to_owned(),
+    ];
+    let agent = Agent::start(&words(&settings));
+    agent.datagram("kept:2|c");
+    until("the store to have it", || (agent.own("tallyd_outbox_unsent_batches", "") == 0.0).then_some(()));
+    until("a connection", || (agent.own("tallyd_store_connected", "store=\"redis\"") == 1.0).then_some(()));
+    agent.wait_for("kept", "value", 2);
+    until("the agent to be ready", || (agent.get("/-/ready").status == 200).then_some(()));
+    // A password that was changed needs a restart, and the reload says so.
+    secret(directory.path(), "password", "another-canary\n");
+    let refused = http::request(agent.address("api"), "POST", "/-/reload", &[], b"");
+    assert!(
+        refused.status == 422 && refused.text().contains("store.redis.password_file: changes only"),
+        "{}",
+        refused.text()
+    );
+    assert!(!agent.stderr().contains("canary") && !refused.text().contains("canary"), "{}", agent.stderr());
 }

@@ -272,7 +272,7 @@ fn a_stop_while_a_successor_starts_is_a_stop() {
 }
 
 /// A command that starts tallyd with these sockets, as systemd does.
-fn with_sockets(sockets: &[(&str, &dyn AsFd)]) -> Command {
+pub fn with_sockets(sockets: &[(&str, &dyn AsFd)]) -> Command {
     let mut script = String::new();
     let mut names = Vec::new();
     for (number, (name, socket)) in sockets.iter().enumerate() {
