@@ -1,13 +1,21 @@
 #!/bin/sh
 # Lets the running tallyd hand over to the executable that was just installed, so that an upgrade loses no datagram; a
-# restart where that does not happen within 90 s. Does nothing where tallyd does not run, is masked, or is not run by
+# restart where that does not happen within 180 s. Does nothing where tallyd does not run, is masked, or is not run by
 # systemd. The packages' scripts call it after an upgrade, and whoever installed an executable by hand may.
 set -eu
 
 unit=tallyd.service
-patience=90
+# As long as the agent itself waits for a successor, its own last flush included.
+patience=180
 
 property() { systemctl show --property="$1" --value "$unit"; }
+
+# As the unit runs it.
+check() (
+  set -a
+  if [ -r /etc/default/tallyd ]; then . /etc/default/tallyd; fi
+  exec /usr/bin/tallyd check --config /etc/tallyd/tallyd.toml
+)
 
 [ -d /run/systemd/system ] || exit 0
 # The administrator's policy, as every package's restart heeds it: 101 forbids it.
@@ -17,7 +25,7 @@ if [ -x /usr/sbin/policy-rc.d ]; then
   [ "$forbidden" -ne 101 ] || exit 0
 fi
 [ "$(property LoadState)" = loaded ] || exit 0
-case "$(property ActiveState)" in active | reloading | activating) ;; *) exit 0 ;; esac
+case "$(property ActiveState)" in active | reloading) ;; *) exit 0 ;; esac
 before=$(property MainPID)
 
 # systemd before 252 knows the option by its old name.
@@ -30,8 +38,16 @@ if [ "$before" != 0 ] && {
     state=$(property ActiveState)
     if [ "$state" = active ] && [ "$now" != 0 ] && [ "$now" != "$before" ]; then exit 0; fi
     # Nobody is left who could hand over, or be handed over to.
-    case "$state" in inactive | failed) break ;; *) sleep 0.2 ;; esac
+    case "$state" in inactive | failed) break ;; esac
+    case "$(property StatusText)" in "nobody took over"*) break ;; esac
+    sleep 0.2
   done
+fi
+
+# What the new executable refuses would end the service: then it goes on as it is, and its administrator has the word.
+if ! wrong=$(check 2>&1); then
+  echo "tallyd: $unit goes on with the executable from before, since the new one refuses its configuration: $wrong" >&2
+  exit 0
 fi
 
 echo "tallyd: nobody took over from process $before; restarting $unit" >&2

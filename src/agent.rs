@@ -125,7 +125,9 @@ pub fn run(config: &Config, reload: impl FnMut() -> Result<Config, Vec<String>> 
     let mut origin = Origin::of_this_process().map_err(Error::System)?;
     loop {
         let config = reloads.in_force.config();
-        let more_time = MoreTime::asking("starting: reading the journal");
+        // Of one that takes over systemd does not listen to yet.
+        let is_first = matches!(origin, Origin::Start(_));
+        let more_time = is_first.then(|| MoreTime::asking("starting: reading the journal"));
         let agent = Agent::start(&config, origin, &exporter, &reloads)?;
         drop(more_time);
         agent.say_ready();
@@ -137,11 +139,30 @@ pub fn run(config: &Config, reload: impl FnMut() -> Result<Config, Vec<String>> 
                 return Ok(());
             }
             Told::HandOver(successor) => match agent.hand_over(successor, within) {
-                Ok(()) => return Ok(()),
+                Ok(successor) => {
+                    let is_to_stop = runtime.block_on(signals.are_to_stop());
+                    leave(successor, is_to_stop, within);
+                    return Ok(());
+                }
                 Err(kept) => origin = kept,
             },
         }
     }
+}
+
+/// Ends the hand-over to a successor that has taken all. Who told this process to stop meanwhile has told the successor too.
+fn leave(successor: Successor, is_to_stop: bool, within: Duration) {
+    if is_to_stop {
+        systemd::stopping(within);
+        if !successor.stop(within) {
+            tracing::error!("the successor was told to stop, and has not ended");
+        }
+        return;
+    }
+    systemd::main_pid(successor.id());
+    // The successor says nothing itself before that.
+    systemd::barrier(BARRIER);
+    successor.release();
 }
 
 /// What an agent begins with.
@@ -179,6 +200,16 @@ impl Signals {
             hangup: signal(SignalKind::hangup())?,
             hand_over: signal(SignalKind::user_defined2())?,
         })
+    }
+
+    /// Whether one has come that says stop, while nobody looked.
+    async fn are_to_stop(&mut self) -> bool {
+        tokio::select! {
+            _ = self.terminate.recv() => true,
+            _ = self.interrupt.recv() => true,
+            // Long enough for the runtime to look.
+            () = tokio::time::sleep(Duration::from_millis(20)) => false,
+        }
     }
 }
 
@@ -250,7 +281,7 @@ impl Agent {
                 _ = signals.hand_over.recv(), if search.is_none() => search = self.search_successor(program),
                 found = outcome(&mut search) => {
                     search = None;
-                    match found {
+                    match found.and_then(|mut successor| successor.read().map(|()| successor)) {
                         Ok(successor) => return Told::HandOver(successor),
                         Err(error) => not_taken_over(&error),
                     }
@@ -290,7 +321,7 @@ impl Agent {
 
     /// Leaves all to the successor, which reads the sockets already. The error is what to go on with, since it did not take
     /// it.
-    fn hand_over(self, mut successor: Successor, within: Duration) -> Result<(), Origin> {
+    fn hand_over(self, mut successor: Successor, within: Duration) -> Result<Successor, Origin> {
         let id = successor.id();
         tracing::info!(successor = id, "handing over");
         systemd::alive();
@@ -303,10 +334,7 @@ impl Agent {
         match successor.hand_over(&streams, systemd::alive) {
             Ok(()) => {
                 tracing::info!(successor = id, streams = streams.len(), "handed over");
-                systemd::main_pid(id);
-                // The successor waits for the end of this process before it says anything itself.
-                systemd::barrier(BARRIER);
-                Ok(())
+                Ok(successor)
             }
             Err(error) => {
                 not_taken_over(&error);
@@ -353,4 +381,6 @@ async fn outcome(search: &mut Option<Search>) -> Result<Successor, handover::Err
 fn not_taken_over(error: &handover::Error) {
     telemetry::HANDOVERS.counter(&["failed"]).increment(1);
     tracing::error!("nobody took over, this agent goes on: {error}");
+    // The packages' scripts look for these words.
+    systemd::status(&format!("nobody took over: {error}"));
 }

@@ -1,10 +1,11 @@
 //! One agent takes over from another while lines come in: the process of the successor, and what both tell each other.
 //!
-//! The one that runs starts the other by the path at which it was started itself, and gives it all listening sockets. The
-//! successor reads them at once, and says so. Then the first stops reading, passes its open streams on, writes what it has,
-//! lets go of the journal, and says so; the successor opens the journal, starts all its parts and says that it could. With
-//! that word the first ends. Until then it can go on with all that it has: a successor that dies, is silent for too long or
-//! cannot open the journal changes nothing but that the datagrams are gone which it had read itself.
+//! The one that runs starts the other by the path at which it was started itself, and gives it all listening sockets. When
+//! the successor has its configuration and is prepared, it is told to read them, and does so at once. Then the first stops
+//! reading, passes its open streams on, writes what it has, lets go of the journal, and says so; the successor opens the
+//! journal, starts all its parts and says that it could. With that word the first ends. Until then it can go on with all
+//! that it has: of a successor that dies, is silent for too long or cannot open the journal nothing stays but that the
+//! datagrams are gone which it had read itself.
 //!
 //! They speak over a pair of unix sockets, the successor's end of which is its standard input: messages of a line of JSON,
 //! bytes behind it, and at most one descriptor. A message that one of them does not know is passed over, since they may be
@@ -26,7 +27,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+    SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, SocketType, recvmsg, sendmsg, shutdown, socketpair,
 };
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
@@ -40,8 +41,11 @@ use crate::listen::lines::Rest;
 /// Tells a process that its standard input leads to the agent it is to take over from.
 pub const VARIABLE: &str = "TALLYD_HANDOVER";
 
-/// How long a successor may take to read its configuration and the first datagram.
-const TO_READ: Duration = Duration::from_secs(30);
+/// How long a successor may take to read its configuration.
+const TO_PREPARE: Duration = Duration::from_secs(30);
+
+/// How long one that is prepared may take to read the sockets.
+const TO_READ: Duration = Duration::from_secs(10);
 
 /// How long a successor may take to open the journal and to read back what is in it.
 const TO_START: Duration = Duration::from_secs(120);
@@ -55,8 +59,11 @@ const WHILE: Duration = Duration::from_secs(5);
 /// How long one whose channel has closed may take to end.
 const TO_END: Duration = Duration::from_secs(1);
 
-/// No message is longer: a packet of a stream and what is said of it.
-const MESSAGE_MAX: usize = 80 << 10;
+/// No message is longer.
+const MESSAGE_MAX: usize = 64 << 10;
+
+/// How much of a line or packet goes with one message.
+const PART: usize = 32 << 10;
 
 /// What [`VARIABLE`] says to a successor.
 const STDIN: &str = "stdin";
@@ -80,9 +87,15 @@ enum Message {
     },
     /// Those were all.
     Begin,
+    /// The successor has its configuration, and can read when it is told to.
+    Prepared,
+    /// It is told to.
+    Read,
     /// The successor reads.
     Reading,
-    /// Here is an open stream, the beginning of its line or packet behind this; its descriptor comes along.
+    /// Here is the beginning of the line or packet of the next stream, or more of it.
+    Part,
+    /// Here is an open stream, the rest of what was read of its line or packet behind this; its descriptor comes along.
     Stream {
         /// `tcp` or `unix`.
         listener: String,
@@ -225,6 +238,22 @@ impl Process {
         }
     }
 
+    /// Tells it to stop, and waits for its end; false when it has not ended in this time.
+    fn stop(self, within: Duration) -> bool {
+        match self {
+            Self::Child(mut child) => {
+                // A child is there until it is waited for, and so is its number.
+                let Ok(process) = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()) else { return false };
+                let stopped = Self::Apart(process).stop(within);
+                if stopped {
+                    drop(child.wait());
+                }
+                stopped
+            }
+            Self::Apart(process) => pidfd_send_signal(&process, Signal::TERM).is_err() || has_ended(&process, within),
+        }
+    }
+
     /// How it ended, if that is known and it has.
     fn status(&mut self) -> io::Result<Option<ExitStatus>> {
         match self {
@@ -241,7 +270,7 @@ fn has_ended(process: &OwnedFd, within: Duration) -> bool {
 }
 
 impl Successor {
-    /// Starts the successor and gives it the sockets. Blocks until it reads them.
+    /// Starts the successor and gives it the sockets. Blocks until it is prepared to read them.
     pub fn start(program: &Program, sockets: &[Named]) -> Result<Self, Error> {
         if process::id() == 1 {
             return Err(Error::First);
@@ -260,18 +289,24 @@ impl Successor {
             successor.tell(&Message::Socket { name: named.name() }, &[], Some(named.socket.as_fd()))?;
         }
         successor.tell(&Message::Begin, &[], None)?;
-        successor.wait_for(&Message::Reading, TO_READ, || ())?;
+        successor.wait_for(&Message::Prepared, TO_PREPARE, || ())?;
         Ok(successor)
+    }
+
+    /// Lets it read the sockets, beside whoever reads them. Blocks until it does.
+    pub fn read(&mut self) -> Result<(), Error> {
+        self.tell(&Message::Read, &[], None)?;
+        self.wait_for(&Message::Reading, TO_READ, || ())
     }
 
     /// From the go-between to the process that it starts.
     fn become_started(&mut self) -> Result<(), Error> {
-        let deadline = Instant::now() + TO_READ;
+        let deadline = Instant::now() + TO_PREPARE;
         let id = loop {
             match self.channel.receive(deadline.saturating_duration_since(Instant::now())) {
                 Ok(Some(Received { message: Message::Started { id }, .. })) => break id,
                 Ok(Some(_)) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(Error::Silent(TO_READ)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(Error::Silent(TO_PREPARE)),
                 Ok(None) | Err(_) => return Err(self.ended()),
             }
         };
@@ -290,17 +325,32 @@ impl Successor {
         self.id
     }
 
-    /// Gives it the open streams and the journal, which this process has let go of. Blocks until it has taken both. From
-    /// then on it is on its own, and waits until this is dropped. `meanwhile` is called now and then.
+    /// Gives it the open streams and the journal, which this process has let go of. Blocks until it has taken both. It then
+    /// waits until this is dropped. `meanwhile` is called now and then.
     pub fn hand_over(&mut self, streams: &[Passed], meanwhile: impl Fn()) -> Result<(), Error> {
         for Passed { listener, socket, rest } in streams {
             let message = Message::Stream { listener: listener.name().to_owned(), skip: rest.skip };
-            self.tell(&message, &rest.partial, Some(socket.as_fd()))?;
+            let mut parts = rest.partial.chunks(PART);
+            let last = parts.next_back().unwrap_or_default();
+            for part in parts {
+                self.tell(&Message::Part, part, None)?;
+            }
+            self.tell(&message, last, Some(socket.as_fd()))?;
         }
         self.tell(&Message::Yours, &[], None)?;
-        self.wait_for(&Message::Taken, TO_START, meanwhile)?;
+        self.wait_for(&Message::Taken, TO_START, meanwhile)
+    }
+
+    /// Leaves it on its own.
+    pub fn release(mut self) {
         self.process = None;
-        Ok(())
+    }
+
+    /// Tells it to stop, once it has taken all, and waits until it has ended; false when it has not in this time.
+    pub fn stop(mut self, within: Duration) -> bool {
+        // It waits for the end of this channel before it serves a signal.
+        let _ = shutdown(&self.channel.0, Shutdown::Both);
+        self.process.take().is_none_or(|process| process.stop(within))
     }
 
     fn tell(&mut self, message: &Message, bytes: &[u8], descriptor: Option<BorrowedFd<'_>>) -> Result<(), Error> {
@@ -372,7 +422,7 @@ impl Predecessor {
 
     /// Waits for the listening sockets.
     pub fn sockets(&mut self) -> io::Result<Inherited> {
-        let mut inherited = Inherited::default();
+        let mut inherited = Inherited::shared();
         loop {
             match self.next()? {
                 Received { message: Message::Socket { name }, descriptor: Some(descriptor), .. } => {
@@ -384,17 +434,27 @@ impl Predecessor {
         }
     }
 
+    /// Says that this process can read the sockets, and waits until it is to.
+    pub fn prepare(&mut self) -> io::Result<()> {
+        self.channel.send(&Message::Prepared, &[], None)?;
+        while self.next()?.message != Message::Read {}
+        Ok(())
+    }
+
     /// Says that the sockets are read here, and waits until all else is left to this process: the open streams, and the
     /// journal.
     pub fn replace(&mut self) -> io::Result<Vec<Passed>> {
         self.channel.send(&Message::Reading, &[], None)?;
         let mut streams = Vec::new();
+        let mut begun = Vec::new();
         loop {
             match self.next()? {
+                Received { message: Message::Part, bytes, .. } => begun.extend(bytes),
                 Received { message: Message::Stream { listener, skip }, bytes, descriptor: Some(descriptor) } => {
+                    let partial = [std::mem::take(&mut begun), bytes].concat();
                     let is = |known: &Listener| known.name() == listener;
                     let Some(listener) = [Listener::Tcp, Listener::Unix].into_iter().find(is) else { continue };
-                    let rest = Rest { partial: bytes, skip };
+                    let rest = Rest { partial, skip };
                     streams.push(Passed { listener, socket: Socket::from(descriptor), rest });
                 }
                 Received { message: Message::Yours, .. } => return Ok(streams),
@@ -403,12 +463,11 @@ impl Predecessor {
         }
     }
 
-    /// Says that all is taken, and waits until the other has ended.
-    pub fn dismiss(self) -> io::Result<()> {
-        self.channel.send(&Message::Taken, &[], None)?;
+    /// Says that all is taken, and waits until the other has let go of this process. One that is gone needs no word.
+    pub fn dismiss(self) {
+        let told = self.channel.send(&Message::Taken, &[], None);
         // It ends with that word, and the channel with it; if it cannot, nothing is to be done about it here.
-        drop(self.channel.receive(TO_TAKE));
-        Ok(())
+        drop(told.and_then(|()| self.channel.receive(TO_TAKE)));
     }
 
     fn next(&mut self) -> io::Result<Received> {

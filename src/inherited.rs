@@ -7,9 +7,9 @@
 //! A socket of a unit says itself where it listens: it stands in the place of what is configured. One that an agent opened
 //! is used where it is bound to a configured address, else closed.
 
-use std::env;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::{env, fs};
 
 use listenfd::ListenFd;
 use socket2::{SockAddr, Socket, Type};
@@ -62,8 +62,8 @@ impl Use {
     }
 }
 
-/// What the names of sockets begin with that an agent opened itself.
-const OWN: &str = "tallyd.";
+/// What the names of sockets begin with that an agent opened itself. No unit's name has such a character.
+const OWN: &str = "tallyd/";
 
 /// A socket, what it is for, and who opened it.
 #[derive(Debug)]
@@ -89,6 +89,8 @@ pub struct Inherited {
     found: Vec<Named>,
     used: Vec<Named>,
     strange: Vec<String>,
+    /// Whether another process reads the same sockets now.
+    is_shared: bool,
 }
 
 impl Inherited {
@@ -106,6 +108,16 @@ impl Inherited {
             }
         }
         inherited
+    }
+
+    /// What another process passes on that still reads it; its sockets are to be added.
+    pub fn shared() -> Self {
+        Self { is_shared: true, ..Self::default() }
+    }
+
+    /// Whether another process reads the same sockets now, so that they must stay as they are.
+    pub fn is_shared(&self) -> bool {
+        self.is_shared
     }
 
     /// What this process used before, to begin again with.
@@ -177,6 +189,19 @@ pub struct Left {
     pub strange: Vec<String>,
 }
 
+impl Left {
+    /// Removes the files of unix sockets that an agent opened: nobody is behind them any more.
+    pub fn remove_files(&self) {
+        for named in self.sockets.iter().filter(|named| !named.is_of_unit) {
+            let address = named.socket.local_addr().ok();
+            if let Some(path) = address.as_ref().and_then(SockAddr::as_pathname) {
+                // One that stays is taken over by whoever binds it next.
+                drop(fs::remove_file(path));
+            }
+        }
+    }
+}
+
 fn take(passed: &mut ListenFd, index: usize) -> Option<Socket> {
     // Each of them refuses what is of another kind, and leaves it there.
     let tcp = passed.take_tcp_listener(index).ok().flatten().map(Socket::from);
@@ -222,8 +247,8 @@ mod tests {
             ("tallyd.socket", udp()), // systemd names a unit's sockets so if it is not told otherwise
             ("lines", tcp()),
             ("api", tcp()),
-            ("tallyd.ingest", tcp()),
-            ("tallyd.unixgram", unixgram()),
+            ("tallyd/ingest", tcp()),
+            ("tallyd/unixgram", unixgram()),
         ];
         for (name, socket) in given {
             inherited.add(name, socket);
@@ -231,15 +256,15 @@ mod tests {
         inherited.add("scrape", udp());
         assert_eq!(inherited.strange, ["scrape"], "HTTP needs a stream");
         let of_units = |inherited: &mut Inherited, r#use| inherited.take_of_units(r#use).unwrap().len();
-        // A unit may be called as an agent calls its own: then the kind decides all the same.
+        assert_eq!(of_units(&mut inherited, Use::Udp), 1);
         assert_eq!(of_units(&mut inherited, Use::Tcp), 1);
         assert_eq!(of_units(&mut inherited, Use::Api), 1);
         assert_eq!(inherited.take_bound(Use::Ingest, |_| true).unwrap().len(), 1);
         assert_eq!(inherited.take_bound(Use::Unixgram, |address| address.as_pathname().is_some()).unwrap().len(), 1);
         let (used, left) = inherited.sort_out();
         let names: Vec<_> = used.iter().map(Named::name).collect();
-        assert_eq!(names, ["tcp", "api", "tallyd.ingest", "tallyd.unixgram"]);
-        assert_eq!(left.sockets.len(), 1);
+        assert_eq!(names, ["udp", "tcp", "api", "tallyd/ingest", "tallyd/unixgram"]);
+        assert!(left.sockets.is_empty());
     }
 
     #[test]

@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 use std::os::fd::AsFd as _;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use super::lookout::Lookout;
 use super::reloads::{Entry, Reloads, settings};
@@ -40,6 +41,9 @@ impl Origin {
         }
     }
 }
+
+/// How long who had the journal may take to let go of it.
+const LET_GO: Duration = Duration::from_secs(5);
 
 /// The part that takes lines and counts them in shards, which keep all of it until there is a ledger.
 struct Front {
@@ -80,18 +84,23 @@ impl Agent {
         exporter: &telemetry::Exporter,
         reloads: &Reloads,
     ) -> Result<Self, Error> {
+        // Of an agent that goes on, something may still be ending.
+        let patience = if matches!(origin, Origin::GoOn(..)) { LET_GO } else { Duration::ZERO };
         let (mut inherited, mut streams, mut predecessor) = origin.open()?;
         let http_sockets = HttpSockets::bind(&config.http, &mut inherited).map_err(Error::Http)?;
         let mut bound = http_sockets.bound();
         let HttpSockets { ingest, api, scrape } = http_sockets;
         // A directory that is in use ends a start before anything is read.
-        let mut journal = if predecessor.is_none() { open_journal(config).map_err(Error::Journal)? } else { None };
+        let mut journal = None;
+        match &mut predecessor {
+            None => journal = open_journal(config, patience).map_err(Error::Journal)?,
+            Some(predecessor) => predecessor.prepare().map_err(Error::HandOver)?,
+        }
         let entry = &reloads.in_force.entry;
-        let mut front = Front::start(config, ingest, entry, &mut inherited)?;
+        let front = Front::start(config, ingest, entry, &mut inherited)?;
         if let Some(predecessor) = &mut predecessor {
-            front.listeners.leave_files(true);
             streams = predecessor.replace().map_err(Error::HandOver)?;
-            journal = open_journal(config).map_err(Error::Journal)?;
+            journal = open_journal(config, LET_GO).map_err(Error::Journal)?;
         }
         let Front { ledger, budget, rejects, workers, deliveries, mut listeners, http_ingest } = front;
         let bells = Arc::new(Bells::default());
@@ -119,15 +128,15 @@ impl Agent {
         let pages = pages(config, view, &workers, &health, reloads, exporter);
         let api = start_api(api, scrape, entry.access.clone(), pages, config, workers.beats().begin("api"))?;
         let forwarder = start_forwarder(config)?;
-        if let Some(predecessor) = predecessor {
-            predecessor.dismiss().map_err(Error::HandOver)?;
-            telemetry::HANDOVERS.counter(&["taken_over"]).increment(1);
-        }
-        // What follows is acknowledged to clients, so nobody else may go on with what was there before.
-        listeners.adopt(streams);
         http_ingest.start(keeping, forwarder)?;
         #[cfg(feature = "kafka")]
         let input = start_input(config, kept, &workers, &bells)?;
+        // Nothing can fail from here on.
+        if let Some(predecessor) = predecessor {
+            predecessor.dismiss();
+            telemetry::HANDOVERS.counter(&["taken_over"]).increment(1);
+        }
+        listeners.adopt(streams);
         for (listener, address) in listeners.bound() {
             bound.entry(listener.name().to_owned()).or_default().push(address.to_string());
         }
@@ -184,6 +193,7 @@ fn settle(inherited: Inherited, listeners: &mut Listeners) -> Vec<Named> {
     }
     let (sockets, left) = inherited.sort_out();
     warn_of(&left);
+    left.remove_files();
     listeners.leave_files(systemd::is_there());
     keep_at_systemd(&sockets, &left);
     sockets

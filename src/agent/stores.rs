@@ -1,7 +1,8 @@
 //! What keeps the figures: the journal, and what brings them to a store that agents share.
 
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::Error;
 use crate::aggregate::shard::SeriesId;
@@ -158,7 +159,8 @@ pub(super) fn keeping(journal: Option<&Arc<Journal>>, running: &Running) -> Resu
     Ok(Keeping { fold: running.fold(), has_journal: receipts.is_some(), receipts: receipts.unwrap_or_default() })
 }
 
-pub(super) fn open_journal(config: &Config) -> Result<Option<Arc<Journal>>, journal::Error> {
+/// Opens the journal, if there is to be one. While another still has it, it is waited for as long as patience lasts.
+pub(super) fn open_journal(config: &Config, patience: Duration) -> Result<Option<Arc<Journal>>, journal::Error> {
     let with_outbox = match config.store.kind {
         Kind::Memory => return Ok(None),
         Kind::Embedded => false,
@@ -167,7 +169,14 @@ pub(super) fn open_journal(config: &Config) -> Result<Option<Arc<Journal>>, jour
         Kind::Redis => true,
     };
     let limits = journal::Limits { receipts: config.limits.http.idempotency_keys, ..config.limits.journal.clone() };
-    let (journal, opened) = Journal::open(&config.state_dir, &config.store.embedded, &limits, with_outbox)?;
+    let open = || Journal::open(&config.state_dir, &config.store.embedded, &limits, with_outbox);
+    let until = Instant::now() + patience;
+    let (journal, opened) = loop {
+        match open() {
+            Err(journal::Error::InUse(_)) if Instant::now() < until => thread::sleep(Duration::from_millis(10)),
+            opened => break opened?,
+        }
+    };
     let Opened { agent, new, damage, totals, batches } = opened;
     tracing::info!(%agent, new, totals, batches, directory = %config.state_dir.display(), "the journal is open");
     if let Some(Damage { moved_to, cause, totals, batches, damaged }) = damage {

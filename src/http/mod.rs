@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use socket2::{SockAddr, SockRef};
+use socket2::{Domain, Protocol, SockAddr, Type};
 use tokio::sync::mpsc;
 
 use crate::flush::Fold;
@@ -272,10 +272,17 @@ fn inherit_or_open(r#use: Use, address: SocketAddr, inherited: &mut Inherited) -
     if let Some(socket) = inherited.take_bound(r#use, is_there)?.into_iter().next() {
         return Ok(socket.into());
     }
-    let listener = TcpListener::bind(address)?;
-    inherited.keep(r#use, &SockRef::from(&listener))?;
-    Ok(listener)
+    let socket = socket2::Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    // As many as wait while one process takes over from another.
+    socket.listen(BACKLOG)?;
+    inherited.keep(r#use, &socket)?;
+    Ok(socket.into())
 }
+
+/// Connections that wait to be accepted; the kernel's own bound is `net.core.somaxconn`.
+const BACKLOG: i32 = 1_024;
 
 /// Whether an address is the loopback of IPv6, and that of IPv4 has the same port.
 fn has_twin(ListenAddress { address, tls }: ListenAddress, addresses: &[String]) -> bool {

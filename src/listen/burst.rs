@@ -487,6 +487,17 @@ pub fn set_gro(socket: BorrowedFd<'_>) -> io::Result<()> {
     set(socket, libc::SOL_UDP, libc::UDP_GRO, 1)
 }
 
+/// Whether a socket may hold trains.
+pub(super) fn has_gro(socket: BorrowedFd<'_>) -> bool {
+    let mut value: c_int = 0;
+    let mut length = size_of::<c_int>() as socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes, the size of `value`, which outlives the call.
+    let answer = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_UDP, libc::UDP_GRO, (&raw mut value).cast(), &raw mut length)
+    };
+    answer == 0 && value != 0
+}
+
 /// Sets a socket's receive buffer beyond `net.core.rmem_max`, for which CAP_NET_ADMIN is needed.
 pub(super) fn force_receive_buffer(socket: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
     set(socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, c_int::try_from(bytes).unwrap_or(c_int::MAX))

@@ -364,6 +364,11 @@ pub enum Warning {
         /// Of the sockets there.
         address: SocketAddr,
     },
+    /// The sockets were another process's, which could not have read trains.
+    GroLater {
+        /// Of the sockets there.
+        address: SocketAddr,
+    },
     /// A built-in address was left out because the host has no IPv6.
     NoIpv6 {
         /// The key in the configuration.
@@ -385,6 +390,10 @@ impl fmt::Display for Warning {
                 f,
                 "listen.udp_gro = true: the kernel does not do so at {address} (Linux 5.0 and later do), \
                  so datagrams are read one by one"
+            ),
+            Self::GroLater { address } => write!(
+                f,
+                "listen.udp_gro = true: it changes at {address} with a restart, not when another process takes over"
             ),
             Self::NoIpv6 { key, address } => {
                 write!(f, "{key}: this host has no IPv6, so nothing listens at {address}")

@@ -82,7 +82,11 @@ pub(super) fn bind(config: &Config, workers: usize, inherited: &mut Inherited) -
         |shared: &Shared| Warning::ReceiveBuffer { address: shared.address, asked, granted: shared.receive_buffer };
     bound.warnings.extend(small.map(warning));
     let single = bound.udp.iter().filter(|shared| config.udp_gro && !shared.gro);
-    bound.warnings.extend(single.map(|shared| Warning::NoGro { address: shared.address }));
+    let warning = |shared: &Shared| match inherited.is_shared() {
+        true => Warning::GroLater { address: shared.address },
+        false => Warning::NoGro { address: shared.address },
+    };
+    bound.warnings.extend(single.map(warning));
     Ok(bound)
 }
 
@@ -94,7 +98,7 @@ fn udp(
 ) -> Result<Vec<Shared>, Error> {
     let of_units = inherited.take_of_units(Use::Udp).map_err(Error::System)?;
     if !of_units.is_empty() {
-        return shared_of_units(of_units, config).map_err(Error::System);
+        return shared_of_units(of_units, config, !inherited.is_shared()).map_err(Error::System);
     }
     let bind = |place| shared(place, workers, config, inherited);
     bind_each("listen.udp", &config.udp, &Config::default().udp, bind, warnings)
@@ -174,7 +178,7 @@ impl Place {
 /// ones all are taken, since each may hold something.
 fn shared(place: Place, workers: usize, config: &Config, inherited: &mut Inherited) -> io::Result<Shared> {
     let sockets = take_first_bound(Use::Udp, place, inherited)?;
-    let mut shared = Shared::of(sockets, place.address, config)?;
+    let mut shared = Shared::of(sockets, place.address, config, !inherited.is_shared())?;
     if shared.sockets.is_empty() && place.address.port() != 0 {
         let probe = socket(place, Type::DGRAM, Protocol::UDP)?;
         probe.bind(&place.address.into())?;
@@ -184,7 +188,7 @@ fn shared(place: Place, workers: usize, config: &Config, inherited: &mut Inherit
         socket.set_reuse_port(true)?;
         set_receive_buffer(&socket, config.receive_buffer)?;
         // Before anything can come.
-        shared.prepare(&socket, config)?;
+        shared.prepare(&socket, config.udp_gro)?;
         socket.bind(&shared.address.into())?;
         shared.address = local(&socket)?;
         inherited.keep(Use::Udp, &socket)?;
@@ -194,7 +198,7 @@ fn shared(place: Place, workers: usize, config: &Config, inherited: &mut Inherit
 }
 
 /// The sockets that units opened, by their addresses.
-fn shared_of_units(sockets: Vec<Socket>, config: &Config) -> io::Result<Vec<Shared>> {
+fn shared_of_units(sockets: Vec<Socket>, config: &Config, are_ours: bool) -> io::Result<Vec<Shared>> {
     let mut by_address: Vec<(SocketAddr, Vec<Socket>)> = Vec::new();
     for socket in sockets {
         let address = local(&socket)?;
@@ -203,12 +207,13 @@ fn shared_of_units(sockets: Vec<Socket>, config: &Config) -> io::Result<Vec<Shar
             None => by_address.push((address, vec![socket])),
         }
     }
-    by_address.into_iter().map(|(address, sockets)| Shared::of(sockets, address, config)).collect()
+    by_address.into_iter().map(|(address, sockets)| Shared::of(sockets, address, config, are_ours)).collect()
 }
 
 impl Shared {
-    /// Sockets that are bound to one address; without any, to the given one.
-    fn of(sockets: Vec<Socket>, address: SocketAddr, config: &Config) -> io::Result<Self> {
+    /// Sockets that are bound to one address; without any, to the given one. Unless they are ours alone another process reads
+    /// them too, which would not know what to do with trains.
+    fn of(sockets: Vec<Socket>, address: SocketAddr, config: &Config, are_ours: bool) -> io::Result<Self> {
         let address = sockets.first().map_or(Ok(address), local)?;
         let mut shared = Self { address, sockets: Vec::new(), receive_buffer: Size(u64::MAX), gro: false };
         for socket in &sockets {
@@ -216,14 +221,15 @@ impl Shared {
             if receive_buffer(socket)? < config.receive_buffer {
                 set_receive_buffer(socket, config.receive_buffer)?;
             }
-            shared.prepare(socket, config)?;
+            shared.prepare(socket, config.udp_gro && are_ours)?;
         }
         Ok(Self { sockets, ..shared })
     }
 
-    /// Lets a socket hold trains if it is to. If one of them does, all are read as if they did.
-    fn prepare(&mut self, socket: &Socket, config: &Config) -> io::Result<()> {
-        self.gro |= config.udp_gro && burst::set_gro(socket.as_fd()).is_ok();
+    /// Lets a socket hold trains if it is to. If one of them does, all are read as if they did; an inherited one that did
+    /// once stays so, since it may hold some.
+    fn prepare(&mut self, socket: &Socket, gro: bool) -> io::Result<()> {
+        self.gro |= burst::has_gro(socket.as_fd()) || gro && burst::set_gro(socket.as_fd()).is_ok();
         self.receive_buffer = self.receive_buffer.min(receive_buffer(socket)?);
         Ok(())
     }

@@ -278,8 +278,7 @@ async fn adopt(mut adopted: mpsc::UnboundedReceiver<Passed>, intake: Rc<Intake>,
             Some(passed) = adopted.recv() => {
                 let listener = passed.listener;
                 match Connection::resume(passed, &intake) {
-                    Ok(Ok(connection)) => drop(connections.spawn_local(connection.run(None, ends.clone()))),
-                    Ok(Err(refusal)) => intake.refused(listener, refusal).await,
+                    Ok(connection) => drop(connections.spawn_local(connection.run(None, ends.clone()))),
                     Err(_) => intake.failed(listener).await,
                 }
             }
@@ -384,17 +383,21 @@ impl Intake {
         if self.connections.get() >= self.limits.connections {
             return Err(Refusal::Connections);
         }
+        let held = |ip| self.by_address.borrow().get(&ip).copied().unwrap_or_default();
+        if source.ip().is_some_and(|ip| held(ip) >= self.limits.connections_per_address) {
+            return Err(Refusal::PerAddress);
+        }
+        Ok(self.seat(source))
+    }
+
+    /// A seat for a connection that has been admitted, here or by another agent.
+    fn seat(self: &Rc<Self>, source: Source) -> Seat {
         if let Some(ip) = source.ip() {
-            let mut by_address = self.by_address.borrow_mut();
-            let count = by_address.entry(ip).or_default();
-            if *count >= self.limits.connections_per_address {
-                return Err(Refusal::PerAddress);
-            }
-            *count += 1;
+            *self.by_address.borrow_mut().entry(ip).or_default() += 1;
         }
         self.connections.set(self.connections.get() + 1);
         self.meters(source.listener).open.increment(1.0);
-        Ok(Seat { intake: Rc::clone(self), source })
+        Seat { intake: Rc::clone(self), source }
     }
 
     async fn refused(&self, listener: Listener, refusal: Refusal) {
@@ -522,6 +525,17 @@ impl Transport {
     }
 
     /// The socket, if it can be left to another agent.
+    /// Who sends by it.
+    fn source(&self, peer: Option<SocketAddr>) -> Source {
+        match self {
+            Self::Tcp(_) => {
+                let address = peer.map(|peer| SocketAddr::new(peer.ip().to_canonical(), peer.port()).into());
+                Source { listener: Listener::Tcp, address }
+            }
+            Self::Unix(stream) => Source { listener: Listener::Unix, address: process(stream) },
+        }
+    }
+
     fn into_socket(self) -> io::Result<Socket> {
         match self {
             Self::Tcp(tls::Stream::Plain(stream)) => stream.into_std().map(Socket::from),
@@ -614,22 +628,15 @@ enum End {
 
 impl Connection {
     fn begin(stream: Transport, peer: Option<SocketAddr>, intake: &Rc<Intake>) -> Result<Self, Refusal> {
-        let (listener, address) = match &stream {
-            Transport::Tcp(_) => {
-                let address = peer.map(|peer| SocketAddr::new(peer.ip().to_canonical(), peer.port()).into());
-                (Listener::Tcp, address)
-            }
-            Transport::Unix(stream) => (Listener::Unix, process(stream)),
-        };
-        let framing = Framing::resume(listener, lines::Rest::default(), intake);
         let descriptor = u64::from(stream.socket().as_raw_fd().unsigned_abs());
-        let seat = intake.admit(Source { listener, address }, descriptor)?;
+        let seat = intake.admit(stream.source(peer), descriptor)?;
+        let framing = Framing::resume(seat.source.listener, lines::Rest::default(), intake);
         let heard = intake.clock.monotonic();
         Ok(Self { stream, framing, heard, begun: None, is_new: true, seat })
     }
 
-    /// Goes on with a stream of another agent.
-    fn resume(passed: Passed, intake: &Rc<Intake>) -> io::Result<Result<Self, Refusal>> {
+    /// Goes on with a stream of another agent, which has admitted it.
+    fn resume(passed: Passed, intake: &Rc<Intake>) -> io::Result<Self> {
         let Passed { listener, socket, rest } = passed;
         socket.set_nonblocking(true)?;
         let peer = socket.peer_addr().ok().and_then(|peer| peer.as_socket());
@@ -639,12 +646,12 @@ impl Connection {
                 Transport::tcp(TcpStream::from_std(socket.into())?)
             }
         };
-        Ok(Self::begin(stream, peer, intake).map(|connection| {
-            let framing = Framing::resume(listener, rest, intake);
-            let begun = framing.is_inside().then_some(connection.heard);
-            // It began with lines: what comes next may be anything.
-            Self { framing, begun, is_new: false, ..connection }
-        }))
+        let seat = intake.seat(stream.source(peer));
+        let framing = Framing::resume(listener, rest, intake);
+        let heard = intake.clock.monotonic();
+        let begun = framing.is_inside().then_some(heard);
+        // It began with lines: what comes next may be anything.
+        Ok(Self { stream, framing, heard, begun, is_new: false, seat })
     }
 
     /// Leaves the stream to another agent.

@@ -132,11 +132,15 @@ impl Place<'_> {
         let there = |other: &SockAddr| other.as_pathname() == Some(self.path);
         let is_there = fs::symlink_metadata(self.path).is_ok_and(|file| file.file_type().is_socket());
         let kept = if is_there { inherited.take_bound(self.r#use, there)? } else { Vec::new() };
-        let socket = match kept.into_iter().next() {
+        let kept = kept.into_iter().next();
+        // Until the start is over somebody else may have the socket, or have it again.
+        let stays = kept.is_some();
+        let socket = match kept {
             Some(socket) => socket,
             None => self.open(address, inherited)?,
         };
-        let file = File::of(self.path)?;
+        let mut file = File::of(self.path)?;
+        file.stay(stays);
         if self.group.is_some() {
             // Before the permissions, so that no other group ever has them.
             chown(self.path, None, self.group)?;

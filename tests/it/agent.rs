@@ -312,6 +312,11 @@ impl Agent {
         self.signal(signal);
         self.wait();
         change(&self.state_dir());
+        self.again()
+    }
+
+    /// The same, of one that has ended.
+    pub fn again(&self) -> Self {
         let settings: Vec<_> = self.settings.iter().map(String::as_str).collect();
         Self::start_in(Arc::clone(&self.state), &settings)
     }

@@ -89,6 +89,10 @@ fn streams_go_on_in_the_middle_of_a_line() {
     let mut agent = Agent::start(&[&settings[0], &settings[1]]);
     let mut tcp = agent.connect();
     let mut skipped = agent.connect();
+    let mut long = UnixStream::connect(&streams).unwrap();
+    // More than one message between the processes holds.
+    long.write_all(&60_000_u32.to_le_bytes()).unwrap();
+    long.write_all(&[b'\n'; 50_000]).unwrap();
     let mut unix = UnixStream::connect(&streams).unwrap();
     tcp.write_all(b"before:1|c\nwho").unwrap();
     skipped.write_all(&[b'x'; 10_000]).unwrap();
@@ -97,12 +101,15 @@ fn streams_go_on_in_the_middle_of_a_line() {
     until("the long line to be refused", || {
         (agent.own("tallyd_lines_rejected_total", "line_too_long") == 1.0).then_some(())
     });
-    until("the streams to be read", || (agent.own("tallyd_received_bytes_total", "unix") >= 8.0).then_some(()));
+    until("the streams to be read", || (agent.own("tallyd_received_bytes_total", "unix") >= 50_012.0).then_some(()));
     agent.hand_over();
     tcp.write_all(b"le:2|c\nagain:3|c\n").unwrap();
     skipped.write_all(b" still the same line\nafter:4|c\n").unwrap();
     unix.write_all(b"et:5|").unwrap();
     unix.write_all(b"c\x06\0\0\0late:6").unwrap();
+    long.write_all(&[b'\n'; 9_992]).unwrap();
+    long.write_all(b"long:8|c").unwrap();
+    agent.wait_for("long", "value", 8);
     agent.wait_for("whole", "value", 2);
     agent.wait_for("again", "value", 3);
     agent.wait_for("after", "value", 4);
@@ -244,6 +251,8 @@ while True:
     head, _, rest = message.partition(b'\\n')
     if b'\"begin\"' in head:
         channel.send(b'{\"message\":\"of a later version\"}\\n')
+        channel.send(b'{\"message\":\"prepared\"}\\n')
+    elif b'\"read\"' in head:
         channel.send(b'{\"message\":\"reading\"}\\n')
     elif b'\"stream\"' in head:
         streams.append((rest, len(passed)))
@@ -252,6 +261,56 @@ while True:
         os._exit(4)
 ";
     goes_on_without(script, "ended with exit status: 4");
+}
+
+#[test]
+fn a_stop_in_the_middle_of_a_hand_over_is_the_successors_too() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, newer) = (directory.path().join("tallyd"), directory.path().join("newer"));
+    std::fs::copy(tallyd().get_program(), &path).unwrap();
+    let mut agent = Agent::start_by(at(&path), &[]);
+    agent.datagram("kept:1|c");
+    agent.wait_for("kept", "value", 1);
+    // The successor is the real one, behind somebody who lets it wait until the first one has been told to stop.
+    let gate = directory.path().join("gate");
+    assert!(Command::new("mkfifo").arg(&gate).status().unwrap().success());
+    let script =
+        format!("#!/bin/sh\nread go <'{}'\nexec '{}' \"$@\"\n", gate.display(), tallyd().get_program().display());
+    std::fs::write(&newer, script).unwrap();
+    std::fs::set_permissions(&newer, Permissions::from_mode(0o755)).unwrap();
+    std::fs::rename(&newer, &path).unwrap();
+    // A request that is not whole holds the first one up in the middle.
+    let mut slow = TcpStream::connect(agent.address("ingest")).unwrap();
+    slow.write_all(b"POST /ingest/metrics HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{").unwrap();
+    agent.signal("USR2");
+    std::fs::write(&gate, "go\n").unwrap();
+    until("the hand-over to begin", || agent.stderr().contains("handing over").then_some(()));
+    agent.datagram("kept:2|c");
+    agent.signal("TERM");
+    assert_eq!(agent.wait().code(), Some(0));
+    let log = agent.stderr();
+    assert!(log.contains("handed over") && log.contains("stopped"), "{log}");
+    // Nobody is left, and what the successor had read is in the journal.
+    assert!(TcpStream::connect(agent.address("api")).is_err());
+    agent.again().wait_for("kept", "value", 3);
+}
+
+#[test]
+fn a_successor_that_cannot_bind_leaves_the_files_of_sockets_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let (one, other) = (directory.path().join("one"), directory.path().join("other"));
+    let _taken = UnixDatagram::bind(&other).unwrap();
+    let agent = Agent::start_with_file(&format!("[listen]\nunixgram = ['{}']\n", one.display()));
+    agent.write_file(&format!("[listen]\nunixgram = ['{}', '{}']\n", one.display(), other.display()));
+    agent.signal("USR2");
+    until("the failure", || agent.stderr().contains("nobody took over").then_some(()));
+    UnixDatagram::unbound().unwrap().send_to(b"still:1|c", &one).unwrap();
+    agent.wait_for("still", "value", 1);
+    // A path that is not configured any more goes with the one that takes over.
+    let mut agent = agent;
+    agent.write_file("");
+    agent.hand_over();
+    assert!(!one.exists() && other.exists());
 }
 
 #[test]
@@ -400,7 +459,7 @@ fn what_systemd_keeps_holds_datagrams_over_a_crash_and_counts_drops_on() {
     let stored = manager.stored();
     let mut names: Vec<_> = stored.iter().map(|(name, _)| name.as_str()).collect();
     names.sort_unstable();
-    let two_workers = ["tallyd.api", "tallyd.ingest", "tallyd.tcp", "tallyd.udp", "tallyd.udp", "tallyd.unixgram"];
+    let two_workers = ["tallyd/api", "tallyd/ingest", "tallyd/tcp", "tallyd/udp", "tallyd/udp", "tallyd/unixgram"];
     assert_eq!(names, two_workers);
     let given: Vec<_> = stored.iter().map(|(name, socket)| (name.as_str(), socket as &dyn AsFd)).collect();
     let udp = agent.address("udp");
