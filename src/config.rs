@@ -338,7 +338,7 @@ keys! {
     "limits.http_connections", Restart, "Connections of the ingest and of the API, each; more are told 503.";
     "limits.request_line", Restart, "Longer is told 414.";
     "limits.headers", Restart, "All header lines together; more is told 431.";
-    "limits.header_time", Restart, "Slower headers are told 408.";
+    "limits.header_time", Restart, "Slower headers are told 408; a slower TLS handshake, of lines too, is given up.";
     "limits.body_time", Restart, "Slower bodies are told 408.";
     "limits.keep_alive", Restart, "Idle connections are closed.";
     "limits.body", Restart, "A body as sent; longer is told 413.";

@@ -30,7 +30,7 @@ pub(super) struct Refused(ArcSwapOption<String>);
 
 impl Refused {
     /// Takes note of a reload, and tells that it is over.
-    pub(super) fn note(&self, outcome: &Result<(), Vec<String>>) {
+    pub(super) fn note<T>(&self, outcome: &Result<T, Vec<String>>) {
         let wrong = outcome.as_ref().err().map(|problems| problems.join("; "));
         let status = match &wrong {
             None => "the configuration was read again".to_owned(),

@@ -93,8 +93,9 @@ impl Reloads {
                 wrong.iter().for_each(|problem| tracing::error!("the configuration is refused: {problem}"));
             };
             let config = reload().inspect_err(refused)?;
+            let keys = changed.config().reload(&config).unwrap_or_default();
             changed.put(config);
-            Ok::<_, Vec<String>>(())
+            Ok::<_, Vec<String>>(keys)
         };
         let refused = Arc::new(Refused::default());
         let noted = Arc::clone(&refused);
@@ -103,9 +104,8 @@ impl Reloads {
                 systemd::reloading();
                 let outcome = obey();
                 noted.note(&outcome);
-                let wrong = outcome.err().unwrap_or_default();
                 // Who asked may have gone.
-                drop(answer.send(wrong));
+                drop(answer.send(outcome));
             }
         };
         thread::Builder::new().name("reload".to_owned()).spawn(serve).map_err(Error::System)?;

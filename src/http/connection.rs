@@ -232,6 +232,7 @@ impl Progress {
         self.moved();
         if self.phase == (Phase::Waiting { first: true }) && tls::is_hello(read) {
             self.is_tls = true;
+            self.refusal = Some(StatusCode::BAD_REQUEST);
             return false;
         }
         let mut head = match self.phase {
@@ -292,6 +293,7 @@ impl Progress {
                 "the request's headers took longer than limits.header_time, {} ms",
                 self.header_time.as_millis()
             ),
+            _ if self.is_tls => "this address speaks no TLS; write http:// before it".to_owned(),
             _ => "this is no request of HTTP/1.1 or HTTP/1.0".to_owned(),
         }
     }

@@ -53,8 +53,8 @@ impl Health {
     }
 }
 
-/// An order to reload; what comes back is empty when the new configuration is in force, else what is wrong with it.
-pub type Reload = oneshot::Sender<Vec<String>>;
+/// An order to reload; what comes back are the keys that changed and are in force, or all that is wrong.
+pub type Reload = oneshot::Sender<Result<Vec<&'static str>, Vec<String>>>;
 
 pub(super) fn ping(on: On) -> Response<Body> {
     let text = match on {
@@ -95,10 +95,11 @@ pub(super) async fn reload(orders: &mpsc::Sender<Reload>) -> Result<Response<Bod
         mpsc::error::TrySendError::Full(_) => Problem::busy("a reload is under way"),
         mpsc::error::TrySendError::Closed(_) => gone(()),
     })?;
-    let wrong = outcome.await.map_err(|_| gone(()))?;
-    if wrong.is_empty() {
-        return Ok(ok(JSON, json!({ "reloaded": true }).to_string()));
+    match outcome.await.map_err(|_| gone(()))? {
+        Ok(changed) => Ok(ok(JSON, json!({ "reloaded": true, "changed": changed }).to_string())),
+        Err(wrong) => {
+            let detail = "the configuration is refused as a whole, and the one before stays in force";
+            Err(Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail).member("errors", wrong))
+        }
     }
-    let detail = "the configuration is refused as a whole, and the one before stays in force";
-    Err(Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail).member("errors", wrong))
 }

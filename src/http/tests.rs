@@ -93,7 +93,8 @@ impl Agent {
             tokio::task::LocalSet::new().block_on(&runtime, async move {
                 let (worker, view, running) = parts();
                 let (reload, mut orders) = mpsc::channel::<Reload>(1);
-                let mut outcomes = [vec![], vec!["flush.interval = 0s".to_owned()]].into_iter().cycle();
+                let mut outcomes =
+                    [Ok(vec!["log.level"]), Err(vec!["flush.interval = 0s".to_owned()])].into_iter().cycle();
                 tokio::task::spawn_local(async move {
                     while let Some(order) = orders.recv().await {
                         order.send(outcomes.next().unwrap()).unwrap();

@@ -143,7 +143,9 @@ fn tokens_are_changed_by_a_reload_together_with_the_rest_or_not_at_all() {
 
     // Both while one follows the other, then the new one alone.
     secret(directory.path(), "read", &format!("{READ}\n{new}\n"));
-    assert_eq!(reload().status, 200);
+    let told = reload();
+    assert_eq!(told.json()["changed"], serde_json::json!(["http.tokens.read_file"]), "{}", told.text());
+    assert!(agent.stderr().contains("http.tokens.read_file"), "the log says the same: {}", agent.stderr());
     assert_eq!((reads(READ), reads(new)), (200, 200));
     secret(directory.path(), "read", new);
     agent.signal("HUP");
