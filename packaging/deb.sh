@@ -29,8 +29,26 @@ deb=$out/tallyd_${version}_$architecture.deb
 symbols=$out/tallyd-dbgsym_${version}_$architecture.deb
 mkdir -p "$out"
 rm -f "$deb" "$symbols"
-cargo deb --quiet --no-build --locked --dbgsym --deb-version "$version" --output "$deb"
-mv "${deb%.deb}.ddeb" "$symbols"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+# What cargo-deb lacks: checksums; the name that Debian 13 has for OpenSSL; and for the symbols the section by which Debian
+# knows such a package, whose documents are those of the other.
+finish() {
+  local files=$work/$3
+  dpkg-deb --raw-extract "$1" "$files"
+  sed -i 's/libssl3 \(([^)]*)\)/libssl3 \1 | libssl3t64 \1/' "$files/DEBIAN/control"
+  if [ "$3" = symbols ]; then
+    sed -i -e 's/^Priority: .*/Priority: optional/' -e 's/^Section: .*/Section: debug/' \
+      -e "s/^Recommends: tallyd/Depends: tallyd/" "$files/DEBIAN/control"
+    mkdir -p "$files/usr/share/doc"
+    ln -s tallyd "$files/usr/share/doc/tallyd-dbgsym"
+  fi
+  (cd "$files" && find usr -type f -print0 | sort -z | xargs -0 md5sum >DEBIAN/md5sums && chmod 644 DEBIAN/md5sums)
+  dpkg-deb --root-owner-group -Zxz -z4 --build "$files" "$2" >/dev/null
+}
+cargo deb --quiet --fast --no-build --locked --dbgsym --deb-version "$version" --output "$work/tallyd.deb" >/dev/null
+finish "$work/tallyd.deb" "$deb" package
+finish "$work/tallyd.ddeb" "$symbols" symbols
 
 # As root lintian warns about itself; what it says of the packages decides.
 lintian --allow-root --fail-on error,warning --pedantic -EI "$deb" "$symbols" >&2

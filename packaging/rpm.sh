@@ -46,8 +46,10 @@ needs=$(rpm -qp --nosignature --requires "${rpm[0]}")
 for part in 'libssl.so.3' 'libc.so.6' systemd; do
   grep -qF -- "$part" <<<"$needs" || wrong "no $part among the requirements:"$'\n'"$needs"
 done
-readelf --sections target/package/tallyd | grep -q '\.debug_' && wrong "the executable has its symbols"
-rpm -qp --nosignature --list "${symbols[0]}" | grep -q '^/usr/lib/debug/.build-id/.*\.debug$' || wrong "no symbols"
+sections=$(readelf --sections --wide target/package/tallyd)
+if grep -qF .debug_info <<<"$sections"; then wrong "the executable has its symbols"; fi
+files=$(rpm -qp --nosignature --qf '[%{FILENAMES} %{FILEMODES:octal} %{FILEUSERNAME} %{FILEFLAGS:fflags}\n]' "${symbols[0]}")
+has '/usr/lib/debug/.build-id/.*\.debug 100644 root '
 if command -v rpmlint >/dev/null 2>&1; then
   rpmlint --strict --config packaging/rpm/rpmlint.toml "${rpm[0]}" >&2
 else

@@ -38,6 +38,9 @@ TEXTS = {
     "Zlib": ("foldhash", "LICENSE"),
 }
 
+# The licence's own text, which Debian has in one place.
+APACHE_TEXT = re.compile(r" *Apache License\n *Version 2\.0.*?END OF TERMS AND CONDITIONS\n", re.DOTALL)
+
 APACHE = """Licensed under the Apache License, Version 2.0; on Debian systems its text stands in
 /usr/share/common-licenses/Apache-2.0."""
 
@@ -142,6 +145,7 @@ def text_of(name, packages):
     if not path or not path.exists():
         sys.exit(f"copyright.py: {crate} has no {file}: name another place for the text of {name} in TEXTS")
     text = path.read_text(encoding="utf-8")
+    text = APACHE_TEXT.sub(lambda _: APACHE + "\n", text)
     # The holders stand with each crate.
     return "\n".join(line for line in text.splitlines() if not HOLDER.match(line) or NO_HOLDER.search(line))
 
@@ -154,7 +158,8 @@ def librdkafka(packages):
     sources = folder(package) / "librdkafka"
     name = f"rdkafka-sys-{package['version']}/librdkafka"
     yield stanza(f"crates/{name}/*", holders(sources), "librdkafka", "The parts and their licences are named in its text.")
-    yield "License: librdkafka\n" + indented((sources / "LICENSES.txt").read_text(encoding="utf-8")) + "\n"
+    text = (sources / "LICENSES.txt").read_text(encoding="utf-8")
+    yield "License: librdkafka\n" + indented(APACHE_TEXT.sub(lambda _: APACHE + "\n", text)) + "\n"
 
 
 def spdx(root, packages):
