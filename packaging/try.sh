@@ -66,8 +66,14 @@ conf=/etc/tallyd/tallyd.toml
 property() { systemctl show -p "$1" --value "${2:-$unit}"; }
 main_pid() { property MainPID; }
 is_active() { [ "$(property ActiveState)" = active ]; }
-# is_another PID: the service is up, as another process.
-is_another() { is_active && [ "$(main_pid)" != 0 ] && [ "$(main_pid)" != "$1" ]; }
+# is_another PID: the service is up, as another process. What it is asked comes in one answer.
+is_another() {
+  local ActiveState MainPID
+  eval "$(systemctl show -p ActiveState -p MainPID $unit)"
+  [ "$ActiveState" = active ] && [ "$MainPID" -gt 1 ] && [ "$MainPID" != "$1" ]
+}
+# send SIGNAL PID: not to ourselves, should there be no process.
+send() { [ "$2" -gt 1 ] && kill "-$1" "$2"; }
 status_has() { grep -Eq -- "$1" <<<"$(property StatusText)"; }
 # value KEY FIELD: of a metric, by the API.
 value() { curl -sf -m 5 "$api/data/metrics/$1" | jq -r ".$2"; }
@@ -246,7 +252,7 @@ WatchdogSec=5'
   is "an agent that works lives under a watchdog of 5 s" "$(main_pid) $(property NRestarts)" "$pid $(property NRestarts)"
   restarts=$(property NRestarts)
   since=$(mark)
-  kill -STOP "$pid"
+  send STOP "$pid"
   becomes "an agent that stands still is started again" 30 is_another "$pid"
   is "by systemd" "$(property NRestarts)" $((restarts + 1))
   becomes "since the watchdog got no sign" 10 was_logged "$since" 'Watchdog timeout|Failed with result .watchdog.'
@@ -290,7 +296,7 @@ try_kill() {
   pid=$(main_pid)
   for _ in 1 2 3 4 5; do durable try.durable 20 || code=$?; done
   is "five requests that are to be durable" "$code" 0
-  kill -9 "$pid"
+  send KILL "$pid"
   becomes "after kill -9 it is started again" 20 is_another "$pid"
   is "what was durable is exact" "$(value try.durable value)" 100
 }
@@ -377,7 +383,9 @@ end_line() { printf '1|c\n' >&9 && exec 9>&-; }
 
 try_upgrade() {
   local pid since edited
-  printf '# an edit of the administrator\n' >>$conf
+  # An edit of the administrator, so that a stream may rest in the middle of a line on a slow machine too.
+  printf '[limits]\npartial_line = "5m"\n' >>$conf
+  systemctl restart $unit
   edited=$(md5sum <$conf)
   pid=$(main_pid)
   since=$(mark)
@@ -422,12 +430,12 @@ WatchdogSec=5'
   sleep 12
   is "the process that took over feeds it" "$(property ActiveState) $(main_pid)" "active $pid"
   since=$(mark)
-  kill -STOP "$pid"
+  send STOP "$pid"
   becomes "and is started again when it stands still" 30 is_another "$pid"
   becomes "by the watchdog" 10 was_logged "$since" 'Watchdog timeout'
   succeeds "SIGUSR2 once more" hand_over
   pid=$(main_pid)
-  kill -9 "$pid"
+  send KILL "$pid"
   becomes "a process that took over is started again after kill -9" 20 is_another "$pid"
   drop_in watchdog
   systemctl restart $unit
