@@ -42,10 +42,10 @@ pub(super) struct Found {
 pub(super) struct Database {
     path: PathBuf,
     cache: usize,
-    /// Held as long as the process lives.
-    _lock: File,
     open: RwLock<Option<redb::Database>>,
     reopened: Mutex<Option<Instant>>,
+    /// Let go of last, when the file is closed.
+    _lock: File,
 }
 
 impl Database {
@@ -75,7 +75,7 @@ impl Database {
         drop(opening);
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(in_dir)?;
         let open = RwLock::new(Some(database));
-        Ok((Self { path, cache, _lock: lock, open, reopened: Mutex::default() }, found))
+        Ok((Self { path, cache, open, reopened: Mutex::default(), _lock: lock }, found))
     }
 
     /// The length of the file in bytes.
