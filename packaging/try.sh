@@ -572,7 +572,7 @@ try_release() {
   boot || { not_ok "systemd could be booted: $(tail -2 "$work/boot.log")" && return; }
   # Bounded, whatever happens inside.
   timeout -k 10 900 nsenter -t "$leader" -m -u -i -n -p -C -- env -i bash /try/try.sh --inside "$release" $parts 2>&1 |
-    tee "$work/$release.log" | grep -v '^counts '
+    tee "$work/$release.log" | grep --line-buffered -v '^counts '
   local counts
   if counts=$(grep '^counts ' "$work/$release.log"); then
     read -r _ p f s <<<"$counts"
