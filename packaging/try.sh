@@ -136,10 +136,11 @@ under_load() {
   wait "$bench" || not_ok "$what: the load ended with $?: $(tail -1 "/run/$name.err")"
   sent=$(jq .lines "/run/$name.json")
   packets=$(jq .packets "/run/$name.json")
+  if [ -z "$sent" ]; then not_ok "$what: there was no load" && return; fi
   until_true 20 is_active
   until_true 10 all_counted "$name" "$sent"
   drops=$(($(kernel_drops) - before))
-  lost=$((sent - $(counted "$name")))
+  lost=$(counted "$name") && lost=$((sent - lost)) || { not_ok "$what: nobody says what was counted" && return; }
   # Full packets have as many lines as fit; a sender's last one may have fewer.
   most=$((drops * (1 + sent / packets * 11 / 10)))
   local figures="$sent lines sent in $packets packets, $lost not counted, $drops packets dropped by the kernel"
@@ -384,7 +385,7 @@ end_line() { printf '1|c\n' >&9 && exec 9>&-; }
 try_upgrade() {
   local pid since edited
   # An edit of the administrator, so that a stream may rest in the middle of a line on a slow machine too.
-  printf '[limits]\npartial_line = "5m"\n' >>$conf
+  sed -i 's/^#partial_line = .*/partial_line = "5m"/' $conf
   systemctl restart $unit
   edited=$(md5sum <$conf)
   pid=$(main_pid)
@@ -571,7 +572,7 @@ try_release() {
   boot || { not_ok "systemd could be booted: $(tail -2 "$work/boot.log")" && return; }
   # Bounded, whatever happens inside.
   timeout -k 10 900 nsenter -t "$leader" -m -u -i -n -p -C -- env -i bash /try/try.sh --inside "$release" $parts 2>&1 |
-    tee "$work/$release.log" | grep -v '^counts '
+    tee "$work/$release.log" | grep --line-buffered -v '^counts '
   local counts
   if counts=$(grep '^counts ' "$work/$release.log"); then
     read -r _ p f s <<<"$counts"
