@@ -667,7 +667,7 @@ impl Loaded {
         let mut notes = Vec::new();
         for (key, access, text) in self.listed() {
             let Ok(at) = text.parse::<ListenAddress>() else { continue };
-            if access == Access::Lines || is_local(at) {
+            if access == Access::Lines || at.is_local() {
                 continue;
             }
             let origin = self.origin(key);
@@ -838,17 +838,15 @@ impl Loaded {
 
     /// Why other machines may not reach an address, if they would.
     fn open_to_all(&self, access: Access, at: ListenAddress) -> Option<String> {
-        let right = access.guarded().filter(|_| !is_local(at) && !self.config.http.insecure)?;
+        let right = access.guarded().filter(|right| self.config.http.is_open(at, *right))?;
         let (key, could) = match right {
             Right::Write => (right.key(), "write"),
             Right::Admin | Right::Read | Right::Open => (right.key(), "delete and reload"),
         };
-        self.config.http.tokens.file(right).is_none().then(|| {
-            format!(
-                "other machines reach it and could {could} without a token; name a file of tokens in {key}, \
-                 take a loopback address or set http.insecure = true"
-            )
-        })
+        Some(format!(
+            "other machines reach it and could {could} without a token; name a file of tokens in {key}, \
+             take a loopback address or set http.insecure = true"
+        ))
     }
 
     /// Unix sockets need absolute paths, each its own.
@@ -889,11 +887,6 @@ impl Loaded {
         let remedy = || format!("the interval ({interval}) must divide the window ({window}), as 1s divides 10s");
         (!divides).then(|| self.wrong(key, &Value::from(value.to_string()), &remedy()))
     }
-}
-
-/// Whether only this machine reaches an address.
-fn is_local(at: ListenAddress) -> bool {
-    at.address.ip().to_canonical().is_loopback()
 }
 
 /// All keys and sections of the table in the order of [`KEYS`], a section by `head`, a key by `line`.

@@ -123,6 +123,11 @@ impl ListenAddress {
         let all = || !configured.is_empty() && configured.iter().all(|at| at.tls);
         Self { address, tls: same.map_or_else(all, |at| at.tls) }
     }
+
+    /// Whether only this machine reaches it.
+    pub fn is_local(self) -> bool {
+        self.address.ip().to_canonical().is_loopback()
+    }
 }
 
 impl fmt::Display for ListenAddress {

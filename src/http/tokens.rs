@@ -77,6 +77,11 @@ impl Right {
 }
 
 impl Config {
+    /// Whether everybody has a right, with a token or without.
+    pub fn is_everybodys(&self, right: Right) -> bool {
+        self.file(right).is_none()
+    }
+
     /// The file of a right, if one is named.
     pub fn file(&self, right: Right) -> Option<&str> {
         let file = match right {

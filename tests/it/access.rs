@@ -634,6 +634,28 @@ fn a_units_socket_speaks_as_its_port_is_configured_and_is_held_to_tokens() {
 }
 
 #[test]
+fn a_reload_takes_no_token_from_a_units_socket_that_others_reach() {
+    let directory = tempfile::tempdir().unwrap();
+    let admin = secret(directory.path(), "admin", ADMIN);
+    let file = directory.path().join("tallyd.toml");
+    let with_token = format!("[http.tokens]\nadmin_file = {admin:?}\n");
+    fs::write(&file, &with_token).unwrap();
+    let public = TcpListener::bind("0.0.0.0:0").unwrap();
+    let mut command = with_sockets(&[("api", &public)]);
+    command.arg("--config").arg(&file);
+    let _agent = Agent::start_by(command, &[]);
+    let to = SocketAddr::from(([127, 0, 0, 1], public.local_addr().unwrap().port()));
+    let reload = |token| ask(to, "POST", "/-/reload", token);
+    assert_eq!(reload(None).status, 401);
+    fs::write(&file, "[log]\nlevel = 'debug'\n").unwrap();
+    let refused = reload(Some(ADMIN));
+    assert!(refused.status == 422 && refused.text().contains("http.tokens.admin_file"), "{}", refused.text());
+    assert_eq!(reload(None).status, 401, "the token is still needed");
+    fs::write(&file, &with_token).unwrap();
+    assert_eq!(reload(Some(ADMIN)).status, 200);
+}
+
+#[test]
 fn a_password_of_redis_may_stand_in_a_file() {
     let server = Server::start(&["--requirepass", "canary-of-redis"]);
     let directory = tempfile::tempdir().unwrap();
