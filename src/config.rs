@@ -244,10 +244,10 @@ keys! {
     "http.hosts", Restart, "Host names by which a loopback listener may be asked, besides localhost and loopback addresses.";
     "http.insecure", Restart, "true: ingest and api may listen beyond loopback without tokens, though whoever reaches them may write.";
 
-    "http.tokens", Now, "Bearer tokens: files, or credential:NAME, with a token of 16 bytes or more a line. \"\": everybody has that right.";
-    "http.tokens.write_file", Now, "May send: POST /ingest/metrics.";
-    "http.tokens.read_file", Now, "May read: /data, /metrics on every listener, /openapi.json.";
-    "http.tokens.admin_file", Now, "May do all, DELETE and POST /-/reload too.";
+    "http.tokens", Now, "Bearer tokens: files, or credential:NAME, with a token of 16 bytes or more a line. With none of them everybody may do all; with any, what has no file of its own is only for admin_file, but for reading.";
+    "http.tokens.write_file", Now, "May send: POST /ingest/metrics. \"\": only admin_file may, or everybody where no file is named.";
+    "http.tokens.read_file", Now, "May read: /data, /metrics on every listener, /openapi.json. \"\": everybody may.";
+    "http.tokens.admin_file", Now, "May do all, DELETE and POST /-/reload too. \"\": nobody may do these, or everybody where no file is named.";
 
     "tls", Now, "Who we are at addresses that begin with tls://. A reload reads the files again.";
     "tls.cert_file", Now, "PEM: our certificate, and those between it and its authority behind it.";
@@ -491,6 +491,15 @@ pub enum Fault {
         /// The exit code for it.
         code: u8,
     },
+    /// A credential is named, and this process has none: the service may.
+    NotPassed {
+        /// The key that names it.
+        key: String,
+        /// The name.
+        value: String,
+        /// The reason and the remedy.
+        remedy: String,
+    },
 }
 
 impl Problem {
@@ -498,9 +507,8 @@ impl Problem {
     pub fn exit_code(&self) -> u8 {
         match &self.fault {
             Fault::File { code, .. } => *code,
-            Fault::Syntax(_) | Fault::Unknown { .. } | Fault::Value { .. } | Fault::Refused(_) | Fault::Argument(_) => {
-                78
-            }
+            Fault::Syntax(_) | Fault::Unknown { .. } | Fault::Value { .. } => 78,
+            Fault::Refused(_) | Fault::Argument(_) | Fault::NotPassed { .. } => 78,
         }
     }
 }
@@ -516,7 +524,9 @@ impl fmt::Display for Problem {
             Fault::Unknown { name, nearest: None } => {
                 write!(f, "unknown key {name:?}; `tallyd check --print-defaults` lists all keys")
             }
-            Fault::Value { key, value, remedy } | Fault::File { key, value, remedy, .. } => {
+            Fault::Value { key, value, remedy }
+            | Fault::File { key, value, remedy, .. }
+            | Fault::NotPassed { key, value, remedy } => {
                 write!(f, "{key} = {value}: {remedy}")
             }
             Fault::Refused(text) => f.write_str(text),
@@ -646,6 +656,13 @@ impl Loaded {
         Problem { origin: self.origin(key), fault }
     }
 
+    /// That the file of a key is a credential, and this process has none.
+    pub fn not_passed(&self, key: &str, remedy: &impl fmt::Display) -> Problem {
+        let value = get(&self.config.tree(), key).map(shown).unwrap_or_default();
+        let fault = Fault::NotPassed { key: key.to_owned(), value, remedy: remedy.to_string() };
+        Problem { origin: self.origin(key), fault }
+    }
+
     /// That a part refuses a value; it names the key itself.
     pub fn refusal(&self, key: &str, error: &impl fmt::Display) -> Problem {
         self.refused(key, error)
@@ -658,7 +675,16 @@ impl Loaded {
         let notes = notes.map(|note| format!("{file}:{}:{}: {note}", note.at.line, note.at.column));
         let expiry = self.config.tls.identity.as_ref().and_then(|identity| identity.warning(SystemTime::now()));
         let expiry = expiry.map(|warning| format!("{}: {warning}", self.origin("tls.cert_file")));
-        notes.chain(expiry).chain(self.exposed()).chain(self.unused_tls()).collect()
+        notes.chain(expiry).chain(self.exposed()).chain(self.shut()).chain(self.unused_tls()).collect()
+    }
+
+    /// Listeners whose purpose nobody has a right to.
+    fn shut(&self) -> Option<String> {
+        let (http, right) = (&self.config.http, Right::Write);
+        (!http.ingest.is_empty() && http.tokens.is_nobodys(right)).then(|| {
+            let (origin, file, admin) = (self.origin("http.ingest"), right.key(), Right::Admin.key());
+            format!("{origin}: http.ingest: nobody may write there; name a file of tokens in {file}, or in {admin}")
+        })
     }
 
     /// Listeners that other machines reach, and what they could see or hear there.

@@ -130,6 +130,21 @@ fn no_token_is_told(agent: &Agent) {
 }
 
 #[test]
+fn naming_one_file_of_tokens_leaves_no_other_change_to_everybody() {
+    let directory = tempfile::tempdir().unwrap();
+    let [write, read, _] = tokens(directory.path()).try_into().unwrap();
+    for (file, post, get) in [(write, 401, 200), (read, 403, 401)] {
+        let agent = Agent::start(&[&file]);
+        let status = |on: &str, method: &str, path: &str| ask(agent.address(on), method, path, None).status;
+        assert_eq!(status("ingest", "POST", "/ingest/metrics"), post, "{file}");
+        assert_eq!(status("api", "GET", "/data/metrics"), get, "{file}");
+        let refused = ask(agent.address("api"), "POST", "/-/reload", Some(WRITE));
+        assert!(refused.status == 403 && refused.text().contains("http.tokens.admin_file"), "{}", refused.text());
+        assert_eq!(status("api", "DELETE", "/data/metrics/none"), 403, "{file}");
+    }
+}
+
+#[test]
 fn tokens_are_changed_by_a_reload_together_with_the_rest_or_not_at_all() {
     let directory = tempfile::tempdir().unwrap();
     let file = secret(directory.path(), "read", &format!("# since May\n{READ}\n"));
@@ -526,11 +541,12 @@ fn other_machines_need_tokens_to_write_or_to_administer() {
     };
     for (settings, code, part) in [
         (&["http.ingest=0.0.0.0:8000"][..], 78, "http.tokens.write_file"),
-        (&["http.ingest=0.0.0.0:8000", &read][..], 78, "http.tokens.write_file"),
+        (&["http.ingest=0.0.0.0:8000", &read][..], 0, "nobody may write there"),
         (&["http.ingest=0.0.0.0:8000", &write][..], 0, "tokens cross the network as they are"),
         (&["http.ingest=tls://[::]:8000", &write, &tls[0], &tls[1]][..], 0, "the configuration is valid"),
         (&["http.ingest=tls://[::]:8000", &write][..], 78, "tls.cert_file"),
-        (&["http.api=0.0.0.0:7000", &write, &read][..], 78, "delete and reload without a token"),
+        (&["http.api=0.0.0.0:7000"][..], 78, "delete and reload without a token"),
+        (&["http.api=0.0.0.0:7000", &write, &read][..], 0, "tokens cross the network"),
         (&["http.api=0.0.0.0:7000", &admin][..], 0, "other machines can read all figures there"),
         (&["http.api=0.0.0.0:7000", &admin, &read][..], 0, "tokens cross the network"),
         (&["http.api=0.0.0.0:7000", "http.insecure=true"][..], 0, "can read all figures"),
