@@ -335,7 +335,7 @@ keys! {
     "limits.stream_idle", Restart, "A stream without a byte for so long is closed.";
     "limits.partial_line", Restart, "A line that is not ended for so long closes its stream.";
     "limits.reserved_fds", Restart, "File descriptors that streams leave for journal, store and UDP.";
-    "limits.http_connections", Restart, "Connections of the ingest and of the API, each; more are told 503.";
+    "limits.http_connections", Restart, "Connections of http.ingest, http.api and http.scrape, each; more are told 503.";
     "limits.request_line", Restart, "Longer is told 414.";
     "limits.headers", Restart, "All header lines together; more is told 431.";
     "limits.header_time", Restart, "Slower headers are told 408; a slower TLS handshake, of lines too, is given up.";

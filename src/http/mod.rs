@@ -119,7 +119,7 @@ pub const HEADER_LINES_MAX: usize = 64;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Limits {
-    /// Connections of one server, the ingest or the API; more are told 503.
+    /// Connections of the ingest, of the API and of scrapes, each; more are told 503.
     pub http_connections: usize,
     /// Method, target and version; longer is told 414.
     pub request_line: Size,

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwap;
 use hyper::StatusCode;
-use hyper::header::{AUTHORIZATION, HeaderMap, HeaderValue, WWW_AUTHENTICATE};
+use hyper::header::{AUTHORIZATION, CONNECTION, HeaderMap, HeaderValue, WWW_AUTHENTICATE};
 use ring::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize};
 use subtle::{Choice, ConstantTimeEq as _};
@@ -314,7 +314,11 @@ impl Denial {
                 (StatusCode::FORBIDDEN, String::new(), detail)
             }
         };
-        let problem = Problem::new(status, detail).member("reason", self.name());
+        let mut problem = Problem::new(status, detail).member("reason", self.name());
+        if status == StatusCode::UNAUTHORIZED {
+            // Who has no right here holds no connection either.
+            problem = problem.header(CONNECTION, HeaderValue::from_static("close"));
+        }
         match HeaderValue::from_str(&challenge) {
             // No token would help.
             Ok(challenge) if challenge.is_empty() => problem,
@@ -356,6 +360,11 @@ impl Guard {
     /// Lets the counters of a listener stand at 0 before they first count.
     pub(super) fn begin(listener: &str) {
         telemetry::HTTP_DENIED.begin(Denial::ALL.map(|denial| [listener, denial.name()]));
+    }
+
+    /// Whether a request with these headers has a right. It is not counted.
+    pub(super) fn allows(&self, right: Right, headers: &HeaderMap) -> bool {
+        self.tokens.load().judge(right, headers).is_ok()
     }
 
     pub(super) fn check(&self, asking: Asking<'_>) -> Result<(), Problem> {

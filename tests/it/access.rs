@@ -105,6 +105,7 @@ fn check_route(agent: &Agent, on: &str, method: &str, path: &str, security: &Val
         denied += 1;
         assert_eq!(answer.status, expected, "{method} {path} {token:?}: {}", answer.text());
         assert_eq!(answer.header("content-type"), Some("application/problem+json"));
+        assert_eq!(answer.header("connection"), (expected == 401).then_some("close"));
         let challenge = answer.header("www-authenticate").unwrap();
         assert!(challenge.starts_with("Bearer realm=\"tallyd\""), "{challenge}");
         assert_eq!(answer.json()["status"], expected);
@@ -669,6 +670,33 @@ fn a_reload_takes_no_token_from_a_units_socket_that_others_reach() {
     assert_eq!(reload(None).status, 401, "the token is still needed");
     fs::write(&file, &with_token).unwrap();
     assert_eq!(reload(Some(ADMIN)).status, 200);
+}
+
+#[test]
+fn beyond_loopback_the_state_of_the_agent_is_for_who_may_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let public = TcpListener::bind("0.0.0.0:0").unwrap();
+    let _agent = Agent::start_by(with_sockets(&[("api", &public)]), &words(&tokens(directory.path())));
+    let to = SocketAddr::from(([127, 0, 0, 1], public.local_addr().unwrap().port()));
+    let keys = |token| {
+        let answer = until("the agent to be ready", || {
+            let answer = ask(to, "GET", "/-/ready", token);
+            (answer.status == 200).then_some(answer)
+        });
+        answer.json().as_object().unwrap().len()
+    };
+    assert_eq!([keys(None), keys(Some(WRITE)), keys(Some(READ)), keys(Some(ADMIN))], [1, 1, 4, 4]);
+}
+
+#[test]
+fn connections_of_one_purpose_shut_out_no_other() {
+    let agent = Agent::start(&["http.scrape=127.0.0.1:0", "limits.http_connections=1"]);
+    let scrapers = [(); 2].map(|()| TcpStream::connect(agent.address("scrape")).unwrap());
+    until("the scrape to be full", || {
+        (agent.own("tallyd_connections_refused_total", "listener=\"scrape\"") > 0.0).then_some(())
+    });
+    assert_eq!(agent.get("/-/healthy").status, 200);
+    drop(scrapers);
 }
 
 #[test]
