@@ -10,12 +10,17 @@ patience=180
 
 property() { systemctl show --property="$1" --value "$unit"; }
 
-# As the unit runs it.
-check() (
-  set -a
-  if [ -r /etc/default/tallyd ]; then . /etc/default/tallyd; fi
-  exec /usr/bin/tallyd check --config /etc/tallyd/tallyd.toml
-)
+# As the unit runs it: by its user, who may read and write other things than root, in its environment, as systemd reads
+# that, and with the same directories. Its credentials it alone has; what is one is not looked at.
+check() {
+  systemd-run --quiet --wait --pipe --collect \
+    -p "User=$(property User)" -p "Group=$(property Group)" \
+    -p "SupplementaryGroups=$(property SupplementaryGroups)" \
+    -p StateDirectory=tallyd -p StateDirectoryMode=0700 -p ProtectSystem=strict \
+    -p "ReadWritePaths=-/run/tallyd $(property ReadWritePaths)" \
+    -p EnvironmentFile=-/etc/default/tallyd \
+    /usr/bin/tallyd check --config /etc/tallyd/tallyd.toml </dev/null
+}
 
 [ -d /run/systemd/system ] || exit 0
 # The administrator's policy, as every package's restart heeds it: 101 forbids it.

@@ -26,7 +26,7 @@ use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
-use crate::config::Config;
+use crate::config::{Config, Level, Loaded};
 use crate::flush::{self, Running};
 use crate::handover::{self, Predecessor, Program, Successor};
 use crate::http::{self, Health};
@@ -111,17 +111,21 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 /// Runs an agent until SIGTERM or SIGINT, or until another has taken over. `reload` reads the configuration again, on SIGHUP
-/// and `POST /-/reload`; its error is what is wrong with it.
+/// and `POST /-/reload`; its error is what is wrong with it. `set_level` sets the log's level, once a new one is in force.
 ///
 /// # Errors
 /// When a part cannot start.
-pub fn run(config: &Config, reload: impl FnMut() -> Result<Config, Vec<String>> + Send + 'static) -> Result<(), Error> {
+pub fn run(
+    config: &Config,
+    reload: impl FnMut() -> Result<Loaded, Vec<String>> + Send + 'static,
+    set_level: impl Fn(Level) + Send + 'static,
+) -> Result<(), Error> {
     let program = Program::of_this_process(systemd::is_there()).map_err(Error::System)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::System)?;
     let mut signals = Signals::of(&runtime).map_err(Error::System)?;
     let exporter = telemetry::install().map_err(Error::Telemetry)?;
     telemetry::HANDOVERS.begin([["taken_over"], ["failed"]]);
-    let reloads = Reloads::serve(config, reload)?;
+    let reloads = Reloads::serve(config, reload, set_level)?;
     let mut origin = Origin::of_this_process().map_err(Error::System)?;
     loop {
         let config = reloads.in_force.config();

@@ -244,10 +244,10 @@ keys! {
     "http.hosts", Restart, "Host names by which a loopback listener may be asked, besides localhost and loopback addresses.";
     "http.insecure", Restart, "true: ingest and api may listen beyond loopback without tokens, though whoever reaches them may write.";
 
-    "http.tokens", Now, "Bearer tokens: files, or credential:NAME, with a token of 16 bytes or more a line. \"\": everybody has that right.";
-    "http.tokens.write_file", Now, "May send: POST /ingest/metrics.";
-    "http.tokens.read_file", Now, "May read: /data, /metrics on every listener, /openapi.json.";
-    "http.tokens.admin_file", Now, "May do all, DELETE and POST /-/reload too.";
+    "http.tokens", Now, "Bearer tokens: files, or credential:NAME, with a token of 16 bytes or more a line. With none of them everybody may do all; with any, what has no file of its own is only for admin_file, but for reading.";
+    "http.tokens.write_file", Now, "May send: POST /ingest/metrics. \"\": only admin_file may, or everybody where no file is named.";
+    "http.tokens.read_file", Now, "May read: /data, /metrics on every listener, /openapi.json. \"\": everybody may.";
+    "http.tokens.admin_file", Now, "May do all, DELETE and POST /-/reload too. \"\": nobody may do these, or everybody where no file is named.";
 
     "tls", Now, "Who we are at addresses that begin with tls://. A reload reads the files again.";
     "tls.cert_file", Now, "PEM: our certificate, and those between it and its authority behind it.";
@@ -335,7 +335,7 @@ keys! {
     "limits.stream_idle", Restart, "A stream without a byte for so long is closed.";
     "limits.partial_line", Restart, "A line that is not ended for so long closes its stream.";
     "limits.reserved_fds", Restart, "File descriptors that streams leave for journal, store and UDP.";
-    "limits.http_connections", Restart, "Connections of the ingest and of the API, each; more are told 503.";
+    "limits.http_connections", Restart, "Connections of http.ingest, http.api and http.scrape, each; more are told 503.";
     "limits.request_line", Restart, "Longer is told 414.";
     "limits.headers", Restart, "All header lines together; more is told 431.";
     "limits.header_time", Restart, "Slower headers are told 408; a slower TLS handshake, of lines too, is given up.";
@@ -491,6 +491,15 @@ pub enum Fault {
         /// The exit code for it.
         code: u8,
     },
+    /// A credential is named, and this process has none: the service may.
+    NotPassed {
+        /// The key that names it.
+        key: String,
+        /// The name.
+        value: String,
+        /// The reason and the remedy.
+        remedy: String,
+    },
 }
 
 impl Problem {
@@ -498,9 +507,8 @@ impl Problem {
     pub fn exit_code(&self) -> u8 {
         match &self.fault {
             Fault::File { code, .. } => *code,
-            Fault::Syntax(_) | Fault::Unknown { .. } | Fault::Value { .. } | Fault::Refused(_) | Fault::Argument(_) => {
-                78
-            }
+            Fault::Syntax(_) | Fault::Unknown { .. } | Fault::Value { .. } => 78,
+            Fault::Refused(_) | Fault::Argument(_) | Fault::NotPassed { .. } => 78,
         }
     }
 }
@@ -516,7 +524,9 @@ impl fmt::Display for Problem {
             Fault::Unknown { name, nearest: None } => {
                 write!(f, "unknown key {name:?}; `tallyd check --print-defaults` lists all keys")
             }
-            Fault::Value { key, value, remedy } | Fault::File { key, value, remedy, .. } => {
+            Fault::Value { key, value, remedy }
+            | Fault::File { key, value, remedy, .. }
+            | Fault::NotPassed { key, value, remedy } => {
                 write!(f, "{key} = {value}: {remedy}")
             }
             Fault::Refused(text) => f.write_str(text),
@@ -646,6 +656,13 @@ impl Loaded {
         Problem { origin: self.origin(key), fault }
     }
 
+    /// That the file of a key is a credential, and this process has none.
+    pub fn not_passed(&self, key: &str, remedy: &impl fmt::Display) -> Problem {
+        let value = get(&self.config.tree(), key).map(shown).unwrap_or_default();
+        let fault = Fault::NotPassed { key: key.to_owned(), value, remedy: remedy.to_string() };
+        Problem { origin: self.origin(key), fault }
+    }
+
     /// That a part refuses a value; it names the key itself.
     pub fn refusal(&self, key: &str, error: &impl fmt::Display) -> Problem {
         self.refused(key, error)
@@ -658,7 +675,16 @@ impl Loaded {
         let notes = notes.map(|note| format!("{file}:{}:{}: {note}", note.at.line, note.at.column));
         let expiry = self.config.tls.identity.as_ref().and_then(|identity| identity.warning(SystemTime::now()));
         let expiry = expiry.map(|warning| format!("{}: {warning}", self.origin("tls.cert_file")));
-        notes.chain(expiry).chain(self.exposed()).chain(self.unused_tls()).collect()
+        notes.chain(expiry).chain(self.exposed()).chain(self.shut()).chain(self.unused_tls()).collect()
+    }
+
+    /// Listeners whose purpose nobody has a right to.
+    fn shut(&self) -> Option<String> {
+        let (http, right) = (&self.config.http, Right::Write);
+        (!http.ingest.is_empty() && http.tokens.is_nobodys(right)).then(|| {
+            let (origin, file, admin) = (self.origin("http.ingest"), right.key(), Right::Admin.key());
+            format!("{origin}: http.ingest: nobody may write there; name a file of tokens in {file}, or in {admin}")
+        })
     }
 
     /// Listeners that other machines reach, and what they could see or hear there.
@@ -667,7 +693,7 @@ impl Loaded {
         let mut notes = Vec::new();
         for (key, access, text) in self.listed() {
             let Ok(at) = text.parse::<ListenAddress>() else { continue };
-            if access == Access::Lines || is_local(at) {
+            if access == Access::Lines || at.is_local() {
                 continue;
             }
             let origin = self.origin(key);
@@ -838,17 +864,15 @@ impl Loaded {
 
     /// Why other machines may not reach an address, if they would.
     fn open_to_all(&self, access: Access, at: ListenAddress) -> Option<String> {
-        let right = access.guarded().filter(|_| !is_local(at) && !self.config.http.insecure)?;
+        let right = access.guarded().filter(|right| self.config.http.is_open(at, *right))?;
         let (key, could) = match right {
             Right::Write => (right.key(), "write"),
             Right::Admin | Right::Read | Right::Open => (right.key(), "delete and reload"),
         };
-        self.config.http.tokens.file(right).is_none().then(|| {
-            format!(
-                "other machines reach it and could {could} without a token; name a file of tokens in {key}, \
-                 take a loopback address or set http.insecure = true"
-            )
-        })
+        Some(format!(
+            "other machines reach it and could {could} without a token; name a file of tokens in {key}, \
+             take a loopback address or set http.insecure = true"
+        ))
     }
 
     /// Unix sockets need absolute paths, each its own.
@@ -889,11 +913,6 @@ impl Loaded {
         let remedy = || format!("the interval ({interval}) must divide the window ({window}), as 1s divides 10s");
         (!divides).then(|| self.wrong(key, &Value::from(value.to_string()), &remedy()))
     }
-}
-
-/// Whether only this machine reaches an address.
-fn is_local(at: ListenAddress) -> bool {
-    at.address.ip().to_canonical().is_loopback()
 }
 
 /// All keys and sections of the table in the order of [`KEYS`], a section by `head`, a key by `line`.

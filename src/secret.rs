@@ -121,6 +121,11 @@ fn locate_in(name: &str, directory: Option<PathBuf>) -> Result<PathBuf, Error> {
     Ok(directory.ok_or(Error::NoCredentials)?.join(credential))
 }
 
+/// Whether a name is a credential's, and this process was passed none.
+pub fn is_not_passed(name: &str) -> bool {
+    matches!(locate(name), Err(Error::NoCredentials))
+}
+
 /// What a file of secrets holds.
 ///
 /// # Errors

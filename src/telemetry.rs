@@ -108,7 +108,7 @@ table! {
     JOURNAL_EXPIRED = "tallyd_journal_expired_total", Counter, [], "Totals deleted from the journal because they were idle for too long, or longest when it was past its limit.";
     HTTP_REQUESTS = "tallyd_http_requests_total", Counter, ["listener", "route", "code"], "HTTP requests answered.";
     HTTP_SECONDS = "tallyd_http_request_seconds", Seconds, ["route"], "Time from the request's headers to the answer's headers.";
-    HTTP_DENIED = "tallyd_http_denied_total", Counter, ["listener", "reason"], "Requests told 401 or 403 for their token; missing: there was none, malformed: no bearer token, unknown: nobody has it, not_allowed: it has other rights.";
+    HTTP_DENIED = "tallyd_http_denied_total", Counter, ["listener", "reason"], "Requests told 401 or 403 for their token; missing: there was none, malformed: no bearer token, unknown: nobody has it, not_allowed: it has other rights, nobodys: no token has this right.";
     IDEMPOTENCY_FORGOTTEN = "tallyd_idempotency_keys_forgotten_total", Counter, [], "Idempotency-Keys forgotten before their day was over because limits.idempotency_keys or 32 MiB were reached; what is sent again under one counts again.";
     SCRAPE_SECONDS = "tallyd_scrape_seconds", Seconds, [], "Time to write one scrape.";
     CONFLICTS = "tallyd_scrape_conflicts", Gauge, [], "Series renamed in the last scrape, or added to others, because their names would collide.";

@@ -80,8 +80,8 @@ pub enum Error {
     Alone,
     /// A file can't be read.
     Read(Which, io::Error),
-    /// The key's file can't be used as a secret.
-    Secret(secret::Error),
+    /// A file can't be used as a secret, or is no credential that there is.
+    Secret(Which, secret::Error),
     /// No certificate, or no key, stands in the file.
     Pem(Which),
     /// The key is another certificate's.
@@ -94,9 +94,10 @@ impl Error {
     /// The file that is wrong.
     pub const fn which(&self) -> Which {
         match self {
-            Self::Half(which) | Self::Read(which, _) | Self::Pem(which) | Self::Refused(which, _) => *which,
+            Self::Half(which) | Self::Read(which, _) | Self::Pem(which) => *which,
+            Self::Secret(which, _) | Self::Refused(which, _) => *which,
             Self::Alone => Which::ClientCa,
-            Self::Secret(_) | Self::Mismatch => Which::Key,
+            Self::Mismatch => Which::Key,
         }
     }
 
@@ -106,7 +107,7 @@ impl Error {
             Self::Read(_, error) if error.kind() == ErrorKind::NotFound => 66,
             Self::Read(_, error) if error.kind() == ErrorKind::PermissionDenied => 77,
             Self::Read(..) => 74,
-            Self::Secret(error) => error.exit_code(),
+            Self::Secret(_, error) => error.exit_code(),
             Self::Half(_) | Self::Alone | Self::Pem(_) | Self::Mismatch | Self::Refused(..) => 78,
         }
     }
@@ -119,7 +120,7 @@ impl fmt::Display for Error {
             Self::Alone => f.write_str("does nothing without tls.cert_file and tls.key_file; name these too"),
             Self::Read(_, error) if error.kind() == ErrorKind::NotFound => write!(f, "{error}; name an existing file"),
             Self::Read(_, error) => write!(f, "{error}; make it readable for this user, or name another"),
-            Self::Secret(error) => error.fmt(f),
+            Self::Secret(_, error) => error.fmt(f),
             Self::Pem(Which::Key) => f.write_str("no private key in PEM; name a file that has one, without a password"),
             Self::Pem(Which::Certificate | Which::ClientCa) => {
                 f.write_str("no certificate in PEM; name a file that has one")
@@ -172,8 +173,11 @@ impl Identity {
             (false, false, _) => {}
         }
         let cert = read(Which::Certificate, cert_file)?;
-        let key = secret::read(key_file).map_err(Error::Secret)?;
         let client_ca = if client_ca_file.is_empty() { None } else { Some(read(Which::ClientCa, client_ca_file)?) };
+        // The key last: a check has not got it where it is a credential, and looks at all else.
+        certificates(Which::Certificate, &cert)?;
+        client_ca.as_deref().map(|pem| certificates(Which::ClientCa, pem)).transpose()?;
+        let key = secret::read(key_file).map_err(|error| Error::Secret(Which::Key, error))?;
         Self::new(&cert, key.reveal().as_bytes(), client_ca.as_deref()).map(Some)
     }
 
@@ -230,7 +234,7 @@ fn unusable(error: &rustls::Error) -> Error {
 }
 
 fn read(which: Which, name: &str) -> Result<Vec<u8>, Error> {
-    let path = secret::locate(name).map_err(|error| Error::Refused(which, error.to_string()))?;
+    let path = secret::locate(name).map_err(|error| Error::Secret(which, error))?;
     fs::read(path).map_err(|error| Error::Read(which, error))
 }
 
@@ -564,6 +568,6 @@ mod tests {
         assert!(matches!(read(&no_cert).unwrap_err(), Error::Pem(Which::Certificate)));
         let public = config(directory.path(), &cert, &key);
         fs::set_permissions(&public.key_file, fs::Permissions::from_mode(0o644)).unwrap();
-        assert!(matches!(read(&public).unwrap_err(), Error::Secret(secret::Error::Public(0o644))));
+        assert!(matches!(read(&public).unwrap_err(), Error::Secret(Which::Key, secret::Error::Public(0o644))));
     }
 }

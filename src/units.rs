@@ -115,13 +115,21 @@ impl FromStr for ListenAddress {
 }
 
 impl ListenAddress {
-    /// How a socket speaks that somebody else opened at an address: as the configured one with its port does, or, where
-    /// there is none, as all that are configured do together.
+    /// How a socket speaks that somebody else opened at an address: as the configured one with its port does. Where there is
+    /// none, it speaks TLS if all that are configured do; if other machines reach it, if any does, so that nobody's words
+    /// cross the network by an oversight.
     pub fn of_unit(address: SocketAddr, configured: &[String]) -> Self {
         let configured: Vec<Self> = configured.iter().filter_map(|text| text.parse().ok()).collect();
         let same = configured.iter().find(|at| at.address.port() == address.port());
-        let all = || !configured.is_empty() && configured.iter().all(|at| at.tls);
-        Self { address, tls: same.map_or_else(all, |at| at.tls) }
+        let any = configured.iter().any(|at| at.tls);
+        let is_public = !Self { address, tls: false }.is_local();
+        let otherwise = || any && (is_public || configured.iter().all(|at| at.tls));
+        Self { address, tls: same.map_or_else(otherwise, |at| at.tls) }
+    }
+
+    /// Whether only this machine reaches it.
+    pub fn is_local(self) -> bool {
+        self.address.ip().to_canonical().is_loopback()
     }
 }
 
@@ -285,13 +293,17 @@ mod tests {
 
     #[test]
     fn a_socket_of_a_unit_speaks_as_the_configured_address_of_its_port() {
-        let address: SocketAddr = "0.0.0.0:7443".parse().unwrap();
-        let tls = |configured: &[&str]| {
+        let tls = |address: &str, configured: &[&str]| {
             let configured: Vec<_> = configured.iter().map(|text| (*text).to_owned()).collect();
-            ListenAddress::of_unit(address, &configured).tls
+            ListenAddress::of_unit(address.parse().unwrap(), &configured).tls
         };
-        assert!(tls(&["127.0.0.1:1", "tls://[::]:7443"]) && tls(&["tls://[::]:1"]));
-        assert!(!tls(&["tls://[::]:1", "[::]:7443"]) && !tls(&["tls://[::]:1", "[::]:2"]) && !tls(&[]));
+        for at in ["0.0.0.0:7443", "127.0.0.1:7443", "[::1]:7443"] {
+            assert!(tls(at, &["127.0.0.1:1", "tls://[::]:7443"]) && tls(at, &["tls://[::]:1"]), "{at}");
+            assert!(!tls(at, &["tls://[::]:1", "[::]:7443"]) && !tls(at, &["[::]:1"]) && !tls(at, &[]), "{at}");
+        }
+        assert!(
+            tls("0.0.0.0:7443", &["tls://[::]:1", "[::]:2"]) && !tls("127.0.0.1:7443", &["tls://[::]:1", "[::]:2"])
+        );
     }
 
     #[test]

@@ -17,13 +17,12 @@ use crate::config::Config;
 use crate::heartbeat::Beat;
 use crate::http::forward::{Forward, Forwarder};
 use crate::http::tokens::Right;
-use crate::http::{self, Access, Api, Keeping};
+use crate::http::{self, Access, Api, Guarded, Keeping};
 use crate::ingest::{Worker, Workers};
 use crate::inherited::{Inherited, Use};
 #[cfg(feature = "kafka")]
 use crate::kafka::NotStarted;
 use crate::listen::{self, Listeners};
-use crate::units::ListenAddress;
 
 /// The listening sockets of all HTTP servers, bound before anything else starts, since that is what goes wrong first.
 pub(super) struct HttpSockets {
@@ -35,10 +34,19 @@ pub(super) struct HttpSockets {
 impl HttpSockets {
     pub(super) fn bind(config: &http::Config, inherited: &mut Inherited) -> Result<Self, http::Error> {
         Ok(Self {
-            ingest: guarded(Use::Ingest, http::bind(Use::Ingest, &config.ingest, inherited)?, config, Right::Write)?,
-            api: guarded(Use::Api, http::bind(Use::Api, &config.api, inherited)?, config, Right::Admin)?,
+            ingest: http::bind(Use::Ingest, &config.ingest, inherited)?,
+            api: http::bind(Use::Api, &config.api, inherited)?,
             scrape: http::bind(Use::Scrape, &config.scrape, inherited)?,
         })
+    }
+
+    /// Those where one could do what needs a token.
+    pub(super) fn guarded(&self) -> Vec<Guarded> {
+        let of = |r#use: Use, sockets: &[http::Socket], right| {
+            let addresses = sockets.iter().filter_map(http::Socket::address);
+            addresses.map(|address| Guarded { key: r#use.name(), address, right }).collect::<Vec<_>>()
+        };
+        [of(Use::Ingest, &self.ingest, Right::Write), of(Use::Api, &self.api, Right::Admin)].concat()
     }
 
     pub(super) fn bound(&self) -> BTreeMap<String, Vec<String>> {
@@ -48,22 +56,6 @@ impl HttpSockets {
         [("ingest", &self.ingest), ("api", &self.api), ("scrape", &self.scrape)]
             .map(|(name, sockets)| (name.to_owned(), of(sockets)))
             .into()
-    }
-}
-
-/// The sockets, unless other machines reach one without the token that this takes. The configuration is held to that
-/// before; what units opened shows only here.
-fn guarded(
-    r#use: Use,
-    sockets: Vec<http::Socket>,
-    config: &http::Config,
-    right: Right,
-) -> Result<Vec<http::Socket>, http::Error> {
-    let is_open = config.tokens.file(right).is_none() && !config.insecure;
-    let reached = |address: &ListenAddress| !address.address.ip().to_canonical().is_loopback();
-    match sockets.iter().filter_map(http::Socket::address).find(reached) {
-        Some(address) if is_open => Err(http::Error::Open { key: r#use.name(), address, right }),
-        Some(_) | None => Ok(sockets),
     }
 }
 

@@ -89,6 +89,7 @@ impl Agent {
         let (mut inherited, mut streams, mut predecessor) = origin.open()?;
         let http_sockets = HttpSockets::bind(&config.http, &mut inherited).map_err(Error::Http)?;
         let mut bound = http_sockets.bound();
+        reloads.in_force.listen(http_sockets.guarded()).map_err(Error::Http)?;
         let HttpSockets { ingest, api, scrape } = http_sockets;
         // A directory that is in use ends a start before anything is read.
         let mut journal = None;

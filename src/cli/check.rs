@@ -26,11 +26,11 @@ pub fn run(args: &Args, out: &mut impl Write) -> Result<(), Failure> {
         write!(out, "{}", Config::defaults())?;
         return Ok(());
     }
-    let loaded = args.layers.load()?;
+    let (loaded, unseen) = args.layers.load_for_check()?;
     if args.print {
         write!(out, "{}", loaded.print())?;
     } else {
-        loaded.notes().iter().try_for_each(|note| writeln!(out, "{note}"))?;
+        loaded.notes().iter().chain(&unseen).try_for_each(|note| writeln!(out, "{note}"))?;
         writeln!(out, "the configuration is valid")?;
     }
     Ok(())

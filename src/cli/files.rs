@@ -10,19 +10,55 @@ use std::path::{Path, PathBuf};
 use nix::unistd::{AccessFlags, access};
 
 use super::{Code, cannot_read};
-use crate::config::{Kind, Loaded, Origin, Problem};
-use crate::http::tokens::Tokens;
+use crate::config::{Fault, Kind, Loaded, Origin, Problem};
+use crate::http::tokens::{self, Right, Tokens};
 use crate::mapping;
 use crate::secret;
-use crate::tls::Identity;
+use crate::store::redis;
+use crate::tls::{self, Identity};
 
 /// Reads them all.
 pub(super) fn read(loaded: &mut Loaded) -> Result<(), Vec<Problem>> {
+    let problems = problems(loaded);
+    if problems.is_empty() { Ok(()) } else { Err(problems) }
+}
+
+/// Reads all that a check has. Credentials are passed to the service's own process alone, not to its ExecReload= nor to a
+/// shell, so what a check cannot look at is noted.
+pub(super) fn look(loaded: &mut Loaded) -> Result<Vec<String>, Vec<Problem>> {
+    let mut notes = Vec::new();
+    let mut problems = problems(loaded);
+    problems.retain(|problem| match &problem.fault {
+        Fault::NotPassed { key, value, .. } => {
+            let why = "not looked at, because credentials are passed to the service alone";
+            notes.push(format!("{}: {key} = {value}: {why}", problem.origin));
+            false
+        }
+        Fault::Syntax(_) | Fault::Unknown { .. } | Fault::Value { .. } | Fault::Refused(_) => true,
+        Fault::Argument(_) | Fault::File { .. } => true,
+    });
+    if problems.is_empty() { Ok(notes) } else { Err(problems) }
+}
+
+fn problems(loaded: &mut Loaded) -> Vec<Problem> {
     let mut problems = Vec::new();
     for step in [read_mapping, read_passwords, read_tokens, read_identity, check_parts, check_paths] {
         problems.extend(step(loaded).err().into_iter().flatten());
     }
-    if problems.is_empty() { Ok(()) } else { Err(problems) }
+    problems
+}
+
+/// That a file of secrets can't be used.
+fn unusable(loaded: &Loaded, key: &str, error: &secret::Error) -> Problem {
+    match error {
+        secret::Error::NoCredentials => loaded.not_passed(key, error),
+        secret::Error::CredentialName
+        | secret::Error::NoCredential
+        | secret::Error::Read(_)
+        | secret::Error::TooLong
+        | secret::Error::Public(_)
+        | secret::Error::Empty => loaded.file_problem(key, error.exit_code(), error),
+    }
 }
 
 /// Reads the file that `mapping.file` names, if it names one.
@@ -53,7 +89,7 @@ fn read_at_most(name: &str, bytes: u64) -> io::Result<String> {
 fn read_passwords(loaded: &mut Loaded) -> Result<(), Vec<Problem>> {
     let read = |key: &str, name: &str| match name {
         "" => Ok(None),
-        name => secret::password(name).map(Some).map_err(|error| loaded.file_problem(key, error.exit_code(), &error)),
+        name => secret::password(name).map(Some).map_err(|error| unusable(loaded, key, &error)),
     };
     let kafka = read("kafka.password_file", &loaded.config.kafka.password_file);
     let redis = match loaded.config.store.kind {
@@ -80,8 +116,11 @@ fn read_tokens(loaded: &mut Loaded) -> Result<(), Vec<Problem>> {
             Ok(())
         }
         Err(wrong) => {
-            let problem = |(right, error): &(crate::http::tokens::Right, crate::http::tokens::Error)| {
-                loaded.file_problem(right.key(), error.exit_code(), error)
+            let problem = |(right, error): &(Right, tokens::Error)| match error {
+                tokens::Error::File(error) => unusable(loaded, right.key(), error),
+                tokens::Error::Short(_) | tokens::Error::Character(_) | tokens::Error::None => {
+                    loaded.file_problem(right.key(), error.exit_code(), error)
+                }
             };
             Err(wrong.iter().map(problem).collect())
         }
@@ -95,6 +134,7 @@ fn read_identity(loaded: &mut Loaded) -> Result<(), Vec<Problem>> {
             loaded.config.tls.identity = identity;
             Ok(())
         }
+        Err(tls::Error::Secret(which, error)) => Err(vec![unusable(loaded, which.key(), &error)]),
         Err(error) => Err(vec![loaded.file_problem(error.which().key(), error.exit_code(), &error)]),
     }
 }
@@ -108,7 +148,15 @@ fn check_parts(loaded: &mut Loaded) -> Result<(), Vec<Problem>> {
         #[cfg(feature = "kafka")]
         Kind::Kafka => None,
     };
-    let redis = redis.map(|error| loaded.file_problem(error.key(), error.exit_code(), &error));
+    let redis = redis.map(|error| {
+        let is_not_passed = |file| secret::is_not_passed(config.store.redis.file(file));
+        if let redis::Error::Credential(file) = error
+            && is_not_passed(file)
+        {
+            return loaded.not_passed(error.key(), &error);
+        }
+        loaded.file_problem(error.key(), error.exit_code(), &error)
+    });
     let accounts = config.listen.check_accounts().err();
     let accounts = accounts.map(|error| loaded.refusal(error.key().unwrap_or_default(), &error));
     let problems: Vec<_> = redis.into_iter().chain(accounts).chain(check_kafka(loaded)).collect();

@@ -86,6 +86,13 @@ impl Layers {
         Ok(loaded)
     }
 
+    /// Reads as much of it as a check can; the other thing is what it could not look at.
+    pub fn load_for_check(&self) -> Result<(Loaded, Vec<String>), Failure> {
+        let mut loaded = self.merge()?;
+        let notes = files::look(&mut loaded).map_err(Failure::Configuration)?;
+        Ok((loaded, notes))
+    }
+
     /// The same without the files of secrets and what else concerns listeners and stores: what a line needs.
     pub fn load_for_lines(&self) -> Result<Loaded, Failure> {
         let mut loaded = self.merge()?;

@@ -231,7 +231,10 @@ impl Site for Data {
             Endpoint::Scrape => self.scrape(request.headers()).await,
             Endpoint::Ping => Ok(health::ping(Self::ON)),
             Endpoint::Healthy => Ok(health::healthy()),
-            Endpoint::Ready => Ok(health::ready(&self.api.health, self.api.view.unready(), self.tls.warning())),
+            Endpoint::Ready => {
+                let (others, warning) = (self.api.view.unready(), self.tls.warning());
+                Ok(health::ready(&self.api.health, others, warning, asked.may_read))
+            }
             Endpoint::Reload => health::reload(&self.api.reload).await,
             Endpoint::OpenApi => Ok(ok(JSON, OPENAPI)),
             Endpoint::Samples => Err(Problem::new(StatusCode::NOT_FOUND, "this stands on the ingest listeners")),

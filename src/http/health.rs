@@ -69,18 +69,23 @@ pub(super) fn healthy() -> Response<Body> {
     ok(JSON, json!({ "healthy": true, "reasons": [] }).to_string())
 }
 
-/// `others` are the reasons that are not the agent's own; warnings are what will become one, and make nothing red.
+/// `others` are the reasons that are not the agent's own; warnings are what will become one, and make nothing red. Without
+/// details only whether it is ready is said.
 pub(super) fn ready(
     health: &Health,
     others: Vec<String>,
     warnings: impl IntoIterator<Item = String>,
+    details: bool,
 ) -> Response<Body> {
     let warnings: Vec<String> = warnings.into_iter().collect();
     let reasons: Vec<String> = health.reasons().chain(health.stalled()).chain(others).collect();
     let ready = reasons.is_empty();
-    let text = json!({ "ready": ready, "reasons": reasons, "warnings": warnings, "addresses": health.bound.get() })
-        .to_string();
-    let mut response = ok(JSON, text);
+    let answer = if details {
+        json!({ "ready": ready, "reasons": reasons, "warnings": warnings, "addresses": health.bound.get() })
+    } else {
+        json!({ "ready": ready })
+    };
+    let mut response = ok(JSON, answer.to_string());
     if !ready {
         *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
     }

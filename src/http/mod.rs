@@ -82,6 +82,36 @@ impl Default for Config {
     }
 }
 
+impl Config {
+    /// Whether other machines reach an address and have a right there that they need no token for. Nothing listens so: what
+    /// is configured is held to this, and so is what is bound, at the start and at each reload.
+    pub fn is_open(&self, at: ListenAddress, right: tokens::Right) -> bool {
+        !at.is_local() && !self.insecure && self.tokens.is_everybodys(right)
+    }
+
+    /// Whether bound sockets may stay with this configuration.
+    ///
+    /// # Errors
+    /// The first that other machines reach without the token for what they could do there.
+    pub fn admit(&self, bound: &[Guarded]) -> Result<(), Error> {
+        match bound.iter().find(|socket| self.is_open(socket.address, socket.right)) {
+            Some(&Guarded { key, address, right }) => Err(Error::Open { key, address, right }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A bound socket, and what one could do there that needs a token where other machines reach it.
+#[derive(Debug, Clone, Copy)]
+pub struct Guarded {
+    /// The configuration key, without `http.`.
+    pub key: &'static str,
+    /// Where it is.
+    pub address: ListenAddress,
+    /// What one could do.
+    pub right: tokens::Right,
+}
+
 /// Lines of headers in one request. Not configurable: no client of ours has a reason to send more.
 pub const HEADER_LINES_MAX: usize = 64;
 
@@ -89,7 +119,7 @@ pub const HEADER_LINES_MAX: usize = 64;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Limits {
-    /// Connections of one server, the ingest or the API; more are told 503.
+    /// Connections of the ingest, of the API and of scrapes, each; more are told 503.
     pub http_connections: usize,
     /// Method, target and version; longer is told 414.
     pub request_line: Size,
@@ -156,7 +186,7 @@ pub enum Error {
         /// What the kernel said.
         error: io::Error,
     },
-    /// A unit's socket that other machines reach, without a token for what they could do.
+    /// A bound socket that other machines reach, without a token for what they could do.
     Open {
         /// The configuration key.
         key: &'static str,
@@ -208,8 +238,8 @@ impl fmt::Display for Error {
             }
             Self::Open { key, address, right } => write!(
                 f,
-                "http.{key}: a unit opened {address}, which other machines reach without a token; name a file of tokens in {}, \
-                 or let the unit listen on a loopback address",
+                "http.{key}: it listens at {address}, which other machines reach without a token; name a file of tokens in {}, \
+                 or let it (a unit's socket: the unit) listen on a loopback address",
                 right.key()
             ),
             Self::Register(error) => write!(f, "http: a listener can't be watched: {error}"),

@@ -199,6 +199,8 @@ pub(super) struct Asked {
     /// What stands for `{key}`, as sent.
     pub(super) rest: String,
     pub(super) peer: SocketAddr,
+    /// Whether the peer may see more than that the agent is there: it is on this host, or has the right to read.
+    pub(super) may_read: bool,
 }
 
 /// A set of listeners with one purpose.
@@ -217,7 +219,6 @@ pub struct Server {
     access: Access,
     gate: Gate,
     limits: Rc<Limits>,
-    connections: Arc<Semaphore>,
     stop: watch::Sender<bool>,
     listeners: JoinSet<()>,
 }
@@ -234,7 +235,6 @@ impl Server {
             access,
             gate: Gate { hosts: config.hosts.iter().map(|host| host.to_ascii_lowercase()).collect() },
             limits: Rc::new(limits.clone()),
-            connections: Arc::new(Semaphore::new(limits.http_connections.min(Semaphore::MAX_PERMITS))),
             stop: watch::Sender::new(false),
             listeners: JoinSet::new(),
         }
@@ -243,6 +243,8 @@ impl Server {
     pub(super) fn listen<S: Site>(&mut self, sockets: Vec<Socket>, site: &Rc<S>) -> Result<(), Error> {
         Guard::begin(S::ON.label());
         tls::Acceptor::begin(S::ON.label());
+        // Each purpose has its own: who may only scrape shuts nobody out of the API.
+        let connections = Arc::new(Semaphore::new(self.limits.http_connections.min(Semaphore::MAX_PERMITS)));
         for Socket { listener, tls } in sockets {
             listener.set_nonblocking(true).map_err(Error::Register)?;
             let listener = TcpListener::from_std(listener).map_err(Error::Register)?;
@@ -254,7 +256,7 @@ impl Server {
                 limits: Rc::clone(&self.limits),
                 loopback: listener.local_addr().is_ok_and(|address| is_loopback(address.ip())),
             });
-            let connections = Arc::clone(&self.connections);
+            let connections = Arc::clone(&connections);
             self.listeners.spawn_local(accept(listener, door, connections, self.stop.subscribe()));
         }
         Ok(())
@@ -384,8 +386,9 @@ impl<S: Site> Door<S> {
         let found = find(S::ON, request.uri().path());
         let template = found.map_or("other", |(route, _)| route.template);
         let passed = self.pass(peer, &request, found);
+        let may_read = self.loopback || self.guard.allows(Right::Read, request.headers());
         let answered = match passed {
-            Ok(Passed::To(endpoint, rest)) => self.site.answer(Asked { endpoint, rest, peer }, request).await,
+            Ok(Passed::To(endpoint, rest)) => self.site.answer(Asked { endpoint, rest, peer, may_read }, request).await,
             Ok(Passed::Answered(response)) => Ok(response),
             Err(problem) => Err(problem),
         };

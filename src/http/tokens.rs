@@ -1,7 +1,9 @@
 //! Who may ask for what: bearer tokens out of files, and the judgement of a request by them.
 //!
-//! Each right has a file with a token a line, several at once while one follows another. Where no file is named, whoever
-//! reaches a listener has that right. A token of `admin_file` has every right; none of the others has another's.
+//! Each right has a file with a token a line, several at once while one follows another. A token of `admin_file` has every
+//! right; none of the others has another's. Where no file is named at all, whoever reaches a listener has every right. Once
+//! one is, to write and to administer without a file of its own is the administrator's alone, and nobody's without
+//! `admin_file`; to read is everybody's until `read_file` is named.
 //!
 //! Of a token only its SHA-256 is kept. A request's token is compared by its digest with every one there is, in a time that
 //! depends on none of them. Tokens stand in no log and no answer. A denied request is counted in
@@ -13,7 +15,7 @@ use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwap;
 use hyper::StatusCode;
-use hyper::header::{AUTHORIZATION, HeaderMap, HeaderValue, WWW_AUTHENTICATE};
+use hyper::header::{AUTHORIZATION, CONNECTION, HeaderMap, HeaderValue, WWW_AUTHENTICATE};
 use ring::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize};
 use subtle::{Choice, ConstantTimeEq as _};
@@ -27,7 +29,7 @@ use crate::telemetry;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Config {
-    /// Tokens that may send samples; if empty, everybody may.
+    /// Tokens that may send samples.
     pub write_file: String,
     /// Tokens that may read and scrape.
     pub read_file: String,
@@ -76,7 +78,29 @@ impl Right {
     }
 }
 
+/// Whether everybody has a right, with a token or without, where those of [`Right::GIVEN`] have files or not.
+fn is_everybodys(right: Right, have_files: [bool; 3]) -> bool {
+    let [_, read, _] = have_files;
+    match right {
+        Right::Open => true,
+        // Who guards writes did not ask for figures to be hidden.
+        Right::Read => !read,
+        // But who guards anything would not let everybody delete.
+        Right::Write | Right::Admin => have_files == [false; 3],
+    }
+}
+
 impl Config {
+    /// Whether everybody has a right, with a token or without.
+    pub fn is_everybodys(&self, right: Right) -> bool {
+        is_everybodys(right, Right::GIVEN.map(|right| self.file(right).is_some()))
+    }
+
+    /// Whether nobody has a right.
+    pub fn is_nobodys(&self, right: Right) -> bool {
+        !self.is_everybodys(right) && self.file(right).is_none() && self.file(Right::Admin).is_none()
+    }
+
     /// The file of a right, if one is named.
     pub fn file(&self, right: Right) -> Option<&str> {
         let file = match right {
@@ -168,7 +192,7 @@ impl Tokens {
         if wrong.is_empty() { Ok(tokens) } else { Err(wrong) }
     }
 
-    /// What stands for the tokens of a right; nothing where it needs none.
+    /// What stands for the tokens of a right; nothing where it has no file.
     pub fn of(&self, right: Right) -> Option<&[[u8; 32]]> {
         let [write, read, admin] = &self.0;
         match right {
@@ -181,8 +205,11 @@ impl Tokens {
 
     /// Whether a request with these headers has a right.
     fn judge(&self, right: Right, headers: &HeaderMap) -> Result<(), Denial> {
-        if self.of(right).is_none() {
+        if is_everybodys(right, self.0.each_ref().map(Option::is_some)) {
             return Ok(());
+        }
+        if self.of(right).or(self.of(Right::Admin)).is_none() {
+            return Err(Denial::Nobodys);
         }
         let digest = digest_of(bearer(headers)?);
         // All are compared, whichever is the one.
@@ -242,10 +269,12 @@ enum Denial {
     Unknown,
     /// The token has other rights.
     NotAllowed,
+    /// No token has this right, since no file is named for it.
+    Nobodys,
 }
 
 impl Denial {
-    const ALL: [Self; 4] = [Self::Missing, Self::Malformed, Self::Unknown, Self::NotAllowed];
+    const ALL: [Self; 5] = [Self::Missing, Self::Malformed, Self::Unknown, Self::NotAllowed, Self::Nobodys];
 
     const fn name(self) -> &'static str {
         match self {
@@ -253,6 +282,7 @@ impl Denial {
             Self::Malformed => "malformed",
             Self::Unknown => "unknown",
             Self::NotAllowed => "not_allowed",
+            Self::Nobodys => "nobodys",
         }
     }
 
@@ -277,9 +307,21 @@ impl Denial {
                 let challenge = format!("Bearer realm=\"tallyd\", error=\"insufficient_scope\", scope=\"{name}\"");
                 (StatusCode::FORBIDDEN, challenge, format!("this token has not the right to {name}"))
             }
+            Self::Nobodys => {
+                let admin = Right::Admin.key();
+                let other = if right == Right::Admin { String::new() } else { format!(", or in {admin}") };
+                let detail = format!("nobody has the right to {name}; name a file of tokens in {}{other}", right.key());
+                (StatusCode::FORBIDDEN, String::new(), detail)
+            }
         };
-        let problem = Problem::new(status, detail).member("reason", self.name());
+        let mut problem = Problem::new(status, detail).member("reason", self.name());
+        if status == StatusCode::UNAUTHORIZED {
+            // Who has no right here holds no connection either.
+            problem = problem.header(CONNECTION, HeaderValue::from_static("close"));
+        }
         match HeaderValue::from_str(&challenge) {
+            // No token would help.
+            Ok(challenge) if challenge.is_empty() => problem,
             Ok(challenge) => problem.header(WWW_AUTHENTICATE, challenge),
             Err(_) => problem,
         }
@@ -306,7 +348,7 @@ pub(super) struct Asking<'a> {
 impl Guard {
     /// With the tokens of a configuration; so many denials of a reason are logged in a second.
     pub fn new(config: &Config, per_second: u32) -> Self {
-        let log = Log { per_second, second: 0, noted: [0; 4], suppressed: [0; 4] };
+        let log = Log { per_second, second: 0, noted: [0; Denial::ALL.len()], suppressed: [0; Denial::ALL.len()] };
         Self { tokens: Arc::new(ArcSwap::from_pointee(config.tokens.clone())), log: Arc::new(Mutex::new(log)) }
     }
 
@@ -318,6 +360,11 @@ impl Guard {
     /// Lets the counters of a listener stand at 0 before they first count.
     pub(super) fn begin(listener: &str) {
         telemetry::HTTP_DENIED.begin(Denial::ALL.map(|denial| [listener, denial.name()]));
+    }
+
+    /// Whether a request with these headers has a right. It is not counted.
+    pub(super) fn allows(&self, right: Right, headers: &HeaderMap) -> bool {
+        self.tokens.load().judge(right, headers).is_ok()
     }
 
     pub(super) fn check(&self, asking: Asking<'_>) -> Result<(), Problem> {
@@ -416,12 +463,30 @@ mod tests {
     }
 
     #[test]
-    fn a_right_without_a_file_is_everybodys() {
-        let tokens = tokens([None, Some(READ), None]);
-        assert_eq!(tokens.judge(Right::Write, &HeaderMap::new()), Ok(()));
-        assert_eq!(tokens.judge(Right::Admin, &headers("Bearer nonsense")), Ok(()));
-        assert_eq!(tokens.judge(Right::Open, &HeaderMap::new()), Ok(()));
-        assert_eq!(tokens.judge(Right::Read, &HeaderMap::new()), Err(Denial::Missing));
+    fn rights_without_a_file_are_everybodys_only_while_none_has_one() {
+        let judge = |texts, right, headers: &HeaderMap| tokens(texts).judge(right, headers);
+        let nothing = HeaderMap::new();
+        for right in Right::GIVEN {
+            assert_eq!(judge([None; 3], right, &nothing), Ok(()));
+        }
+        // To read is everybody's until it has a file.
+        for texts in [[Some(WRITE), None, None], [None, None, Some(ADMIN)]] {
+            assert_eq!(judge(texts, Right::Read, &nothing), Ok(()));
+            assert_eq!(judge(texts, Right::Open, &nothing), Ok(()));
+        }
+        for (texts, right) in [
+            ([Some(WRITE), None, None], Right::Admin),
+            ([None, Some(READ), None], Right::Admin),
+            ([None, Some(READ), None], Right::Write),
+            ([Some(WRITE), Some(READ), None], Right::Admin),
+        ] {
+            for headers in [&nothing, &headers(&format!("Bearer {READ}")), &headers("Bearer nonsense")] {
+                assert_eq!(judge(texts, right, headers), Err(Denial::Nobodys), "{texts:?} {right:?}");
+            }
+        }
+        let for_admin = [None, None, Some(ADMIN)];
+        assert_eq!(judge(for_admin, Right::Write, &nothing), Err(Denial::Missing));
+        assert_eq!(judge(for_admin, Right::Write, &headers(&format!("Bearer {ADMIN}"))), Ok(()));
     }
 
     #[test]
@@ -442,10 +507,10 @@ mod tests {
 
     #[test]
     fn of_many_denials_a_few_are_logged() {
-        let mut log = Log { per_second: 2, second: 0, noted: [0; 4], suppressed: [0; 4] };
+        let mut log = Log { per_second: 2, second: 0, noted: [0; 5], suppressed: [0; 5] };
         let taken = (0..5).filter(|_| log.takes(Denial::Unknown, 7)).count();
-        assert_eq!((taken, log.suppressed), (2, [0, 0, 3, 0]));
+        assert_eq!((taken, log.suppressed), (2, [0, 0, 3, 0, 0]));
         assert!(log.takes(Denial::Missing, 7) && log.takes(Denial::Unknown, 8));
-        assert_eq!(log.suppressed, [0; 4]);
+        assert_eq!(log.suppressed, [0; 5]);
     }
 }

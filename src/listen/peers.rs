@@ -1,7 +1,11 @@
 //! Whose processes may send by unix sockets: names of users and groups into numbers, and the judgement of a peer by them.
 //!
-//! The kernel says who a peer is (SO_PEERCRED of a stream, SCM_CREDENTIALS with a datagram), so nobody can pretend to be
-//! another. Names are looked up once, at the start.
+//! The kernel says who a peer is: of a stream who connected it (SO_PEERCRED), whoever writes to it afterwards; of a datagram
+//! whom its sender names (SCM_CREDENTIALS), which may be another user only with CAP_SETUID, and another process only with
+//! CAP_SYS_ADMIN. So who could become one of these users anyway can pretend to be. Users of a namespace that has no number
+//! here are all 65534, mostly called nobody: they may send where that is named.
+//!
+//! Names are looked up once, at the start.
 
 use std::sync::Arc;
 
@@ -87,5 +91,7 @@ mod tests {
         let some = Peers([5, 7].into());
         assert!(some.admit(process(5)) && some.admit(process(7)));
         assert!(!some.admit(process(6)) && !some.admit(None));
+        // Who has no number here is one of those that are named only where this is.
+        assert!(!some.admit(process(65_534)) && Peers([65_534].into()).admit(process(65_534)));
     }
 }

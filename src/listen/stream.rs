@@ -278,7 +278,8 @@ async fn adopt(mut adopted: mpsc::UnboundedReceiver<Passed>, intake: Rc<Intake>,
             Some(passed) = adopted.recv() => {
                 let listener = passed.listener;
                 match Connection::resume(passed, &intake) {
-                    Ok(connection) => drop(connections.spawn_local(connection.run(None, ends.clone()))),
+                    Ok(Err(refusal)) => intake.refused(listener, refusal).await,
+                    Ok(Ok(connection)) => drop(connections.spawn_local(connection.run(None, ends.clone()))),
                     Err(_) => intake.failed(listener).await,
                 }
             }
@@ -372,10 +373,7 @@ impl Intake {
     /// A seat for a connection of this source, if there is one. The kernel numbers descriptors from below, so a
     /// connection's own says how many there are.
     fn admit(self: &Rc<Self>, source: Source, descriptor: u64) -> Result<Seat, Refusal> {
-        if source.listener == Listener::Unix && !self.peers.admit(source.address) {
-            self.worker.borrow_mut().refuse(Reason::PeerDenied, b"", source);
-            return Err(Refusal::Peer);
-        }
+        self.admit_peer(source)?;
         let reserved = self.limits.reserved_fds.min(self.descriptors_max / 2);
         if descriptor >= self.descriptors_max - reserved {
             return Err(Refusal::Descriptors);
@@ -388,6 +386,15 @@ impl Intake {
             return Err(Refusal::PerAddress);
         }
         Ok(self.seat(source))
+    }
+
+    /// Refuses a process whose user may not send.
+    fn admit_peer(&self, source: Source) -> Result<(), Refusal> {
+        if source.listener == Listener::Unix && !self.peers.admit(source.address) {
+            self.worker.borrow_mut().refuse(Reason::PeerDenied, b"", source);
+            return Err(Refusal::Peer);
+        }
+        Ok(())
     }
 
     /// A seat for a connection that has been admitted, here or by another agent.
@@ -524,7 +531,6 @@ impl Transport {
         }
     }
 
-    /// The socket, if it can be left to another agent.
     /// Who sends by it.
     fn source(&self, peer: Option<SocketAddr>) -> Source {
         match self {
@@ -536,6 +542,7 @@ impl Transport {
         }
     }
 
+    /// The socket, if it can be left to another agent.
     fn into_socket(self) -> io::Result<Socket> {
         match self {
             Self::Tcp(tls::Stream::Plain(stream)) => stream.into_std().map(Socket::from),
@@ -635,8 +642,10 @@ impl Connection {
         Ok(Self { stream, framing, heard, begun: None, is_new: true, seat })
     }
 
-    /// Goes on with a stream of another agent, which has admitted it.
-    fn resume(passed: Passed, intake: &Rc<Intake>) -> io::Result<Self> {
+    /// Goes on with a stream of another agent, which has admitted it. No limit of number ends it here, but its user may be one
+    /// that this configuration does not let send. A plain stream of an address that speaks TLS by now goes on as it is: what
+    /// it sent is there already, and its peer cannot change over within a connection.
+    fn resume(passed: Passed, intake: &Rc<Intake>) -> io::Result<Result<Self, Refusal>> {
         let Passed { listener, socket, rest } = passed;
         socket.set_nonblocking(true)?;
         let peer = socket.peer_addr().ok().and_then(|peer| peer.as_socket());
@@ -646,12 +655,16 @@ impl Connection {
                 Transport::tcp(TcpStream::from_std(socket.into())?)
             }
         };
-        let seat = intake.seat(stream.source(peer));
+        let source = stream.source(peer);
+        if let Err(refusal) = intake.admit_peer(source) {
+            return Ok(Err(refusal));
+        }
+        let seat = intake.seat(source);
         let framing = Framing::resume(listener, rest, intake);
         let heard = intake.clock.monotonic();
         let begun = framing.is_inside().then_some(heard);
         // It began with lines: what comes next may be anything.
-        Ok(Self { stream, framing, heard, begun, is_new: false, seat })
+        Ok(Ok(Self { stream, framing, heard, begun, is_new: false, seat }))
     }
 
     /// Leaves the stream to another agent.
@@ -826,6 +839,24 @@ mod tests {
         let intake = Rc::new(Intake { descriptors_max: 64, ..self::intake(Limits::default()) });
         assert!(intake.admit(ip, 31).is_ok());
         assert_eq!(intake.admit(ip, 32).err(), Some(Refusal::Descriptors));
+    }
+
+    #[test]
+    fn a_stream_of_another_agent_is_held_to_the_users_that_may_send_here() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let _inside = runtime.enter();
+        let own = nix::unistd::Uid::effective().as_raw();
+        let resume = |uid: u32| {
+            let unix_uids = vec![crate::units::Account(uid.to_string())];
+            let peers = Peers::new(&super::super::Config { unix_uids, ..Default::default() }).unwrap();
+            let limits = Limits { connections: 0, ..Limits::default() };
+            let intake = Rc::new(Intake { peers, ..intake(limits) });
+            let (socket, _peer) = Socket::pair(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
+            let passed = Passed { listener: Listener::Unix, socket, rest: lines::Rest::default() };
+            Connection::resume(passed, &intake).unwrap().map(|_| intake.connections.get())
+        };
+        // Its seat has gone with it.
+        assert_eq!((resume(own), resume(own + 1)), (Ok(0), Err(Refusal::Peer)));
     }
 
     #[test]

@@ -232,11 +232,12 @@ fn read_burst(inlet: &Inlet, listener: Listener, burst: &mut Burst, worker: &mut
             counts.datagrams += 1;
             counts.bytes += datagram.bytes.len() as u64;
             let source = Source { listener, address: datagram.source };
-            if datagram.truncated {
-                counts.truncated += 1;
-                worker.truncated(datagram.bytes.len(), source);
-            } else if !inlet.peers.admit(datagram.source) {
+            counts.truncated += u64::from(datagram.truncated);
+            // First who it is: of a process that may not send, nothing else has an effect.
+            if !inlet.peers.admit(datagram.source) {
                 worker.deny(datagram.bytes, source);
+            } else if datagram.truncated {
+                worker.truncated(datagram.bytes.len(), source);
             } else {
                 worker.datagram(datagram.bytes, source);
             }

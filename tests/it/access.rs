@@ -105,6 +105,7 @@ fn check_route(agent: &Agent, on: &str, method: &str, path: &str, security: &Val
         denied += 1;
         assert_eq!(answer.status, expected, "{method} {path} {token:?}: {}", answer.text());
         assert_eq!(answer.header("content-type"), Some("application/problem+json"));
+        assert_eq!(answer.header("connection"), (expected == 401).then_some("close"));
         let challenge = answer.header("www-authenticate").unwrap();
         assert!(challenge.starts_with("Bearer realm=\"tallyd\""), "{challenge}");
         assert_eq!(answer.json()["status"], expected);
@@ -126,6 +127,21 @@ fn no_token_is_told(agent: &Agent) {
     for text in [arguments, String::from_utf8_lossy(&environment).into_owned(), ready, agent.stderr()] {
         assert!(!text.contains("canary"), "{text}");
         assert!(!text.contains("nobody-has-this-token"), "{text}");
+    }
+}
+
+#[test]
+fn naming_one_file_of_tokens_leaves_no_other_change_to_everybody() {
+    let directory = tempfile::tempdir().unwrap();
+    let [write, read, _] = tokens(directory.path()).try_into().unwrap();
+    for (file, post, get) in [(write, 401, 200), (read, 403, 401)] {
+        let agent = Agent::start(&[&file]);
+        let status = |on: &str, method: &str, path: &str| ask(agent.address(on), method, path, None).status;
+        assert_eq!(status("ingest", "POST", "/ingest/metrics"), post, "{file}");
+        assert_eq!(status("api", "GET", "/data/metrics"), get, "{file}");
+        let refused = ask(agent.address("api"), "POST", "/-/reload", Some(WRITE));
+        assert!(refused.status == 403 && refused.text().contains("http.tokens.admin_file"), "{}", refused.text());
+        assert_eq!(status("api", "DELETE", "/data/metrics/none"), 403, "{file}");
     }
 }
 
@@ -526,11 +542,12 @@ fn other_machines_need_tokens_to_write_or_to_administer() {
     };
     for (settings, code, part) in [
         (&["http.ingest=0.0.0.0:8000"][..], 78, "http.tokens.write_file"),
-        (&["http.ingest=0.0.0.0:8000", &read][..], 78, "http.tokens.write_file"),
+        (&["http.ingest=0.0.0.0:8000", &read][..], 0, "nobody may write there"),
         (&["http.ingest=0.0.0.0:8000", &write][..], 0, "tokens cross the network as they are"),
         (&["http.ingest=tls://[::]:8000", &write, &tls[0], &tls[1]][..], 0, "the configuration is valid"),
         (&["http.ingest=tls://[::]:8000", &write][..], 78, "tls.cert_file"),
-        (&["http.api=0.0.0.0:7000", &write, &read][..], 78, "delete and reload without a token"),
+        (&["http.api=0.0.0.0:7000"][..], 78, "delete and reload without a token"),
+        (&["http.api=0.0.0.0:7000", &write, &read][..], 0, "tokens cross the network"),
         (&["http.api=0.0.0.0:7000", &admin][..], 0, "other machines can read all figures there"),
         (&["http.api=0.0.0.0:7000", &admin, &read][..], 0, "tokens cross the network"),
         (&["http.api=0.0.0.0:7000", "http.insecure=true"][..], 0, "can read all figures"),
@@ -631,6 +648,55 @@ fn a_units_socket_speaks_as_its_port_is_configured_and_is_held_to_tokens() {
     let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(78), "{}", said(&output));
     assert!(said(&output).contains("http.tokens.admin_file"), "{}", said(&output));
+}
+
+#[test]
+fn a_reload_takes_no_token_from_a_units_socket_that_others_reach() {
+    let directory = tempfile::tempdir().unwrap();
+    let admin = secret(directory.path(), "admin", ADMIN);
+    let file = directory.path().join("tallyd.toml");
+    let with_token = format!("[http.tokens]\nadmin_file = {admin:?}\n");
+    fs::write(&file, &with_token).unwrap();
+    let public = TcpListener::bind("0.0.0.0:0").unwrap();
+    let mut command = with_sockets(&[("api", &public)]);
+    command.arg("--config").arg(&file);
+    let _agent = Agent::start_by(command, &[]);
+    let to = SocketAddr::from(([127, 0, 0, 1], public.local_addr().unwrap().port()));
+    let reload = |token| ask(to, "POST", "/-/reload", token);
+    assert_eq!(reload(None).status, 401);
+    fs::write(&file, "[log]\nlevel = 'debug'\n").unwrap();
+    let refused = reload(Some(ADMIN));
+    assert!(refused.status == 422 && refused.text().contains("http.tokens.admin_file"), "{}", refused.text());
+    assert_eq!(reload(None).status, 401, "the token is still needed");
+    fs::write(&file, &with_token).unwrap();
+    assert_eq!(reload(Some(ADMIN)).status, 200);
+}
+
+#[test]
+fn beyond_loopback_the_state_of_the_agent_is_for_who_may_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let public = TcpListener::bind("0.0.0.0:0").unwrap();
+    let _agent = Agent::start_by(with_sockets(&[("api", &public)]), &words(&tokens(directory.path())));
+    let to = SocketAddr::from(([127, 0, 0, 1], public.local_addr().unwrap().port()));
+    let keys = |token| {
+        let answer = until("the agent to be ready", || {
+            let answer = ask(to, "GET", "/-/ready", token);
+            (answer.status == 200).then_some(answer)
+        });
+        answer.json().as_object().unwrap().len()
+    };
+    assert_eq!([keys(None), keys(Some(WRITE)), keys(Some(READ)), keys(Some(ADMIN))], [1, 1, 4, 4]);
+}
+
+#[test]
+fn connections_of_one_purpose_shut_out_no_other() {
+    let agent = Agent::start(&["http.scrape=127.0.0.1:0", "limits.http_connections=1"]);
+    let scrapers = [(); 2].map(|()| TcpStream::connect(agent.address("scrape")).unwrap());
+    until("the scrape to be full", || {
+        (agent.own("tallyd_connections_refused_total", "listener=\"scrape\"") > 0.0).then_some(())
+    });
+    assert_eq!(agent.get("/-/healthy").status, 200);
+    drop(scrapers);
 }
 
 #[test]

@@ -276,7 +276,6 @@ fn wrong(directory: &Path) -> Vec<(Vec<String>, i32, &'static str)> {
         (one(format!("http.tokens.read_file={plain}")), 78, "less than 16 bytes"),
         (one(format!("http.tokens.admin_file={}", file("blank", "a token with blanks in it"))), 78, "blank"),
         (one(format!("http.tokens.admin_file={}", file("comment", "# nothing\n"))), 78, "no token stands in it"),
-        (one("http.tokens.admin_file=credential:admin".to_owned()), 78, "CREDENTIALS_DIRECTORY is not set"),
         (one(format!("tls.cert_file={plain}")), 78, "tls.key_file = \"\": missing"),
         (vec![format!("tls.cert_file={missing}"), format!("tls.key_file={plain}")], 66, "No such file"),
         (vec![format!("tls.cert_file={plain}"), format!("tls.key_file={plain}")], 78, "no certificate in PEM"),
@@ -496,4 +495,28 @@ fn secrets_may_be_credentials_of_systemd() {
     assert!(code == Some(66) && said.contains("LoadCredential="), "{said}");
     let (code, said) = check("../admin");
     assert!(code == Some(78) && said.contains("no name of a credential"), "{said}");
+}
+
+/// ExecReload= of the service, and a shell, have no credentials.
+#[test]
+fn a_check_notes_a_credential_that_only_the_service_has() {
+    let keys = ["http.tokens.admin_file", "kafka.password_file", "store.redis.password_file"];
+    let credential = |key: &&str| ["--set".to_owned(), format!("{key}=credential:x")];
+    let redis = ["--set", "store.kind=redis", "--set", "store.redis.url=redis://user@127.0.0.1:1"].map(str::to_owned);
+    let settings: Vec<String> = keys.iter().flat_map(credential).chain(redis).collect();
+    let of = |command: &str, more: &[&str]| {
+        let words: Vec<_> = [command].into_iter().chain(settings.iter().map(String::as_str)).collect();
+        let output = run(&[&words, more].concat(), &[], "");
+        (output.status.code(), text(&output.stdout) + &text(&output.stderr))
+    };
+    let (code, said) = of("check", &[]);
+    assert!(code == Some(0) && said.contains("the configuration is valid"), "{said}");
+    assert!(keys.iter().all(|key| said.contains(&format!("{key} = \"credential:x\": not looked at"))), "{said}");
+    let (code, said) = of("run", &[]);
+    assert!(code == Some(78) && said.contains("CREDENTIALS_DIRECTORY is not set"), "{said}");
+    // What else is wrong is wrong all the same.
+    let (code, said) = of("check", &["--set", "tls.key_file=credential:x"]);
+    assert!(code == Some(78) && said.contains("tls.cert_file = \"\": missing"), "{said}");
+    let (code, said) = of("check", &["--set", "tls.cert_file=/no/cert", "--set", "tls.key_file=credential:x"]);
+    assert!(code == Some(66) && said.contains("/no/cert"), "{said}");
 }

@@ -149,6 +149,15 @@ impl Config {
     pub fn check(&self) -> Result<(), Error> {
         Deployment::new(self).map(|_| ())
     }
+
+    /// The name of a file.
+    pub fn file(&self, file: TlsFile) -> &str {
+        match file {
+            TlsFile::Ca => &self.ca_file,
+            TlsFile::Certificate => &self.cert_file,
+            TlsFile::Key => &self.key_file,
+        }
+    }
 }
 
 /// Who can be asked, and how.
