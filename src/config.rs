@@ -491,7 +491,7 @@ pub enum Fault {
         /// The exit code for it.
         code: u8,
     },
-    /// A credential is named, and this process has none: the service may.
+    /// A credential is named, or a file of another user, and this process has not that or is not that: the service may.
     NotPassed {
         /// The key that names it.
         key: String,
@@ -656,7 +656,7 @@ impl Loaded {
         Problem { origin: self.origin(key), fault }
     }
 
-    /// That the file of a key is a credential, and this process has none.
+    /// That the file of a key may be right for the service's own process, and is not for this one.
     pub fn not_passed(&self, key: &str, remedy: &impl fmt::Display) -> Problem {
         let value = get(&self.config.tree(), key).map(shown).unwrap_or_default();
         let fault = Fault::NotPassed { key: key.to_owned(), value, remedy: remedy.to_string() };

@@ -9,7 +9,6 @@
 //! listener. The end of our certificate is `tallyd_tls_certificate_expiry_timestamp_seconds`.
 
 use std::fmt;
-use std::fs;
 use std::io::{self, ErrorKind, IoSlice, Read as _};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -235,7 +234,7 @@ fn unusable(error: &rustls::Error) -> Error {
 
 fn read(which: Which, name: &str) -> Result<Vec<u8>, Error> {
     let path = secret::locate(name).map_err(|error| Error::Secret(which, error))?;
-    fs::read(path).map_err(|error| Error::Read(which, error))
+    secret::public(&path).map_err(|error| Error::Read(which, error))
 }
 
 fn certificates(which: Which, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
@@ -498,6 +497,7 @@ impl AsyncWrite for Stream {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::os::unix::fs::PermissionsExt as _;
     use std::path::Path;
 

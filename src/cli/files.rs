@@ -7,7 +7,7 @@ use std::fs;
 use std::io::{self, ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
 
-use nix::unistd::{AccessFlags, access};
+use nix::unistd::{AccessFlags, Uid, access};
 
 use super::{Code, cannot_read};
 use crate::config::{Fault, Kind, Loaded, Origin, Problem};
@@ -29,9 +29,9 @@ pub(super) fn look(loaded: &mut Loaded) -> Result<Vec<String>, Vec<Problem>> {
     let mut notes = Vec::new();
     let mut problems = problems(loaded);
     problems.retain(|problem| match &problem.fault {
-        Fault::NotPassed { key, value, .. } => {
-            let why = "not looked at, because credentials are passed to the service alone";
-            notes.push(format!("{}: {key} = {value}: {why}", problem.origin));
+        Fault::NotPassed { key, value, remedy } => {
+            let why = "not looked at, because what the service's own process has or is decides";
+            notes.push(format!("{}: {key} = {value}: {why}; here: {remedy}", problem.origin));
             false
         }
         Fault::Syntax(_) | Fault::Unknown { .. } | Fault::Value { .. } | Fault::Refused(_) => true,
@@ -52,11 +52,15 @@ fn problems(loaded: &mut Loaded) -> Vec<Problem> {
 fn unusable(loaded: &Loaded, key: &str, error: &secret::Error) -> Problem {
     match error {
         secret::Error::NoCredentials => loaded.not_passed(key, error),
+        // root may look at the service's configuration, and the service may be that user.
+        secret::Error::Owner(_) if Uid::effective().is_root() => loaded.not_passed(key, error),
         secret::Error::CredentialName
         | secret::Error::NoCredential
         | secret::Error::Read(_)
         | secret::Error::TooLong
         | secret::Error::Public(_)
+        | secret::Error::Owner(_)
+        | secret::Error::NoFile
         | secret::Error::Empty => loaded.file_problem(key, error.exit_code(), error),
     }
 }

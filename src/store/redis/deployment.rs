@@ -3,7 +3,6 @@
 //! Everything that can be found out without asking a server is told here, by `tallyd check` as well as at the start.
 
 use std::fmt;
-use std::fs;
 
 use redis::{
     Client, ClientTlsConfig, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, RedisConnectionInfo, TlsCertificates,
@@ -305,7 +304,7 @@ fn certificates(config: &Config, server: &ConnectionInfo) -> Result<Option<TlsCe
             return Err(Error::FileUnused(file));
         }
         let path = secret::locate(path).map_err(|_| Error::Credential(file))?;
-        let bytes = fs::read(path).map_err(|error| Error::File(file, error.kind()))?;
+        let bytes = secret::public(&path).map_err(|error| Error::File(file, error.kind()))?;
         let text = String::from_utf8_lossy(&bytes);
         let is_pem = text.lines().any(|line| {
             line.strip_prefix("-----BEGIN ").is_some_and(|kind| kinds.iter().any(|end| kind.trim_end().ends_with(end)))
