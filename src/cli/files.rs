@@ -7,6 +7,7 @@ use std::fs;
 use std::io::{self, ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
 use nix::unistd::{AccessFlags, Uid, access};
 
 use super::{Code, cannot_read};
@@ -37,6 +38,7 @@ pub(super) fn look(loaded: &mut Loaded) -> Result<Vec<String>, Vec<Problem>> {
         Fault::Syntax(_) | Fault::Unknown { .. } | Fault::Value { .. } | Fault::Refused(_) => true,
         Fault::Argument(_) | Fault::File { .. } => true,
     });
+    notes.extend(note_state_dir(loaded));
     if problems.is_empty() { Ok(notes) } else { Err(problems) }
 }
 
@@ -164,6 +166,7 @@ fn check_parts(loaded: &mut Loaded) -> Result<(), Vec<Problem>> {
     let accounts = config.listen.check_accounts().err();
     let accounts = accounts.map(|error| loaded.refusal(error.key().unwrap_or_default(), &error));
     let problems: Vec<_> = redis.into_iter().chain(accounts).chain(check_kafka(loaded)).collect();
+    loaded.config.store.redis.contents = loaded.config.store.redis.look();
     if problems.is_empty() { Ok(()) } else { Err(problems) }
 }
 
@@ -216,26 +219,37 @@ fn wrong_socket(path: &Path) -> Option<(u8, &'static str)> {
     may_not_write(directory).then_some((77, "not permitted; name a directory that this user may write to"))
 }
 
-/// Why the journal can't be in `state_dir`, if it was named: where it is built in, nobody said that it would be used here.
+/// That the journal can't be in `state_dir`, if it was named.
 fn check_state_dir(loaded: &Loaded) -> Option<Problem> {
+    let (code, what) = wrong_state_dir(loaded).filter(|_| loaded.origin("state_dir") != Origin::BuiltIn)?;
+    Some(loaded.file_problem("state_dir", code.into(), &what))
+}
+
+/// The same where it is built in: nobody said that it would be used here.
+fn note_state_dir(loaded: &Loaded) -> Option<String> {
+    let (_, what) = wrong_state_dir(loaded).filter(|_| loaded.origin("state_dir") == Origin::BuiltIn)?;
+    let directory = loaded.config.state_dir.display().to_string();
+    Some(format!("{}: state_dir = {directory:?}, in the working directory: {what}", Origin::BuiltIn))
+}
+
+fn wrong_state_dir(loaded: &Loaded) -> Option<(Code, &'static str)> {
     let is_kept = match loaded.config.store.kind {
         Kind::Memory => false,
         Kind::Embedded | Kind::Redis => true,
         #[cfg(feature = "kafka")]
         Kind::Kafka => true,
     };
-    if !is_kept || loaded.origin("state_dir") == Origin::BuiltIn {
+    if !is_kept {
         return None;
     }
     // What is missing is made, below what there is.
     let there = loaded.config.state_dir.ancestors().find_map(existing)?;
-    let told = |code: Code, what: &str| Some(loaded.file_problem("state_dir", code.into(), &what));
     match fs::metadata(&there) {
         Ok(found) if !found.is_dir() => {
-            told(Code::Io, "there is a file in its place; remove it, or name another directory")
+            Some((Code::Io, "there is a file in its place; remove it, or name another directory"))
         }
         Ok(_) if may_not_write(&there) => {
-            told(Code::Permission, "not permitted; let this user write there, or name another directory")
+            Some((Code::Permission, "not permitted; let this user write there, or name another directory"))
         }
         Ok(_) | Err(_) => None,
     }
@@ -251,7 +265,8 @@ fn existing(path: &Path) -> Option<PathBuf> {
     }
 }
 
-/// Whether this user may make nothing in a directory.
+/// Whether this user may make nothing in a directory, for its permissions or because it is on a read-only file system.
 fn may_not_write(directory: &Path) -> bool {
-    access(directory, AccessFlags::W_OK | AccessFlags::X_OK) == Err(nix::errno::Errno::EACCES)
+    let error = access(directory, AccessFlags::W_OK | AccessFlags::X_OK).err();
+    error.is_some_and(|error| [Errno::EACCES, Errno::EROFS, Errno::EPERM].contains(&error))
 }

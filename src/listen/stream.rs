@@ -91,6 +91,7 @@ impl Streams {
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().event_interval(TASKS_A_LOOK).build()?;
         let Sockets { tcp, tls, unix, peers, adopted } = sockets;
+        let tls = tls.apart();
         let doors = {
             let _inside = runtime.enter();
             let tcp = tcp.into_iter().map(|sockets::Stream { listener, tls: speaks }| {
