@@ -501,6 +501,8 @@ pub enum Fault {
         value: String,
         /// The reason and the remedy.
         remedy: String,
+        /// The exit code for it.
+        code: u8,
     },
 }
 
@@ -508,9 +510,9 @@ impl Problem {
     /// The exit code of a start that fails so, after sysexits.
     pub fn exit_code(&self) -> u8 {
         match &self.fault {
-            Fault::File { code, .. } => *code,
+            Fault::File { code, .. } | Fault::NotPassed { code, .. } => *code,
             Fault::Syntax(_) | Fault::Unknown { .. } | Fault::Value { .. } => 78,
-            Fault::Refused(_) | Fault::Argument(_) | Fault::NotPassed { .. } => 78,
+            Fault::Refused(_) | Fault::Argument(_) => 78,
         }
     }
 }
@@ -528,7 +530,7 @@ impl fmt::Display for Problem {
             }
             Fault::Value { key, value, remedy }
             | Fault::File { key, value, remedy, .. }
-            | Fault::NotPassed { key, value, remedy } => {
+            | Fault::NotPassed { key, value, remedy, .. } => {
                 write!(f, "{key} = {value}: {remedy}")
             }
             Fault::Refused(text) => f.write_str(text),
@@ -675,10 +677,15 @@ impl Loaded {
     }
 
     /// That the file of a key may be right for the service's own process, and is not for this one.
-    pub fn not_passed(&self, key: &str, remedy: &impl fmt::Display) -> Problem {
+    pub fn not_passed(&self, key: &str, code: u8, remedy: &impl fmt::Display) -> Problem {
         let value = get(&self.config.tree(), key).map(shown).unwrap_or_default();
-        let fault = Fault::NotPassed { key: key.to_owned(), value, remedy: remedy.to_string() };
+        let fault = Fault::NotPassed { key: key.to_owned(), value, remedy: remedy.to_string(), code };
         Problem { origin: self.origin(key), fault }
+    }
+
+    /// The value of a key that holds text.
+    pub fn text(&self, key: &str) -> String {
+        get(&self.config.tree(), key).and_then(Value::as_str).unwrap_or_default().to_owned()
     }
 
     /// That a part refuses a value; it names the key itself.

@@ -141,9 +141,16 @@ fn locate_in(name: &str, directory: Option<PathBuf>) -> Result<PathBuf, Error> {
     Ok(directory.ok_or(Error::NoCredentials)?.join(credential))
 }
 
-/// Whether a name is a credential's, and this process was passed none.
-pub fn is_not_passed(name: &str) -> bool {
-    matches!(locate(name), Err(Error::NoCredentials))
+/// Whether a name is a credential's that is kept from this process: it was passed none, or may not read it, as what systemd
+/// runs by ExecReload= may not.
+pub fn is_kept_from_us(name: &str) -> bool {
+    match locate(name) {
+        Err(Error::NoCredentials) => true,
+        Ok(path) if name.starts_with(CREDENTIAL) => {
+            open(&path).is_err_and(|error| error.kind() == ErrorKind::PermissionDenied)
+        }
+        Ok(_) | Err(_) => false,
+    }
 }
 
 /// What a file of secrets holds.

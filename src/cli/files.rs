@@ -3,6 +3,7 @@
 //!
 //! Every problem is told, each with the key that leads to it and its place.
 
+use std::fmt;
 use std::fs;
 use std::io::{self, ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
@@ -30,7 +31,7 @@ pub(super) fn look(loaded: &mut Loaded) -> Result<Vec<String>, Vec<Problem>> {
     let mut notes = Vec::new();
     let mut problems = problems(loaded);
     problems.retain(|problem| match &problem.fault {
-        Fault::NotPassed { key, value, remedy } => {
+        Fault::NotPassed { key, value, remedy, .. } => {
             let why = "not looked at, because what the service's own process has or is decides";
             notes.push(format!("{}: {key} = {value}: {why}; here: {remedy}", problem.origin));
             false
@@ -50,21 +51,20 @@ fn problems(loaded: &mut Loaded) -> Vec<Problem> {
     problems
 }
 
-/// That a file of secrets can't be used.
+/// That a file of secrets can't be used, or that only the service can tell: it has its credentials, and where root looks
+/// at its configuration it may be the user whose file that is.
 fn unusable(loaded: &Loaded, key: &str, error: &secret::Error) -> Problem {
-    match error {
-        secret::Error::NoCredentials => loaded.not_passed(key, error),
-        // root may look at the service's configuration, and the service may be that user.
-        secret::Error::Owner(_) if Uid::effective().is_root() => loaded.not_passed(key, error),
-        secret::Error::CredentialName
-        | secret::Error::NoCredential
-        | secret::Error::Read(_)
-        | secret::Error::TooLong
-        | secret::Error::Public(_)
-        | secret::Error::Owner(_)
-        | secret::Error::NoFile
-        | secret::Error::Empty => loaded.file_problem(key, error.exit_code(), error),
+    let is_owners = matches!(error, secret::Error::Owner(_)) && Uid::effective().is_root();
+    told(loaded, key, error.exit_code(), error, is_owners)
+}
+
+/// That the file of a key can't be used, unless that is a credential which is kept from this process, or a user's who is
+/// not this one.
+fn told(loaded: &Loaded, key: &str, code: u8, error: &impl fmt::Display, is_owners: bool) -> Problem {
+    if is_owners || secret::is_kept_from_us(&loaded.text(key)) {
+        return loaded.not_passed(key, code, error);
     }
+    loaded.file_problem(key, code, error)
 }
 
 /// Reads the file that `mapping.file` names, if it names one.
@@ -141,6 +141,10 @@ fn read_identity(loaded: &mut Loaded) -> Result<(), Vec<Problem>> {
             Ok(())
         }
         Err(tls::Error::Secret(which, error)) => Err(vec![unusable(loaded, which.key(), &error)]),
+        Err(tls::Error::Read(which, error)) => {
+            let error = tls::Error::Read(which, error);
+            Err(vec![told(loaded, which.key(), error.exit_code(), &error, false)])
+        }
         Err(error) => Err(vec![loaded.file_problem(error.which().key(), error.exit_code(), &error)]),
     }
 }
@@ -155,13 +159,9 @@ fn check_parts(loaded: &mut Loaded) -> Result<(), Vec<Problem>> {
         Kind::Kafka => None,
     };
     let redis = redis.map(|error| {
-        let is_not_passed = |file| secret::is_not_passed(config.store.redis.file(file));
-        if let redis::Error::Credential(file) = error
-            && is_not_passed(file)
-        {
-            return loaded.not_passed(error.key(), &error);
-        }
-        loaded.file_problem(error.key(), error.exit_code(), &error)
+        let is_of_file = matches!(error, redis::Error::Credential(_) | redis::Error::File(..));
+        let (key, code) = (error.key(), error.exit_code());
+        if is_of_file { told(loaded, key, code, &error, false) } else { loaded.file_problem(key, code, &error) }
     });
     let accounts = config.listen.check_accounts().err();
     let accounts = accounts.map(|error| loaded.refusal(error.key().unwrap_or_default(), &error));

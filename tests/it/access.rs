@@ -529,7 +529,7 @@ fn only_named_users_send_by_unix_sockets() {
 }
 
 #[test]
-fn a_group_that_the_process_is_not_in_is_refused_before_anything_is_bound() {
+fn what_the_user_of_the_process_may_not_is_told_before_anything_is_bound() {
     if !nix::unistd::Uid::effective().is_root() {
         eprintln!("skipped: only root can become another user");
         return;
@@ -548,6 +548,17 @@ fn a_group_that_the_process_is_not_in_is_refused_before_anything_is_bound() {
     for word in ["check", "run"] {
         let (code, said) = of(word, "4322");
         assert!(code == Some(78) && said.contains("SupplementaryGroups="), "{word}: {said}");
+    }
+    // What systemd runs by ExecReload= may not read the service's credentials: they are noted, and refused at a start.
+    let kept = directory.path().join("credentials");
+    fs::create_dir(&kept).unwrap();
+    fs::set_permissions(&kept, Permissions::from_mode(0o700)).unwrap();
+    for (word, expected, part) in [("check", 0, "not looked at"), ("run", 77, "Permission denied")] {
+        let mut command = Command::new(&executable);
+        command.uid(4_321).gid(4_321).current_dir("/").env("CREDENTIALS_DIRECTORY", &kept);
+        let output = command.args([word, "--set", "http.tokens.admin_file=credential:x"]).output().unwrap();
+        assert_eq!(output.status.code(), Some(expected), "{word}: {}", said(&output));
+        assert!(said(&output).contains(part), "{word}: {}", said(&output));
     }
     // Its own is right; and where nobody named a state directory, the one that is built in would not do here.
     let (code, said) = of("check", "4321");

@@ -165,7 +165,7 @@ impl Config {
     }
 
     /// The name of a file.
-    pub fn file(&self, file: TlsFile) -> &str {
+    fn file(&self, file: TlsFile) -> &str {
         match file {
             TlsFile::Ca => &self.ca_file,
             TlsFile::Certificate => &self.cert_file,
