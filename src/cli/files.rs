@@ -32,7 +32,7 @@ pub(super) fn look(loaded: &mut Loaded) -> Result<Vec<String>, Vec<Problem>> {
     let mut problems = problems(loaded);
     problems.retain(|problem| match &problem.fault {
         Fault::NotPassed { key, value, remedy, .. } => {
-            let why = "not looked at, because what the service's own process has or is decides";
+            let why = "not looked at, since only the service's own process can tell";
             notes.push(format!("{}: {key} = {value}: {why}; here: {remedy}", problem.origin));
             false
         }

@@ -714,7 +714,7 @@ fn a_reload_takes_no_token_from_a_units_socket_that_others_reach() {
     let to = SocketAddr::from(([127, 0, 0, 1], public.local_addr().unwrap().port()));
     let reload = |token| ask(to, "POST", "/-/reload", token);
     assert_eq!(reload(None).status, 401);
-    assert!(agent.stderr().contains("other machines can read all figures there"), "{}", agent.stderr());
+    until("the warning", || agent.stderr().contains("other machines can read all figures there").then_some(()));
     fs::write(&file, "[log]\nlevel = 'debug'\n").unwrap();
     let refused = reload(Some(ADMIN));
     assert!(refused.status == 422 && refused.text().contains("http.tokens.admin_file"), "{}", refused.text());
@@ -772,10 +772,7 @@ fn a_password_of_redis_may_stand_in_a_file() {
     secret(directory.path(), "password", "another-canary\n");
     let taken = http::request(agent.address("api"), "POST", "/-/reload", &[], b"");
     assert_eq!((taken.status, taken.json()["changed"].clone()), (200, serde_json::json!([])), "{}", taken.text());
-    assert!(
-        agent.stderr().contains("store.redis.password_file: the file says something else now"),
-        "{}",
-        agent.stderr()
-    );
+    let noted = "store.redis.password_file: the file says something else now";
+    until("the note", || agent.stderr().contains(noted).then_some(()));
     assert!(!agent.stderr().contains("canary") && !taken.text().contains("canary"), "{}", agent.stderr());
 }
