@@ -406,11 +406,13 @@ impl Access {
         }
     }
 
-    /// Whether figures can be read there.
-    const fn shows(self) -> bool {
+    /// What tokens are asked for there.
+    const fn rights(self) -> &'static [Right] {
         match self {
-            Self::Administration | Self::Reads => true,
-            Self::Lines | Self::Writes => false,
+            Self::Lines => &[],
+            Self::Writes => &[Right::Write],
+            Self::Administration => &[Right::Admin, Right::Read],
+            Self::Reads => &[Right::Read],
         }
     }
 }
@@ -491,7 +493,7 @@ pub enum Fault {
         /// The exit code for it.
         code: u8,
     },
-    /// A credential is named, and this process has none: the service may.
+    /// A credential is named, or a file of another user, and this process has not that or is not that: the service may.
     NotPassed {
         /// The key that names it.
         key: String,
@@ -499,6 +501,8 @@ pub enum Fault {
         value: String,
         /// The reason and the remedy.
         remedy: String,
+        /// The exit code for it.
+        code: u8,
     },
 }
 
@@ -506,9 +510,9 @@ impl Problem {
     /// The exit code of a start that fails so, after sysexits.
     pub fn exit_code(&self) -> u8 {
         match &self.fault {
-            Fault::File { code, .. } => *code,
+            Fault::File { code, .. } | Fault::NotPassed { code, .. } => *code,
             Fault::Syntax(_) | Fault::Unknown { .. } | Fault::Value { .. } => 78,
-            Fault::Refused(_) | Fault::Argument(_) | Fault::NotPassed { .. } => 78,
+            Fault::Refused(_) | Fault::Argument(_) => 78,
         }
     }
 }
@@ -526,7 +530,7 @@ impl fmt::Display for Problem {
             }
             Fault::Value { key, value, remedy }
             | Fault::File { key, value, remedy, .. }
-            | Fault::NotPassed { key, value, remedy } => {
+            | Fault::NotPassed { key, value, remedy, .. } => {
                 write!(f, "{key} = {value}: {remedy}")
             }
             Fault::Refused(text) => f.write_str(text),
@@ -580,11 +584,27 @@ impl Config {
         match Right::GIVEN.into_iter().find(|right| right.key() == key) {
             Some(right) => tokens.of(right) != others.of(right),
             None if key == "mapping.file" => self.mapping.rules != new.mapping.rules,
-            None if key == "tls.cert_file" => self.tls.identity != new.tls.identity,
-            None if key == "kafka.password_file" => self.kafka.password != new.kafka.password,
-            None if key == "store.redis.password_file" => self.store.redis.password != new.store.redis.password,
-            None => false,
+            None => self.identity_differs(new, key),
         }
+    }
+
+    fn identity_differs(&self, new: &Self, key: &str) -> bool {
+        let which = tls::Which::ALL.into_iter().find(|which| which.key() == key);
+        let both = self.tls.identity.as_ref().zip(new.tls.identity.as_ref());
+        which.zip(both).is_some_and(|(which, (old, new))| old.differs(new, which))
+    }
+
+    /// The keys whose files say something else in `new`, and are read at a start alone: that keeps nothing else from being
+    /// taken.
+    pub fn waiting(&self, new: &Self) -> Vec<&'static str> {
+        let (redis, new_redis) = (&self.store.redis, &new.store.redis);
+        let passwords = [
+            ("kafka.password_file", self.kafka.password != new.kafka.password),
+            ("store.redis.password_file", redis.password != new_redis.password),
+        ];
+        let passwords = passwords.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key);
+        let files = redis::TlsFile::ALL.into_iter().zip(redis.contents.iter().zip(&new_redis.contents));
+        passwords.chain(files.filter(|(_, (old, new))| old != new).map(|(file, _)| file.key())).collect()
     }
 
     /// The configuration file that says this, passwords included.
@@ -656,11 +676,16 @@ impl Loaded {
         Problem { origin: self.origin(key), fault }
     }
 
-    /// That the file of a key is a credential, and this process has none.
-    pub fn not_passed(&self, key: &str, remedy: &impl fmt::Display) -> Problem {
+    /// That the file of a key may be right for the service's own process, and is not for this one.
+    pub fn not_passed(&self, key: &str, code: u8, remedy: &impl fmt::Display) -> Problem {
         let value = get(&self.config.tree(), key).map(shown).unwrap_or_default();
-        let fault = Fault::NotPassed { key: key.to_owned(), value, remedy: remedy.to_string() };
+        let fault = Fault::NotPassed { key: key.to_owned(), value, remedy: remedy.to_string(), code };
         Problem { origin: self.origin(key), fault }
+    }
+
+    /// The value of a key that holds text.
+    pub fn text(&self, key: &str) -> String {
+        get(&self.config.tree(), key).and_then(Value::as_str).unwrap_or_default().to_owned()
     }
 
     /// That a part refuses a value; it names the key itself.
@@ -689,27 +714,11 @@ impl Loaded {
 
     /// Listeners that other machines reach, and what they could see or hear there.
     fn exposed(&self) -> Vec<String> {
-        let reads_guarded = self.config.http.tokens.file(Right::Read).is_some();
         let mut notes = Vec::new();
         for (key, access, text) in self.listed() {
             let Ok(at) = text.parse::<ListenAddress>() else { continue };
-            if access == Access::Lines || at.is_local() {
-                continue;
-            }
-            let origin = self.origin(key);
-            if access.shows() && !reads_guarded {
-                notes.push(format!(
-                    "{origin}: {key} = {text:?}: other machines can read all figures there; \
-                     http.tokens.read_file would ask them for a token"
-                ));
-            }
-            let has_tokens = access.guarded().is_some_and(|right| self.config.http.tokens.file(right).is_some())
-                || (access.shows() && reads_guarded);
-            if has_tokens && !at.tls {
-                notes.push(format!(
-                    "{origin}: {key} = {text:?}: tokens cross the network as they are; tls:// before the address hides them"
-                ));
-            }
+            let told = |warning| format!("{}: {key} = {text:?}: {warning}", self.origin(key));
+            notes.extend(self.config.http.warnings(at, access.rights()).into_iter().map(told));
         }
         notes
     }

@@ -2,13 +2,16 @@
 //!
 //! A key that names such a file takes a path, or `credential:NAME` for what systemd passes to the service (LoadCredential=
 //! and its kin), which lies in `$CREDENTIALS_DIRECTORY`. A file that every user may read is refused, since it keeps no
-//! secret. What is read is shown to nobody: [`Secret`] prints as stars.
+//! secret, and so is one of a user who is neither root nor the own one, since that user could put another secret there.
+//! Pipes and devices are none: reading one may take for ever. What is read is shown to nobody: [`Secret`] prints as stars.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind, Read as _};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+
+use nix::unistd::Uid;
 
 /// What the name of a credential begins with.
 const CREDENTIAL: &str = "credential:";
@@ -18,6 +21,9 @@ const DIRECTORY: &str = "CREDENTIALS_DIRECTORY";
 
 /// No file of secrets is longer.
 const BYTES_MAX: u64 = 64 << 10;
+
+/// No file of certificates is longer; those of all the usual authorities have a fifth of that.
+const PUBLIC_BYTES_MAX: u64 = 1 << 20;
 
 /// A text that nothing prints.
 #[derive(Clone, PartialEq, Eq)]
@@ -51,6 +57,10 @@ pub enum Error {
     TooLong,
     /// Every user may read, write or execute it; its permissions.
     Public(u32),
+    /// It is another user's, by number.
+    Owner(u32),
+    /// A pipe, a device or a directory.
+    NoFile,
     /// Nothing stands on its first line.
     Empty,
 }
@@ -62,8 +72,9 @@ impl Error {
             Self::Read(error) if error.kind() == ErrorKind::NotFound => 66,
             Self::Read(error) if error.kind() == ErrorKind::PermissionDenied => 77,
             Self::Read(error) if error.kind() == ErrorKind::InvalidData => 78,
-            Self::Read(_) => 74,
+            Self::Read(_) | Self::NoFile => 74,
             Self::NoCredential => 66,
+            Self::Owner(_) => 78,
             Self::NoCredentials | Self::CredentialName | Self::TooLong | Self::Public(_) | Self::Empty => 78,
         }
     }
@@ -85,12 +96,21 @@ impl fmt::Display for Error {
             Self::Public(mode) => {
                 write!(f, "its permissions, {mode:04o}, let every user at it; take them away with chmod o-rwx")
             }
+            Self::Owner(uid) => {
+                write!(
+                    f,
+                    "it is of user {uid}, who could put another secret there; give it to root or to this user by chown"
+                )
+            }
+            Self::NoFile => f.write_str(NO_FILE),
             Self::Empty => f.write_str("nothing stands on its first line; write the secret there"),
         }
     }
 }
 
 impl std::error::Error for Error {}
+
+const NO_FILE: &str = "a directory, a pipe or a device, no file; name one";
 
 /// The remedy for a file that cannot be read.
 fn unreadable(kind: ErrorKind) -> &'static str {
@@ -121,9 +141,16 @@ fn locate_in(name: &str, directory: Option<PathBuf>) -> Result<PathBuf, Error> {
     Ok(directory.ok_or(Error::NoCredentials)?.join(credential))
 }
 
-/// Whether a name is a credential's, and this process was passed none.
-pub fn is_not_passed(name: &str) -> bool {
-    matches!(locate(name), Err(Error::NoCredentials))
+/// Whether a name is a credential's that is kept from this process: it was passed none, or may not read it, as what systemd
+/// runs by ExecReload= may not.
+pub fn is_kept_from_us(name: &str) -> bool {
+    match locate(name) {
+        Err(Error::NoCredentials) => true,
+        Ok(path) if name.starts_with(CREDENTIAL) => {
+            open(&path).is_err_and(|error| error.kind() == ErrorKind::PermissionDenied)
+        }
+        Ok(_) | Err(_) => false,
+    }
 }
 
 /// What a file of secrets holds.
@@ -140,11 +167,41 @@ pub fn read(name: &str) -> Result<Secret, Error> {
     }
 }
 
+/// Opens what is at a path, without waiting for whoever would write into a pipe.
+fn open(path: &Path) -> io::Result<(File, Metadata)> {
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    let metadata = file.metadata()?;
+    Ok((file, metadata))
+}
+
+/// What a file of certificates holds, which is no secret.
+///
+/// # Errors
+/// When it can't be read, is none, or is too long.
+pub fn public(path: &Path) -> io::Result<Vec<u8>> {
+    let (file, metadata) = open(path)?;
+    if !metadata.is_file() {
+        return Err(io::Error::new(ErrorKind::InvalidInput, "a directory, a pipe or a device, no file"));
+    }
+    let mut bytes = Vec::new();
+    file.take(PUBLIC_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > PUBLIC_BYTES_MAX {
+        return Err(io::Error::new(ErrorKind::FileTooLarge, format!("longer than {PUBLIC_BYTES_MAX} bytes")));
+    }
+    Ok(bytes)
+}
+
 fn read_path(path: &Path) -> Result<Secret, Error> {
-    let file = File::open(path).map_err(Error::Read)?;
-    let mode = file.metadata().map_err(Error::Read)?.permissions().mode() & 0o777;
+    let (file, metadata) = open(path).map_err(Error::Read)?;
+    if !metadata.is_file() {
+        return Err(Error::NoFile);
+    }
+    let mode = metadata.mode() & 0o777;
     if mode & 0o007 != 0 {
         return Err(Error::Public(mode));
+    }
+    if ![0, Uid::effective().as_raw()].contains(&metadata.uid()) {
+        return Err(Error::Owner(metadata.uid()));
     }
     let mut text = String::new();
     file.take(BYTES_MAX + 1).read_to_string(&mut text).map_err(Error::Read)?;
@@ -176,6 +233,7 @@ pub fn token(name: &str) -> Result<Secret, Error> {
 #[cfg(test)]
 mod tests {
     use std::fs::{self, Permissions};
+    use std::os::unix::fs::{PermissionsExt as _, chown};
 
     use super::*;
 
@@ -207,6 +265,26 @@ mod tests {
         }
         let error = read(&file(directory.path(), "secret", b"word", 0o644)).unwrap_err();
         assert!(error.to_string().contains("0644") && error.to_string().contains("chmod o-rwx"), "{error}");
+    }
+
+    #[test]
+    fn a_secret_is_a_file_of_root_or_of_this_user() {
+        let directory = tempfile::tempdir().unwrap();
+        let pipe = directory.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+        // Nobody writes there, and nobody waits for that.
+        for path in [pipe.as_path(), directory.path(), Path::new("/dev/zero")] {
+            assert!(matches!(read_path(path), Err(Error::NoFile)), "{}", path.display());
+            assert_eq!(public(path).unwrap_err().kind(), ErrorKind::InvalidInput, "{}", path.display());
+        }
+        let long = file(directory.path(), "long", &[b'x'; (1 << 20) + 1], 0o600);
+        assert!(public(Path::new(&long)).is_err());
+        let others = file(directory.path(), "others", b"word", 0o600);
+        assert!(read(&others).is_ok());
+        if Uid::effective().is_root() {
+            chown(&others, Some(12_345), None).unwrap();
+            assert!(matches!(read(&others), Err(Error::Owner(12_345))));
+        }
     }
 
     #[test]

@@ -4,12 +4,12 @@
 //! show a certificate that one of these authorities signed. The files are read by `tallyd check`, at the start and at each
 //! reload ([`Identity::read`]); a reload changes who we are for connections that come later ([`Acceptor::set`]).
 //!
-//! A handshake ends within the time that its listener gives it and holds a place among the listener's connections. What
+//! A handshake ends within the time that its listener gives it and holds a place among the listener's connections. So many
+//! are under way at one time for each kind of listener ([`HANDSHAKES_MAX`]); the others wait, within the same time. What
 //! comes of it is counted in `tallyd_tls_handshakes_total`, what does not in `tallyd_tls_failed_total`; no failure ends a
 //! listener. The end of our certificate is `tallyd_tls_certificate_expiry_timestamp_seconds`.
 
 use std::fmt;
-use std::fs;
 use std::io::{self, ErrorKind, IoSlice, Read as _};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -61,6 +62,9 @@ pub enum Which {
 }
 
 impl Which {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Certificate, Self::Key, Self::ClientCa];
+
     /// The key that names it.
     pub const fn key(self) -> &'static str {
         match self {
@@ -138,8 +142,8 @@ impl std::error::Error for Error {}
 pub struct Identity {
     server: Arc<ServerConfig>,
     expires: Option<SystemTime>,
-    /// Of the files it was read from.
-    digest: [u8; 32],
+    /// Of the files it was read from, in the order of [`Which::ALL`].
+    digests: [[u8; 32]; 3],
 }
 
 impl fmt::Debug for Identity {
@@ -151,7 +155,7 @@ impl fmt::Debug for Identity {
 /// The same files.
 impl PartialEq for Identity {
     fn eq(&self, other: &Self) -> bool {
-        self.digest == other.digest
+        self.digests == other.digests
     }
 }
 
@@ -203,10 +207,17 @@ impl Identity {
             }
         };
         let server = builder.with_single_cert(chain, private).map_err(|error| unusable(&error))?;
-        let all = [cert, b"\0", key, b"\0", client_ca.unwrap_or_default()].concat();
-        let mut of_all = [0; 32];
-        of_all.copy_from_slice(digest(&SHA256, &all).as_ref());
-        Ok(Self { server: Arc::new(server), expires, digest: of_all })
+        let digests = [cert, key, client_ca.unwrap_or_default()].map(|text| {
+            let mut of_text = [0; 32];
+            of_text.copy_from_slice(digest(&SHA256, text).as_ref());
+            of_text
+        });
+        Ok(Self { server: Arc::new(server), expires, digests })
+    }
+
+    /// Whether a file of another says something else.
+    pub fn differs(&self, other: &Self, which: Which) -> bool {
+        self.digests[which as usize] != other.digests[which as usize]
     }
 
     /// What an operator should know of the certificate's end at this time, if it has come or is near.
@@ -235,7 +246,7 @@ fn unusable(error: &rustls::Error) -> Error {
 
 fn read(which: Which, name: &str) -> Result<Vec<u8>, Error> {
     let path = secret::locate(name).map_err(|error| Error::Secret(which, error))?;
-    fs::read(path).map_err(|error| Error::Read(which, error))
+    secret::public(&path).map_err(|error| Error::Read(which, error))
 }
 
 fn certificates(which: Which, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
@@ -326,9 +337,14 @@ pub fn is_hello(beginning: &[u8]) -> bool {
     beginning.first() == Some(&HANDSHAKE)
 }
 
+/// Handshakes that are under way at one time on one kind of listener: each holds some 40 KiB and computes for a
+/// millisecond, and whoever is beyond waits for one to end.
+pub const HANDSHAKES_MAX: usize = 32;
+
 /// Makes TLS connections as who we are at the time. Clones share that.
 #[derive(Debug, Clone)]
 pub struct Acceptor {
+    seats: Arc<Semaphore>,
     identity: Arc<ArcSwapOption<Identity>>,
     /// How long a handshake may take.
     within: Duration,
@@ -337,9 +353,14 @@ pub struct Acceptor {
 impl Acceptor {
     /// Speaks as `identity`; without one every handshake fails. One may take so long.
     pub fn new(identity: Option<Identity>, within: Duration) -> Self {
-        let acceptor = Self { identity: Arc::default(), within };
+        let acceptor = Self { seats: Arc::new(Semaphore::new(HANDSHAKES_MAX)), identity: Arc::default(), within };
         acceptor.set(identity);
         acceptor
+    }
+
+    /// The same for another kind of listener, whose handshakes wait for none of these.
+    pub fn apart(&self) -> Self {
+        Self { seats: Arc::new(Semaphore::new(HANDSHAKES_MAX)), ..self.clone() }
     }
 
     /// Speaks as another to whoever connects from now on.
@@ -383,6 +404,8 @@ impl Acceptor {
             Ok(1..) => {}
             Ok(0) | Err(_) => return Err((Failure::Closed, None)),
         }
+        // Who has said nothing yet keeps nobody waiting. The seats are never taken away.
+        let _seat = self.seats.acquire().await;
         let Some(server) = self.identity.load().as_ref().map(|identity| Arc::clone(&identity.server)) else {
             return Err((Failure::Protocol, None));
         };
@@ -498,8 +521,11 @@ impl AsyncWrite for Stream {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::os::unix::fs::PermissionsExt as _;
     use std::path::Path;
+
+    use tokio::io::AsyncWriteExt as _;
 
     use super::*;
 
@@ -535,6 +561,32 @@ mod tests {
             assert_eq!(warning.is_some(), said.is_some(), "{days}: {warning:?}");
             assert!(warning.is_none_or(|warning| warning.contains(said.unwrap())), "{days}");
         }
+    }
+
+    #[test]
+    fn handshakes_beyond_the_bound_wait_for_one_to_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let (cert, key) = made(100);
+        let identity = Identity::read(&config(directory.path(), &cert, &key)).unwrap();
+        let acceptor = Acceptor::new(identity, Duration::from_secs(60));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let to = listener.local_addr().unwrap();
+            let held = acceptor.seats.acquire_many(HANDSHAKES_MAX as u32).await.unwrap();
+            let mut client = TcpStream::connect(to).await.unwrap();
+            client.write_all(b"\x16 no handshake, however long it is").await.unwrap();
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut waiting = std::pin::pin!(acceptor.accept(stream, "tcp"));
+            assert!(timeout(Duration::from_millis(50), &mut waiting).await.is_err(), "it waits");
+            // Another kind of listener has its own.
+            let (stream, other) = (TcpStream::connect(to).await.unwrap(), acceptor.apart());
+            drop(stream);
+            let (stream, _) = listener.accept().await.unwrap();
+            assert!(matches!(other.accept(stream, "api").await, Err((Failure::Closed, None))));
+            drop(held);
+            assert!(matches!(waiting.await, Err((Failure::Protocol, None))));
+        });
     }
 
     #[test]

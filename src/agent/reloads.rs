@@ -126,7 +126,10 @@ impl Reloads {
         let changed = Arc::clone(&in_force);
         let mut obey = move || {
             let outcome = read().and_then(|loaded| {
-                let (notes, level) = (loaded.notes(), loaded.config.log.level);
+                let (mut notes, level) = (loaded.notes(), loaded.config.log.level);
+                let waiting = changed.config().waiting(&loaded.config);
+                let note = |key| format!("{key}: the file says something else now; that takes a restart");
+                notes.extend(waiting.into_iter().map(note));
                 let keys = changed.put(loaded.config)?;
                 // Nothing can refuse it any more.
                 set_level(level);

@@ -23,6 +23,7 @@ use crate::inherited::{Inherited, Use};
 #[cfg(feature = "kafka")]
 use crate::kafka::NotStarted;
 use crate::listen::{self, Listeners};
+use crate::units::ListenAddress;
 
 /// The listening sockets of all HTTP servers, bound before anything else starts, since that is what goes wrong first.
 pub(super) struct HttpSockets {
@@ -47,6 +48,22 @@ impl HttpSockets {
             addresses.map(|address| Guarded { key: r#use.name(), address, right }).collect::<Vec<_>>()
         };
         [of(Use::Ingest, &self.ingest, Right::Write), of(Use::Api, &self.api, Right::Admin)].concat()
+    }
+
+    /// Says of sockets that units opened, which no check sees, what is said of configured addresses.
+    pub(super) fn warn(&self, config: &http::Config) {
+        let all: [(&str, _, _, &[Right]); 3] = [
+            ("ingest", &self.ingest, &config.ingest, &[Right::Write]),
+            ("api", &self.api, &config.api, &[Right::Admin, Right::Read]),
+            ("scrape", &self.scrape, &config.scrape, &[Right::Read]),
+        ];
+        for (key, sockets, configured, rights) in all {
+            let is_configured = |at: &ListenAddress| configured.iter().any(|text| text.parse() == Ok(*at));
+            let others = sockets.iter().filter_map(http::Socket::address).filter(|at| !is_configured(at));
+            for at in others {
+                config.warnings(at, rights).iter().for_each(|warning| tracing::warn!("http.{key} at {at}: {warning}"));
+            }
+        }
     }
 
     pub(super) fn bound(&self) -> BTreeMap<String, Vec<String>> {

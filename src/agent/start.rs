@@ -90,6 +90,7 @@ impl Agent {
         let http_sockets = HttpSockets::bind(&config.http, &mut inherited).map_err(Error::Http)?;
         let mut bound = http_sockets.bound();
         reloads.in_force.listen(http_sockets.guarded()).map_err(Error::Http)?;
+        http_sockets.warn(&config.http);
         let HttpSockets { ingest, api, scrape } = http_sockets;
         // A directory that is in use ends a start before anything is read.
         let mut journal = None;

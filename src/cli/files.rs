@@ -3,11 +3,13 @@
 //!
 //! Every problem is told, each with the key that leads to it and its place.
 
+use std::fmt;
 use std::fs;
 use std::io::{self, ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
 
-use nix::unistd::{AccessFlags, access};
+use nix::errno::Errno;
+use nix::unistd::{AccessFlags, Uid, access};
 
 use super::{Code, cannot_read};
 use crate::config::{Fault, Kind, Loaded, Origin, Problem};
@@ -29,14 +31,15 @@ pub(super) fn look(loaded: &mut Loaded) -> Result<Vec<String>, Vec<Problem>> {
     let mut notes = Vec::new();
     let mut problems = problems(loaded);
     problems.retain(|problem| match &problem.fault {
-        Fault::NotPassed { key, value, .. } => {
-            let why = "not looked at, because credentials are passed to the service alone";
-            notes.push(format!("{}: {key} = {value}: {why}", problem.origin));
+        Fault::NotPassed { key, value, remedy, .. } => {
+            let why = "not looked at, since only the service's own process can tell";
+            notes.push(format!("{}: {key} = {value}: {why}; here: {remedy}", problem.origin));
             false
         }
         Fault::Syntax(_) | Fault::Unknown { .. } | Fault::Value { .. } | Fault::Refused(_) => true,
         Fault::Argument(_) | Fault::File { .. } => true,
     });
+    notes.extend(note_state_dir(loaded));
     if problems.is_empty() { Ok(notes) } else { Err(problems) }
 }
 
@@ -48,17 +51,20 @@ fn problems(loaded: &mut Loaded) -> Vec<Problem> {
     problems
 }
 
-/// That a file of secrets can't be used.
+/// That a file of secrets can't be used, or that only the service can tell: it has its credentials, and where root looks
+/// at its configuration it may be the user whose file that is.
 fn unusable(loaded: &Loaded, key: &str, error: &secret::Error) -> Problem {
-    match error {
-        secret::Error::NoCredentials => loaded.not_passed(key, error),
-        secret::Error::CredentialName
-        | secret::Error::NoCredential
-        | secret::Error::Read(_)
-        | secret::Error::TooLong
-        | secret::Error::Public(_)
-        | secret::Error::Empty => loaded.file_problem(key, error.exit_code(), error),
+    let is_owners = matches!(error, secret::Error::Owner(_)) && Uid::effective().is_root();
+    told(loaded, key, error.exit_code(), error, is_owners)
+}
+
+/// That the file of a key can't be used, unless that is a credential which is kept from this process, or a user's who is
+/// not this one.
+fn told(loaded: &Loaded, key: &str, code: u8, error: &impl fmt::Display, is_owners: bool) -> Problem {
+    if is_owners || secret::is_kept_from_us(&loaded.text(key)) {
+        return loaded.not_passed(key, code, error);
     }
+    loaded.file_problem(key, code, error)
 }
 
 /// Reads the file that `mapping.file` names, if it names one.
@@ -135,6 +141,10 @@ fn read_identity(loaded: &mut Loaded) -> Result<(), Vec<Problem>> {
             Ok(())
         }
         Err(tls::Error::Secret(which, error)) => Err(vec![unusable(loaded, which.key(), &error)]),
+        Err(tls::Error::Read(which, error)) => {
+            let error = tls::Error::Read(which, error);
+            Err(vec![told(loaded, which.key(), error.exit_code(), &error, false)])
+        }
         Err(error) => Err(vec![loaded.file_problem(error.which().key(), error.exit_code(), &error)]),
     }
 }
@@ -149,17 +159,14 @@ fn check_parts(loaded: &mut Loaded) -> Result<(), Vec<Problem>> {
         Kind::Kafka => None,
     };
     let redis = redis.map(|error| {
-        let is_not_passed = |file| secret::is_not_passed(config.store.redis.file(file));
-        if let redis::Error::Credential(file) = error
-            && is_not_passed(file)
-        {
-            return loaded.not_passed(error.key(), &error);
-        }
-        loaded.file_problem(error.key(), error.exit_code(), &error)
+        let is_of_file = matches!(error, redis::Error::Credential(_) | redis::Error::File(..));
+        let (key, code) = (error.key(), error.exit_code());
+        if is_of_file { told(loaded, key, code, &error, false) } else { loaded.file_problem(key, code, &error) }
     });
     let accounts = config.listen.check_accounts().err();
     let accounts = accounts.map(|error| loaded.refusal(error.key().unwrap_or_default(), &error));
     let problems: Vec<_> = redis.into_iter().chain(accounts).chain(check_kafka(loaded)).collect();
+    loaded.config.store.redis.contents = loaded.config.store.redis.look();
     if problems.is_empty() { Ok(()) } else { Err(problems) }
 }
 
@@ -212,26 +219,37 @@ fn wrong_socket(path: &Path) -> Option<(u8, &'static str)> {
     may_not_write(directory).then_some((77, "not permitted; name a directory that this user may write to"))
 }
 
-/// Why the journal can't be in `state_dir`, if it was named: where it is built in, nobody said that it would be used here.
+/// That the journal can't be in `state_dir`, if it was named.
 fn check_state_dir(loaded: &Loaded) -> Option<Problem> {
+    let (code, what) = wrong_state_dir(loaded).filter(|_| loaded.origin("state_dir") != Origin::BuiltIn)?;
+    Some(loaded.file_problem("state_dir", code.into(), &what))
+}
+
+/// The same where it is built in: nobody said that it would be used here.
+fn note_state_dir(loaded: &Loaded) -> Option<String> {
+    let (_, what) = wrong_state_dir(loaded).filter(|_| loaded.origin("state_dir") == Origin::BuiltIn)?;
+    let directory = loaded.config.state_dir.display().to_string();
+    Some(format!("{}: state_dir = {directory:?}, in the working directory: {what}", Origin::BuiltIn))
+}
+
+fn wrong_state_dir(loaded: &Loaded) -> Option<(Code, &'static str)> {
     let is_kept = match loaded.config.store.kind {
         Kind::Memory => false,
         Kind::Embedded | Kind::Redis => true,
         #[cfg(feature = "kafka")]
         Kind::Kafka => true,
     };
-    if !is_kept || loaded.origin("state_dir") == Origin::BuiltIn {
+    if !is_kept {
         return None;
     }
     // What is missing is made, below what there is.
     let there = loaded.config.state_dir.ancestors().find_map(existing)?;
-    let told = |code: Code, what: &str| Some(loaded.file_problem("state_dir", code.into(), &what));
     match fs::metadata(&there) {
         Ok(found) if !found.is_dir() => {
-            told(Code::Io, "there is a file in its place; remove it, or name another directory")
+            Some((Code::Io, "there is a file in its place; remove it, or name another directory"))
         }
         Ok(_) if may_not_write(&there) => {
-            told(Code::Permission, "not permitted; let this user write there, or name another directory")
+            Some((Code::Permission, "not permitted; let this user write there, or name another directory"))
         }
         Ok(_) | Err(_) => None,
     }
@@ -247,7 +265,8 @@ fn existing(path: &Path) -> Option<PathBuf> {
     }
 }
 
-/// Whether this user may make nothing in a directory.
+/// Whether this user may make nothing in a directory, for its permissions or because it is on a read-only file system.
 fn may_not_write(directory: &Path) -> bool {
-    access(directory, AccessFlags::W_OK | AccessFlags::X_OK) == Err(nix::errno::Errno::EACCES)
+    let error = access(directory, AccessFlags::W_OK | AccessFlags::X_OK).err();
+    error.is_some_and(|error| [Errno::EACCES, Errno::EROFS, Errno::EPERM].contains(&error))
 }

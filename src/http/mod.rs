@@ -89,6 +89,17 @@ impl Config {
         !at.is_local() && !self.insecure && self.tokens.is_everybodys(right)
     }
 
+    /// What an operator should know of an address where these rights are asked for.
+    pub fn warnings(&self, at: ListenAddress, rights: &[tokens::Right]) -> Vec<&'static str> {
+        let shows_all = rights.contains(&tokens::Right::Read) && self.tokens.is_everybodys(tokens::Right::Read);
+        let has_tokens = rights.iter().any(|right| self.tokens.file(*right).is_some());
+        let reads = shows_all
+            .then_some("other machines can read all figures there; http.tokens.read_file would ask them for a token");
+        let plain = (has_tokens && !at.tls)
+            .then_some("tokens cross the network as they are; tls:// before the address hides them");
+        reads.into_iter().chain(plain).filter(|_| !at.is_local()).collect()
+    }
+
     /// Whether bound sockets may stay with this configuration.
     ///
     /// # Errors

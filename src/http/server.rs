@@ -243,6 +243,7 @@ impl Server {
     pub(super) fn listen<S: Site>(&mut self, sockets: Vec<Socket>, site: &Rc<S>) -> Result<(), Error> {
         Guard::begin(S::ON.label());
         tls::Acceptor::begin(S::ON.label());
+        let acceptor = self.access.tls.apart();
         // Each purpose has its own: who may only scrape shuts nobody out of the API.
         let connections = Arc::new(Semaphore::new(self.limits.http_connections.min(Semaphore::MAX_PERMITS)));
         for Socket { listener, tls } in sockets {
@@ -251,7 +252,7 @@ impl Server {
             let door = Rc::new(Door {
                 site: Rc::clone(site),
                 guard: self.access.guard.clone(),
-                tls: tls.then(|| self.access.tls.clone()),
+                tls: tls.then(|| acceptor.clone()),
                 gate: self.gate.clone(),
                 limits: Rc::clone(&self.limits),
                 loopback: listener.local_addr().is_ok_and(|address| is_loopback(address.ip())),

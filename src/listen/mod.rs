@@ -139,10 +139,10 @@ impl Config {
     /// Finds the users and the group that are named, as far as a start will need them.
     ///
     /// # Errors
-    /// The first that this host has not.
+    /// The first that this host has not, or the group if this process may not give it files.
     pub fn check_accounts(&self) -> Result<(), Error> {
         Peers::new(self)?;
-        peers::group(self).map(|_| ())
+        peers::check_group(self)
     }
 }
 
@@ -227,6 +227,11 @@ pub enum Error {
         /// What stands there.
         value: String,
     },
+    /// This process is not in the group.
+    NotMember {
+        /// What stands at `listen.unix_group`.
+        value: String,
+    },
     /// Somebody else listens there.
     InUse {
         /// The key in the configuration.
@@ -273,7 +278,7 @@ impl Error {
         let address = address.into();
         match error.raw_os_error() {
             Some(libc::EADDRINUSE) => Self::InUse { key, address },
-            Some(libc::EACCES | libc::EPERM) => Self::Denied { key, address },
+            Some(libc::EACCES | libc::EPERM | libc::EROFS) => Self::Denied { key, address },
             Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT) => Self::NotHere { key, address },
             Some(libc::ENOENT | libc::ENOTDIR) => Self::NoDirectory { key, address },
             Some(_) | None => Self::Bind { key, address, error },
@@ -286,6 +291,7 @@ impl Error {
             Self::Address { key, .. } | Self::Path { key, .. } | Self::Account { key, .. } => Some(key),
             Self::InUse { key, .. } | Self::Denied { key, .. } | Self::NotHere { key, .. } => Some(key),
             Self::NoDirectory { key, .. } | Self::Bind { key, .. } => Some(key),
+            Self::NotMember { .. } => Some(GROUP_KEY),
             Self::System(_) => None,
         }
     }
@@ -293,7 +299,7 @@ impl Error {
     /// The exit code of a start that failed so, after sysexits.
     pub const fn exit_code(&self) -> u8 {
         match self {
-            Self::Address { .. } | Self::Path { .. } | Self::Account { .. } => 78,
+            Self::Address { .. } | Self::Path { .. } | Self::Account { .. } | Self::NotMember { .. } => 78,
             Self::NoDirectory { .. } => 66,
             Self::InUse { .. } | Self::NotHere { .. } => 69,
             Self::Denied { .. } => 77,
@@ -318,6 +324,11 @@ impl fmt::Display for Error {
                     "{key} = {value:?}: this host has no such {what}; see `getent {command}`, or write its number"
                 )
             }
+            Self::NotMember { value } => write!(
+                f,
+                "{GROUP_KEY} = {value:?}: this process is not in that group, so it may not give it files; add it there \
+                 (SupplementaryGroups= of a unit), or name another group"
+            ),
             Self::InUse { key, address } => {
                 let other = match address {
                     Address::Inet(_) | Address::Tls(_) => "port",

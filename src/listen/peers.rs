@@ -7,9 +7,10 @@
 //!
 //! Names are looked up once, at the start.
 
+use std::fs;
 use std::sync::Arc;
 
-use nix::unistd::{Group, User};
+use nix::unistd::{Gid, Group, Uid, User, getgroups};
 
 use super::{Config, Error, GROUP_KEY};
 use crate::ingest::Address;
@@ -56,6 +57,24 @@ pub(super) fn group(config: &Config) -> Result<Option<u32>, Error> {
     let by_name = || Group::from_name(name).ok().flatten().map(|group| group.gid.as_raw());
     let found = name.parse().ok().or_else(by_name);
     found.map(Some).ok_or_else(|| Error::Account { key: GROUP_KEY, value: name.to_owned() })
+}
+
+/// Whether this process may give its sockets' files to the group of `listen.unix_group`, if one is named and there are any.
+pub(super) fn check_group(config: &Config) -> Result<(), Error> {
+    let Some(group) = group(config)? else { return Ok(()) };
+    let has_files = !config.unixgram.is_empty() || !config.unix.is_empty();
+    let is_member = || Gid::effective().as_raw() == group || getgroups().is_ok_and(|all| all.contains(&group.into()));
+    if has_files && !may_chown() && !is_member() {
+        return Err(Error::NotMember { value: config.unix_group.0.clone() });
+    }
+    Ok(())
+}
+
+/// Whether this process may give files to any group: CAP_CHOWN is the first bit of its capabilities.
+fn may_chown() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok());
+    effective.map_or_else(|| Uid::effective().is_root(), |effective| effective & 1 == 1)
 }
 
 #[cfg(test)]

@@ -106,6 +106,7 @@ impl Error {
         match self {
             Self::InUse(_) => 69,
             Self::Io(_, error) if error.kind() == io::ErrorKind::PermissionDenied => 77,
+            Self::Io(_, error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => 77,
             Self::Io(..) | Self::Database(_) | Self::Closed | Self::Record => 74,
         }
     }

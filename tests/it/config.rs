@@ -267,7 +267,6 @@ fn wrong(directory: &Path) -> Vec<(Vec<String>, i32, &'static str)> {
         (redis(format!("store.redis.password_file={missing}")), 66, "No such file"),
         (redis(format!("store.redis.ca_file={missing}")), 66, "can't be read"),
         (redis(format!("store.redis.ca_file={plain}")), 78, "no certificate"),
-        (redis("store.redis.key_file=credential:key".to_owned()), 78, "credential"),
         (redis("store.redis.prefix=a{b".to_owned()), 78, "brace"),
         (redis("store.redis.mode=sentinel".to_owned()), 78, "store.redis.nodes"),
         (vec!["store.kind=redis".to_owned(), "store.redis.url=http://x".to_owned()], 78, "no address of a Redis"),

@@ -3,7 +3,7 @@
 //! Everything that can be found out without asking a server is told here, by `tallyd check` as well as at the start.
 
 use std::fmt;
-use std::fs;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
 use redis::{
     Client, ClientTlsConfig, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, RedisConnectionInfo, TlsCertificates,
@@ -49,6 +49,9 @@ pub struct Config {
     /// What stands in the password's file; whoever reads files puts it here.
     #[serde(skip)]
     pub password: Option<Secret>,
+    /// What the files for TLS held when they were checked, as [`Config::look`] tells it, in the order of [`TlsFile::ALL`].
+    #[serde(skip)]
+    pub contents: [Option<u64>; 3],
 }
 
 /// How many servers there are, and who tells which of them to use.
@@ -112,8 +115,8 @@ impl<'de> Deserialize<'de> for Replicas {
 
 impl fmt::Debug for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { url, prefix, mode, nodes, master, password_file, ca_file, cert_file, key_file, replicas, password } =
-            self;
+        let Self { url, prefix, mode, nodes, master, password_file, ca_file, cert_file, key_file, .. } = self;
+        let Self { replicas, password, .. } = self;
         let nodes: Vec<_> = nodes.iter().map(|node| without_password(node)).collect();
         let mut shown = f.debug_struct("Config");
         shown.field("url", &without_password(url)).field("prefix", prefix).field("mode", mode).field("nodes", &nodes);
@@ -137,6 +140,7 @@ impl Default for Config {
             key_file: String::new(),
             replicas: Replicas::default(),
             password: None,
+            contents: [None; 3],
         }
     }
 }
@@ -150,8 +154,18 @@ impl Config {
         Deployment::new(self).map(|_| ())
     }
 
+    /// Numbers that differ, all but surely, where the files for TLS do.
+    pub fn look(&self) -> [Option<u64>; 3] {
+        TlsFile::ALL.map(|file| {
+            let path = secret::locate(self.file(file)).ok().filter(|path| !path.as_os_str().is_empty())?;
+            let mut hasher = DefaultHasher::new();
+            secret::public(&path).ok()?.hash(&mut hasher);
+            Some(hasher.finish())
+        })
+    }
+
     /// The name of a file.
-    pub fn file(&self, file: TlsFile) -> &str {
+    fn file(&self, file: TlsFile) -> &str {
         match file {
             TlsFile::Ca => &self.ca_file,
             TlsFile::Certificate => &self.cert_file,
@@ -305,7 +319,7 @@ fn certificates(config: &Config, server: &ConnectionInfo) -> Result<Option<TlsCe
             return Err(Error::FileUnused(file));
         }
         let path = secret::locate(path).map_err(|_| Error::Credential(file))?;
-        let bytes = fs::read(path).map_err(|error| Error::File(file, error.kind()))?;
+        let bytes = secret::public(&path).map_err(|error| Error::File(file, error.kind()))?;
         let text = String::from_utf8_lossy(&bytes);
         let is_pem = text.lines().any(|line| {
             line.strip_prefix("-----BEGIN ").is_some_and(|kind| kinds.iter().any(|end| kind.trim_end().ends_with(end)))
@@ -327,6 +341,8 @@ fn certificates(config: &Config, server: &ConnectionInfo) -> Result<Option<TlsCe
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn config(change: impl FnOnce(&mut Config)) -> Config {

@@ -18,6 +18,9 @@ pub enum TlsFile {
 }
 
 impl TlsFile {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Ca, Self::Certificate, Self::Key];
+
     /// The key that names it.
     pub const fn key(self) -> &'static str {
         match self {
