@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes tallyd_VERSION_ARCH.deb and tallyd-dbgsym_VERSION_ARCH.deb in target/debian, looks them over with lintian, and
+# Makes tallyd_VERSION_ARCH.deb and tallyd-dbgsym_VERSION_ARCH.deb in target/deb, looks them over with lintian, and
 # prints their names: `deb.sh [--version VERSION]`. Built on Debian 12 they install on 12 and later.
 #
 # cargo-deb makes it from [package.metadata.deb] in Cargo.toml; the scripts of the package are in packaging/deb.
@@ -24,7 +24,8 @@ packaging/deb/changelog.py "$version" "$maintainer" "$epoch" >target/package/cha
 export SOURCE_DATE_EPOCH=$epoch
 
 architecture=$(dpkg --print-architecture)
-out=target/debian
+# Not target/debian, which cargo-deb empties of what it made before.
+out=target/deb
 deb=$out/tallyd_${version}_$architecture.deb
 symbols=$out/tallyd-dbgsym_${version}_$architecture.deb
 mkdir -p "$out"
