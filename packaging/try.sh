@@ -271,6 +271,8 @@ try_frozen_disk() {
 WatchdogSec=15
 ReadWritePaths=/srv/disk
 Environment=TALLYD_STATE_DIR=/srv/disk/state'
+  # Another system that had this disk had other numbers of users.
+  rm -rf /srv/disk/state
   install -d -o tallyd -g tallyd -m 700 /srv/disk/state
   systemctl restart $unit
   local pid since
