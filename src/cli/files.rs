@@ -163,11 +163,25 @@ fn check_parts(loaded: &mut Loaded) -> Result<(), Vec<Problem>> {
         let (key, code) = (error.key(), error.exit_code());
         if is_of_file { told(loaded, key, code, &error, false) } else { loaded.file_problem(key, code, &error) }
     });
+    let key = match config.store.kind {
+        Kind::Redis => open_key(loaded),
+        Kind::Memory | Kind::Embedded => None,
+        #[cfg(feature = "kafka")]
+        Kind::Kafka => None,
+    };
     let accounts = config.listen.check_accounts().err();
     let accounts = accounts.map(|error| loaded.refusal(error.key().unwrap_or_default(), &error));
-    let problems: Vec<_> = redis.into_iter().chain(accounts).chain(check_kafka(loaded)).collect();
+    let problems: Vec<_> = key.into_iter().chain(redis).chain(accounts).chain(check_kafka(loaded)).collect();
     loaded.config.store.redis.contents = loaded.config.store.redis.look();
     if problems.is_empty() { Ok(()) } else { Err(problems) }
+}
+
+/// That others can get at the key of our certificate for Redis. All else that may be wrong with its file Redis tells itself.
+fn open_key(loaded: &Loaded) -> Option<Problem> {
+    let name = &loaded.config.store.redis.key_file;
+    let error = Some(name).filter(|name| !name.is_empty()).and_then(|name| secret::read(name).err())?;
+    let is_open = matches!(error, secret::Error::Public(_) | secret::Error::Owner(_));
+    is_open.then(|| unusable(loaded, "store.redis.key_file", &error))
 }
 
 /// Whether librdkafka takes all options together, where it is used.

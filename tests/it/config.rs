@@ -234,6 +234,21 @@ fn explain_shows_a_short_line_whole_and_of_a_long_one_what_is_around_the_place()
     assert!(long.contains(&format!("\n  {}:x|c|#{}\n", "n".repeat(29), "t".repeat(25))), "{long}");
 }
 
+#[test]
+fn a_key_for_redis_that_others_may_read_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let key = secret(directory.path(), "key", "no key in PEM either");
+    fs::set_permissions(&key, Permissions::from_mode(0o604)).unwrap();
+    let set = format!("store.redis.key_file={key}");
+    let settings = ["--set", "store.kind=redis", "--set", "store.redis.url=rediss://localhost", "--set", &set];
+    for command in ["check", "run"] {
+        let output = run(&[&[command][..], &settings].concat(), &[], "");
+        let told = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(78), "{command}: {told}");
+        assert!(told.contains("store.redis.key_file = ") && told.contains("0604"), "{command}: {told}");
+    }
+}
+
 /// What `run` must refuse, and `check` with the same words and the same code: settings, exit code, what is said.
 fn wrong(directory: &Path) -> Vec<(Vec<String>, i32, &'static str)> {
     let path = |name: &str| directory.join(name).display().to_string();

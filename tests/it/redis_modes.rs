@@ -1,6 +1,8 @@
 //! Every deployment of Redis that a store can be: Sentinel, Cluster, TLS, a unix socket, a user with few rights. Counts
 //! are exact in each of them, also while a server is away or another one takes its place.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
@@ -411,6 +413,7 @@ impl Authority {
         let path = |end: &str| Path::new(&self.file(name)).with_extension(end);
         std::fs::write(path("pem"), certificate.pem()).unwrap();
         std::fs::write(path("key"), key.serialize_pem()).unwrap();
+        std::fs::set_permissions(path("key"), Permissions::from_mode(0o600)).unwrap();
         (path("pem"), path("key"))
     }
 }
