@@ -145,6 +145,8 @@ fn pieces<'a>(chunks: impl IntoIterator<Item = &'a [u8]>, max: usize) -> Vec<(Fo
     for chunk in chunks {
         assert_eq!(lines.feed(chunk, &mut each), ControlFlow::Continue(()));
         assert!(lines.partial().len() <= max + 1);
+        // Another agent may go on from here.
+        lines = Lines::resume(max, lines.into_rest());
     }
     lines.end(&mut each);
     assert!(!lines.is_inside());
