@@ -36,7 +36,7 @@ use socket2::Socket;
 use crate::ingest::Listener;
 use crate::inherited::{Inherited, Named};
 use crate::listen::Passed;
-use crate::listen::lines::Rest;
+use crate::listen::lines::{Form, Rest};
 
 /// Tells a process that its standard input leads to the agent it is to take over from.
 pub const VARIABLE: &str = "TALLYD_HANDOVER";
@@ -101,6 +101,9 @@ enum Message {
         listener: String,
         /// What is to be skipped of it.
         skip: u64,
+        /// What it is made of.
+        #[serde(default)]
+        form: Form,
     },
     /// Streams and journal are the successor's.
     Yours,
@@ -329,7 +332,7 @@ impl Successor {
     /// waits until this is dropped. `meanwhile` is called now and then.
     pub fn hand_over(&mut self, streams: &[Passed], meanwhile: impl Fn()) -> Result<(), Error> {
         for Passed { listener, socket, rest } in streams {
-            let message = Message::Stream { listener: listener.name().to_owned(), skip: rest.skip };
+            let message = Message::Stream { listener: listener.name().to_owned(), skip: rest.skip, form: rest.form };
             let mut parts = rest.partial.chunks(PART);
             let last = parts.next_back().unwrap_or_default();
             for part in parts {
@@ -450,11 +453,11 @@ impl Predecessor {
         loop {
             match self.next()? {
                 Received { message: Message::Part, bytes, .. } => begun.extend(bytes),
-                Received { message: Message::Stream { listener, skip }, bytes, descriptor: Some(descriptor) } => {
+                Received { message: Message::Stream { listener, skip, form }, bytes, descriptor: Some(descriptor) } => {
                     let partial = [std::mem::take(&mut begun), bytes].concat();
                     let is = |known: &Listener| known.name() == listener;
                     let Some(listener) = [Listener::Tcp, Listener::Unix].into_iter().find(is) else { continue };
-                    let rest = Rest { partial, skip };
+                    let rest = Rest { partial, skip, form };
                     streams.push(Passed { listener, socket: Socket::from(descriptor), rest });
                 }
                 Received { message: Message::Yours, .. } => return Ok(streams),

@@ -52,7 +52,7 @@ pub enum Listener {
     Tcp,
     /// Datagrams of a unix socket.
     Unixgram,
-    /// Length-prefixed messages on a unix stream.
+    /// Length-prefixed messages or lines on a unix stream.
     Unix,
     /// Bodies of `POST /ingest/metrics`.
     Http,

@@ -226,7 +226,7 @@ pub enum Reason {
     HttpRequest,
     /// A stream's line or packet that was begun and not ended, within `limits.partial_line` or at all.
     PartialLine,
-    /// On a unix stream, four bytes that cannot be the length of a packet.
+    /// On a unix stream of packets, four bytes that cannot be the length of one.
     BadLength,
     /// A client that speaks TLS to an address that does not.
     TlsHello,

@@ -3,7 +3,7 @@
 
 use std::ops::ControlFlow;
 
-use super::lines::Rest;
+use super::lines::{Form, Rest};
 
 /// What a packet of a stream is to the transport.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +17,17 @@ pub(super) enum Piece<'a> {
 }
 
 const LENGTH: usize = 4;
+
+/// What a unix stream is that begins with these bytes, as soon as there are enough of them. Without a control character a
+/// length would be half a gigabyte, which is no packet's, so text can only be lines, as Etsy's server has them on such a
+/// socket. All else is taken for a length, which is refused if it cannot be one.
+pub(super) fn form(beginning: &[u8]) -> Option<Form> {
+    let head = beginning.first_chunk::<LENGTH>()?;
+    // A character may be cut behind the fourth byte.
+    let is_utf8 = std::str::from_utf8(head).map_or_else(|error| error.error_len().is_none(), |_| true);
+    let is_text = is_utf8 && head.iter().all(|byte| !byte.is_ascii_control());
+    Some(if is_text { Form::Lines } else { Form::Packets })
+}
 
 /// No client sends a packet of this size, and four characters of text, read as a length, are far more.
 const LENGTH_MAX: usize = 16 << 20;
@@ -47,7 +58,7 @@ impl Frames {
 
     /// What another needs to go on.
     pub(super) fn into_rest(self) -> Rest {
-        Rest { partial: self.partial, skip: self.skip as u64 }
+        Rest { partial: self.partial, skip: self.skip as u64, form: Form::Packets }
     }
 
     /// Takes the next bytes of the stream and hands over each packet that ends in them, until told to stop.
@@ -194,6 +205,33 @@ mod tests {
                 prop_assert!(kind != 'p' || bytes == rest[LENGTH..LENGTH + length]);
                 rest = rest.get(LENGTH + length..).unwrap_or_default();
             }
+        }
+    }
+
+    #[test]
+    fn text_is_told_from_a_length() {
+        for (beginning, want) in [
+            (b"a:1".as_slice(), None),
+            (b"a:1|c", Some(Form::Lines)),
+            (b"{\"na", Some(Form::Lines)),
+            ("gr\u{f6}\u{df}e:1|c".as_bytes(), Some(Form::Lines)),
+            ("abc\u{e9}:1|c".as_bytes(), Some(Form::Lines)),
+            (b"\x05\0\0\0a:1|c", Some(Form::Packets)),
+            (b"abc\0", Some(Form::Packets)),
+            (b"abc\x1f", Some(Form::Packets)),
+            (b"a\nb:", Some(Form::Packets)),
+            (b"\xff\xff\xff\x7e", Some(Form::Packets)),
+            (b"abc\xff", Some(Form::Packets)),
+        ] {
+            assert_eq!(form(beginning), want, "{beginning:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_length_of_a_packet_is_taken_for_text(length in 0..=LENGTH_MAX as u32, payload in any::<u8>()) {
+            let [a, b, c, d] = length.to_le_bytes();
+            prop_assert_eq!(form(&[a, b, c, d, payload]), Some(Form::Packets));
         }
     }
 

@@ -3,6 +3,8 @@
 
 use std::ops::ControlFlow;
 
+use serde::{Deserialize, Serialize};
+
 /// What a line of a stream is to the transport.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Piece<'a> {
@@ -21,6 +23,21 @@ pub struct Rest {
     pub partial: Vec<u8>,
     /// Bytes of a packet that are still to be skipped; of a line whether there are any, 1 or 0.
     pub skip: u64,
+    /// What the stream is made of.
+    pub form: Form,
+}
+
+/// What a stream is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Form {
+    /// As its listener says; of a unix stream nobody knows before its first four bytes have come.
+    #[default]
+    Open,
+    /// Lines.
+    Lines,
+    /// Packets, each behind its length.
+    Packets,
 }
 
 /// Splits a stream into lines.
@@ -44,7 +61,7 @@ impl Lines {
 
     /// What another needs to go on.
     pub fn into_rest(self) -> Rest {
-        Rest { partial: self.partial, skip: self.skipping.into() }
+        Rest { partial: self.partial, skip: self.skipping.into(), form: Form::Lines }
     }
 
     /// Takes the next bytes of the stream and hands over each line that ends in them, until told to stop.

@@ -1,5 +1,5 @@
-//! Streams: TCP connections of lines and unix connections of packets into the stream worker, on the one thread whose
-//! runtime serves HTTP ingest too.
+//! Streams: TCP connections of lines and unix connections of packets or lines into the stream worker, on the one thread
+//! whose runtime serves HTTP ingest too. A unix stream's first four bytes say which of both it is, for all of its life.
 //!
 //! A connection reads at most `limits.stream_buffer` before the others have their turn, and holds at most one partial
 //! line or packet. What is too long is refused and the stream goes on; an HTTP client's request line, or what cannot be
@@ -35,7 +35,7 @@ use tokio::task::{JoinSet, LocalSet, spawn_local, yield_now};
 use tokio::time::sleep;
 
 use super::frames::{self, Frames};
-use super::lines::{self, Lines};
+use super::lines::{self, Form, Lines};
 use super::peers::Peers;
 use super::{DATAGRAM_MAX, Limits, OWES_SEAL, PAUSE, SEAL_BURSTS, Stop, burst, sockets};
 use crate::clock::Clock;
@@ -555,6 +555,8 @@ impl Transport {
 
 /// How a stream's bytes are taken apart.
 enum Framing {
+    /// What has come of a unix stream before it can be told.
+    Open(Vec<u8>),
     Lines(Lines),
     Packets(Frames),
 }
@@ -563,6 +565,14 @@ impl Framing {
     /// Gives the worker what ends in these bytes, and says whether anything did.
     fn feed(&mut self, bytes: &[u8], intake: &Intake, source: Source) -> ControlFlow<(), bool> {
         match self {
+            Self::Open(begun) => {
+                begun.extend_from_slice(bytes);
+                let Some(form) = frames::form(begun) else { return ControlFlow::Continue(false) };
+                let begun = std::mem::take(begun);
+                let rest = lines::Rest { form, ..lines::Rest::default() };
+                *self = Self::resume(source.listener, rest, intake);
+                self.feed(&begun, intake, source)
+            }
             Self::Lines(lines) => {
                 lines.feed(bytes, |piece| intake.line(piece, source))?;
                 ControlFlow::Continue(memchr::memchr(b'\n', bytes).is_some())
@@ -580,16 +590,22 @@ impl Framing {
 
     /// Begins where another left off, or at the beginning of a stream.
     fn resume(listener: Listener, rest: lines::Rest, intake: &Intake) -> Self {
-        if listener == Listener::Unix {
-            let packet = intake.limits.datagram.0.min(DATAGRAM_MAX) as usize;
-            return Self::Packets(Frames::resume(packet, rest));
+        match rest.form {
+            Form::Open if listener == Listener::Unix => Self::Open(rest.partial),
+            Form::Open | Form::Lines => {
+                let line = intake.workers.settings().limits.line;
+                Self::Lines(Lines::resume(line.min(intake.limits.stream_buffer.bytes()), rest))
+            }
+            Form::Packets => {
+                let packet = intake.limits.datagram.0.min(DATAGRAM_MAX) as usize;
+                Self::Packets(Frames::resume(packet, rest))
+            }
         }
-        let line = intake.workers.settings().limits.line;
-        Self::Lines(Lines::resume(line.min(intake.limits.stream_buffer.bytes()), rest))
     }
 
     fn into_rest(self) -> lines::Rest {
         match self {
+            Self::Open(partial) => lines::Rest { partial, ..lines::Rest::default() },
             Self::Lines(lines) => lines.into_rest(),
             Self::Packets(frames) => frames.into_rest(),
         }
@@ -597,6 +613,7 @@ impl Framing {
 
     fn is_inside(&self) -> bool {
         match self {
+            Self::Open(begun) => !begun.is_empty(),
             Self::Lines(lines) => lines.is_inside(),
             Self::Packets(frames) => frames.is_inside(),
         }
@@ -605,6 +622,7 @@ impl Framing {
     /// What is held of a line or packet that has not ended.
     fn partial(&self) -> &[u8] {
         match self {
+            Self::Open(begun) => begun,
             Self::Lines(lines) => lines.partial(),
             Self::Packets(frames) => frames.partial(),
         }

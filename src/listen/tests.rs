@@ -210,16 +210,40 @@ fn packets_of_a_unix_stream_are_read_like_datagrams() {
     assert_eq!(house.totals["m"], 2.0);
     stream.write_all(&framed(b"n:8|c")[..6]).unwrap();
     drop(stream);
+    // Text is lines at the beginning of a stream only.
     let mut text = UnixStream::connect(&path).unwrap();
-    text.write_all(b"n:1|c\n").unwrap();
+    text.write_all(&[&framed(b"n:16|c"), b"n:1|c\n".as_slice()].concat()).unwrap();
     text.set_read_timeout(Some(DEADLINE)).unwrap();
-    assert_eq!(text.read(&mut [0; 1]).unwrap_or(0), 0, "closed: it has no lengths");
+    assert_eq!(text.read(&mut [0; 1]).unwrap_or(0), 0, "closed: there is no length");
     house.stop(DEADLINE);
-    assert_eq!(house.totals["n"], 5.0);
+    assert_eq!(house.totals["n"], 21.0);
     let mut reasons: Vec<_> = house.rejected().into_iter().map(|(reason, _)| reason).collect();
     reasons.sort_unstable();
     assert_eq!(reasons, [Reason::LineTooLong, Reason::PartialLine, Reason::BadLength]);
     assert!(!path.exists());
+}
+
+#[test]
+fn a_unix_stream_that_begins_with_text_is_lines() {
+    let (_directory, path, config) = unix(Listener::Unix);
+    let mut house = House::open(&config, &Limits::default());
+    for size in 1..=9 {
+        let mut stream = UnixStream::connect(&path).unwrap();
+        for part in "n:1|c\nn:2|c\r\nh\u{e9}:1|c\nn:4|c".as_bytes().chunks(size) {
+            stream.write_all(part).unwrap();
+        }
+    }
+    // The end of a stream ends its last line.
+    house.eventually("n", 63.0);
+    let mut request = UnixStream::connect(&path).unwrap();
+    request.write_all(b"POST / HTTP/1.1\r\nn:1|c\n").unwrap();
+    request.set_read_timeout(Some(DEADLINE)).unwrap();
+    assert_eq!(request.read(&mut [0; 1]).unwrap_or(0), 0, "closed: what speaks HTTP may be made to by a page");
+    UnixStream::connect(&path).unwrap().write_all(b"n:1").unwrap();
+    house.stop(DEADLINE);
+    assert_eq!(house.totals["n"], 63.0);
+    let reasons: Vec<_> = house.rejected().into_iter().map(|(reason, _)| reason).collect();
+    assert_eq!(reasons, [Reason::PartialLine, Reason::HttpRequest]);
 }
 
 #[test]

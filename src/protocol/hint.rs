@@ -43,7 +43,9 @@ pub fn hint(reject: &Reject<'_>) -> Option<String> {
         Reason::MemberTooLong => says("send a hash of it; limits.set_member bounds a member"),
         Reason::HttpRequest => says("this port takes lines; HTTP is served at http.ingest and http.api"),
         Reason::PartialLine => says("end each line with a line feed"),
-        Reason::BadLength => says("a unix stream has 4 bytes of length, little-endian, before each packet"),
+        Reason::BadLength => says(
+            "a unix stream has 4 bytes of length, little-endian, before each packet, or is of lines from its first byte on",
+        ),
         Reason::TlsHello => says("this address speaks no TLS; in listen.tcp one that does begins with tls://"),
         Reason::PeerDenied => says("listen.unix_uids names the users that may send by unix sockets"),
     }

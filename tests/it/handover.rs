@@ -97,11 +97,17 @@ fn streams_go_on_in_the_middle_of_a_line() {
     tcp.write_all(b"before:1|c\nwho").unwrap();
     skipped.write_all(&[b'x'; 10_000]).unwrap();
     unix.write_all(b"\x09\0\0\0pack").unwrap();
+    // Lines of a unix stream: between two of them, inside one, and where it can't be told yet what they are.
+    let mut texts = [b"text:1|c\n".as_slice(), b"text:1|c\nte", b"te"].map(|begun| {
+        let mut text = UnixStream::connect(&streams).unwrap();
+        text.write_all(begun).unwrap();
+        text
+    });
     agent.wait_for("before", "value", 1);
     until("the long line to be refused", || {
         (agent.own("tallyd_lines_rejected_total", "line_too_long") == 1.0).then_some(())
     });
-    until("the streams to be read", || (agent.own("tallyd_received_bytes_total", "unix") >= 50_012.0).then_some(()));
+    until("the streams to be read", || (agent.own("tallyd_received_bytes_total", "unix") >= 50_034.0).then_some(()));
     agent.hand_over();
     tcp.write_all(b"le:2|c\nagain:3|c\n").unwrap();
     skipped.write_all(b" still the same line\nafter:4|c\n").unwrap();
@@ -109,6 +115,10 @@ fn streams_go_on_in_the_middle_of_a_line() {
     unix.write_all(b"c\x06\0\0\0late:6").unwrap();
     long.write_all(&[b'\n'; 9_992]).unwrap();
     long.write_all(b"long:8|c").unwrap();
+    for (text, rest) in texts.iter_mut().zip(["text:10|c\n", "xt:100|c\n", "xt:1000|c\n"]) {
+        text.write_all(rest.as_bytes()).unwrap();
+    }
+    agent.wait_for("text", "value", 1_112);
     agent.wait_for("long", "value", 8);
     agent.wait_for("whole", "value", 2);
     agent.wait_for("again", "value", 3);
