@@ -27,6 +27,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
 use crate::config::{Config, Level, Loaded};
+use crate::export::relay::{self, Relay};
 use crate::flush::{self, Running};
 use crate::handover::{self, Predecessor, Program, Successor};
 use crate::http::{self, Health};
@@ -61,6 +62,8 @@ pub enum Error {
     /// What speaks to Kafka: store, input or forward.
     #[cfg(feature = "kafka")]
     Kafka(NotStarted),
+    /// What sends lines on.
+    Relay(relay::Error),
     /// Our own metrics.
     Telemetry(telemetry::Error),
     /// The agent that was to be taken over from.
@@ -79,6 +82,7 @@ impl Error {
             Self::Ship(ship::Error::Config(error)) => error.exit_code(),
             #[cfg(feature = "kafka")]
             Self::Kafka(error) => error.exit_code(),
+            Self::Relay(error) => error.exit_code(),
             Self::HandOver(_) => 69,
             Self::Ship(ship::Error::Thread(_))
             | Self::Flush(flush::Error::Thread(_))
@@ -100,6 +104,7 @@ impl fmt::Display for Error {
             Self::HandOver(error) => {
                 write!(f, "nothing to take over: {error}; start tallyd without {}", handover::VARIABLE)
             }
+            Self::Relay(error) => error.fmt(f),
             Self::Telemetry(error) => error.fmt(f),
             Self::Flush(flush::Error::Thread(error)) | Self::System(error) => {
                 write!(f, "{error}; raise the limit of threads or open files")
@@ -250,6 +255,7 @@ pub mod limits {
 struct Agent {
     running: Running,
     ship: Option<Ship>,
+    relay: Option<Relay>,
     api: Thread,
     listeners: Listeners,
     #[cfg(feature = "kafka")]
@@ -355,6 +361,9 @@ impl Agent {
             input.close();
         }
         let left = end_listeners(self.listeners);
+        if let Some(relay) = self.relay {
+            relay.stop(deadline);
+        }
         self.running.stop(deadline);
         #[cfg(feature = "kafka")]
         if let Some(input) = self.input {

@@ -26,7 +26,7 @@ use crate::kafka;
 use crate::mapping::Mapping;
 use crate::store::{self, journal, redis};
 use crate::units::{ListenAddress, without_password};
-use crate::{flush, http, ingest, listen, mapping, protocol, tls};
+use crate::{export, flush, http, ingest, listen, mapping, protocol, tls};
 
 mod layers;
 #[cfg(test)]
@@ -56,6 +56,8 @@ pub struct Config {
     pub mapping: mapping::Config,
     /// What a scrape shows.
     pub prometheus: scrape::Config,
+    /// What the agent hands out by itself.
+    pub export: export::Config,
     /// Who we are in TLS.
     pub tls: tls::Config,
     /// What is written to standard error.
@@ -77,6 +79,7 @@ impl Default for Config {
             kafka: kafka::Config::default(),
             mapping: mapping::Config::default(),
             prometheus: scrape::Config::default(),
+            export: export::Config::default(),
             tls: tls::Config::default(),
             log: Log::default(),
             limits: Limits::default(),
@@ -303,6 +306,11 @@ keys! {
     "prometheus.buckets", Restart, "Upper bounds of histograms, in seconds for timers.";
     "prometheus.openmetrics", Restart, "true: OpenMetrics for whoever accepts it. Prometheus then stores counters as NAME_total.";
     "prometheus.expire", Restart, "Series without a sample for so long are not shown. \"0s\": as long as they are in memory.";
+
+    "export", Restart, "What the agent hands out by itself.";
+    "export.relay", Restart, "Lines go on to other servers as they came, rejected ones too; HTTP bodies do not.";
+    "export.relay.to", Restart, "StatsD servers, as \"host:port\", by UDP; names are looked up again and again. []: none.";
+    "export.relay.packet", Restart, "Lines are packed into datagrams of at most so much; a longer line goes alone.";
 
     "log", Now, "What is written to standard error.";
     "log.level", Now, "error, warn, info, debug or trace.";
@@ -762,7 +770,14 @@ impl Loaded {
         problems.extend(self.prometheus());
         problems.extend(self.series());
         problems.extend(self.kafka());
+        problems.extend(self.relay());
         problems
+    }
+
+    fn relay(&self) -> Option<Problem> {
+        let own: Vec<_> = self.config.listen.udp.iter().filter_map(|text| text.parse().ok()).collect();
+        let error = self.config.export.relay.check(&own).err()?;
+        Some(self.refused(error.key(), &error))
     }
 
     fn state_dir(&self) -> Option<Problem> {

@@ -6,6 +6,7 @@
 //!
 //! Metrics: `tallyd_lines_*`, `tallyd_samples_*`, `tallyd_series_refused_total`, `tallyd_seals_total`, published at seals.
 
+pub mod copies;
 mod events;
 mod group;
 mod rejects;
@@ -20,6 +21,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 
+use copies::{Copier, Copies, Wanted};
 pub use events::{Events, KeptCheck, KeptEvent, Received};
 use group::{Group, Room};
 pub use rejects::{Limits, Rejected, Rejects};
@@ -191,6 +193,7 @@ pub struct Workers {
     beats: Arc<Board>,
     /// Samples accepted by all workers, up to their last seals.
     samples: AtomicU64,
+    copies: Wanted,
 }
 
 impl Workers {
@@ -234,6 +237,7 @@ impl Workers {
             begun_ms: clock::wall_ms(),
             beats,
             samples,
+            copies: Wanted::default(),
         };
         (Arc::new(workers), receiver)
     }
@@ -244,6 +248,12 @@ impl Workers {
         let mut seats = self.seats.lock().unwrap_or_else(PoisonError::into_inner);
         seats.push(Arc::new(Seat { returned, wake: Box::new(wake) }));
         Worker::new(Arc::clone(self), seats.len() - 1, receiver)
+    }
+
+    /// Lets each worker that is registered from now on make copies of what comes as lines, from datagrams and streams. None
+    /// if somebody has them already.
+    pub fn copies(&self) -> Option<Copies> {
+        self.copies.begin()
     }
 
     /// When there was no worker yet, in milliseconds since the epoch.
@@ -319,6 +329,7 @@ pub struct Worker {
     core: Core,
     room: Box<Room>,
     port: Port,
+    copies: Option<Box<Copier>>,
 }
 
 /// Where the parser puts what it found.
@@ -408,8 +419,9 @@ impl Worker {
         };
         let due_ms = next_due(now_ms, workers.times.interval_ms);
         let answered = workers.asked.load(Ordering::Acquire);
+        let copies = workers.copies.copier();
         let port = Port { workers, number, returned, clock, out: 0, answered, due_ms, marks: Marks::new() };
-        Self { parser: Parser::new(&settings.protocol, &settings.limits), core, room: Box::default(), port }
+        Self { parser: Parser::new(&settings.protocol, &settings.limits), core, room: Box::default(), port, copies }
     }
 
     /// Tells the worker what time it is: that of all it is given from now on. For each burst or read, before its bytes,
@@ -444,6 +456,9 @@ impl Worker {
 
     #[inline]
     fn together(&mut self, bytes: &[u8]) {
+        if let Some(copies) = &mut self.copies {
+            copies.add(bytes);
+        }
         let mut group = Group::new(&mut self.core, &mut self.room, bytes);
         self.parser.datagram(bytes, &mut group);
         group.finish();
@@ -453,7 +468,18 @@ impl Worker {
     #[inline]
     pub fn line(&mut self, line: &[u8], source: Source) {
         self.core.hear(source, MESSAGE);
+        if let Some(copies) = &mut self.copies {
+            copies.add(line);
+        }
         self.parser.line(line, 1, &mut self.core);
+    }
+
+    /// Hands over the copies of what was read so far; each turn does so too.
+    #[inline]
+    pub fn hand_over_copies(&mut self) {
+        if let Some(copies) = &mut self.copies {
+            copies.hand_over();
+        }
     }
 
     /// Counts a line that the transport could not accept.
@@ -543,6 +569,7 @@ impl Worker {
     /// burst. A later question is left for the next turn, since what came before it may not have been read.
     pub fn turn(&mut self, question: Question) -> Duration {
         self.take_returned();
+        self.hand_over_copies();
         let now_ms = self.port.clock.wall_ms();
         let interval_ms = self.port.workers.times.interval_ms;
         // A wall clock that was set back must not put the next seal off.
@@ -556,6 +583,7 @@ impl Worker {
     /// Delivers what is left and ends.
     pub fn close(mut self) {
         self.take_returned();
+        self.hand_over_copies();
         let now_ms = self.port.clock.wall_ms();
         self.deliver(now_ms, now_ms, self.port.answered, true);
     }

@@ -4,7 +4,8 @@
 //! socket -> burst of datagrams -> lines -> Sample<'_> -> the worker's own shard == seal ==> ledger -> flush -> journal -> store
 //! (listen)                       (protocol)            (aggregate)                        (aggregate)        (store)   (redis, kafka)
 //!                                                       ^ drop? (mapping)                    |-> view -> JSON API (http)
-//!                                                                                            |-> names (mapping) -> scrape (http)
+//!                          |                                                                 |-> names (mapping) -> scrape (http)
+//!                          |-> lines as they came -> relay (export)
 //! ```
 //!
 //! It goes one way. `protocol` knows bytes and nothing else, `aggregate` knows numbers, `mapping` knows names and what
@@ -36,6 +37,8 @@ pub mod flush;
 pub mod store;
 
 pub mod view;
+
+pub mod export;
 
 pub mod http;
 

@@ -110,6 +110,10 @@ table! {
     HTTP_SECONDS = "tallyd_http_request_seconds", Seconds, ["route"], "Time from the request's headers to the answer's headers.";
     HTTP_DENIED = "tallyd_http_denied_total", Counter, ["listener", "reason"], "Requests told 401 or 403 for their token; missing: there was none, malformed: no bearer token, unknown: nobody has it, not_allowed: it has other rights, nobodys: no token has this right.";
     IDEMPOTENCY_FORGOTTEN = "tallyd_idempotency_keys_forgotten_total", Counter, [], "Idempotency-Keys forgotten before their day was over because limits.idempotency_keys or 32 MiB were reached; what is sent again under one counts again.";
+    RELAY_LINES = "tallyd_relay_lines_total", Counter, ["target"], "Lines sent on.";
+    RELAY_PACKETS = "tallyd_relay_packets_total", Counter, ["target"], "Datagrams in which they were sent.";
+    RELAY_BYTES = "tallyd_relay_bytes_total", Counter, ["target"], "Payload bytes of these datagrams.";
+    RELAY_DROPPED = "tallyd_relay_dropped_lines_total", Counter, ["target", "reason"], "Lines not sent on; queue_full: they came faster than they were sent, unresolved: the name has no address, loop: it is our own listener's, refused: nobody listens there, buffer_full: the kernel has no room, too_long: no datagram is so long, error: another error.";
     SCRAPE_SECONDS = "tallyd_scrape_seconds", Seconds, [], "Time to write one scrape.";
     CONFLICTS = "tallyd_scrape_conflicts", Gauge, [], "Series renamed in the last scrape, or added to others, because their names would collide.";
     SCRAPE_PARTIAL = "tallyd_scrape_partial", Gauge, ["reason"], "Series of which the last scrape does not show all; illegal_negative_counter: the decrements of a counter; empty_metric_name: nothing, since its mapping rule gives an empty name.";

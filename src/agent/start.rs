@@ -16,13 +16,15 @@ use super::{Agent, Error, Origin};
 use crate::aggregate::ledger::Ledger;
 use crate::aggregate::shard::Budget;
 use crate::config::{Config, Kind};
+use crate::export::relay::Relay;
 use crate::flush::{self, Parts, Running};
 use crate::handover::Predecessor;
 use crate::http::scrape::Mapper;
 use crate::http::{self, Api, Health};
-use crate::ingest::{Delivery, Rejects, Sources, Times, Workers};
+use crate::ingest::copies::Copies;
+use crate::ingest::{Delivery, Listener, Rejects, Sources, Times, Workers};
 use crate::inherited::{Inherited, Left, Named};
-use crate::listen::{Listeners, Passed};
+use crate::listen::{Address, Listeners, Passed};
 use crate::sync::Receiver;
 use crate::systemd;
 use crate::telemetry;
@@ -53,6 +55,7 @@ struct Front {
     workers: Arc<Workers>,
     deliveries: Receiver<Delivery>,
     listeners: Listeners,
+    relay: Option<Relay>,
     http_ingest: HttpIngest,
 }
 
@@ -72,9 +75,21 @@ impl Front {
         let sources = Sources::new(&config.limits.sources, config.limits.flush.idle);
         let (workers, deliveries) =
             Workers::telling_apart(sources, settings(config), Arc::clone(&budget), Arc::clone(&rejects), times);
+        // Workers make copies only if they are wanted before there are any.
+        let copies = if config.export.relay.to.is_empty() { None } else { workers.copies() };
         let (listeners, http_ingest) = start_listeners(ingest, config, &workers, entry, inherited)?;
-        Ok(Self { ledger, budget, rejects, workers, deliveries, listeners, http_ingest })
+        let relay = copies.map(|copies| start_relay(config, copies, &listeners, &workers)).transpose()?;
+        Ok(Self { ledger, budget, rejects, workers, deliveries, listeners, relay, http_ingest })
     }
+}
+
+/// Sends on what workers copied since the listeners began.
+fn start_relay(config: &Config, copies: Copies, listeners: &Listeners, workers: &Arc<Workers>) -> Result<Relay, Error> {
+    let own = listeners.bound().iter().filter_map(|(listener, address)| match address {
+        Address::Inet(address) if *listener == Listener::Udp => Some(*address),
+        Address::Inet(_) | Address::Tls(_) | Address::Unix(_) => None,
+    });
+    Relay::start(&config.export.relay, copies, &own.collect::<Vec<_>>(), workers.beats()).map_err(Error::Relay)
 }
 
 impl Agent {
@@ -104,7 +119,7 @@ impl Agent {
             streams = predecessor.replace().map_err(Error::HandOver)?;
             journal = open_journal(config, LET_GO).map_err(Error::Journal)?;
         }
-        let Front { ledger, budget, rejects, workers, deliveries, mut listeners, http_ingest } = front;
+        let Front { ledger, budget, rejects, workers, deliveries, mut listeners, relay, http_ingest } = front;
         let bells = Arc::new(Bells::default());
         let parts = Parts {
             workers: Arc::clone(&workers),
@@ -147,6 +162,7 @@ impl Agent {
         Ok(Self {
             running,
             ship,
+            relay,
             api,
             listeners,
             #[cfg(feature = "kafka")]

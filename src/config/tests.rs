@@ -436,6 +436,10 @@ fn another(key: &str, default: &Value) -> BoxedStrategy<Value> {
         ("kafka.options", _) => (1..900_u32)
             .prop_map(|ms| Table::from_iter([("linger.ms".to_owned(), Value::from(ms.to_string()))]).into())
             .boxed(),
+        ("export.relay.to", _) => proptest::collection::btree_set("[a-z]{1,9}\\.example:[1-9][0-9]{0,3}", 0..4)
+            .prop_map(|targets| Value::Array(targets.into_iter().map(Value::from).collect()))
+            .boxed(),
+        ("export.relay.packet", _) => (64..=65_507_u64).prop_map(|size| Value::from(Size(size).to_string())).boxed(),
         ("log.level", _) => either(&["error", "warn", "info", "debug", "trace"]),
         ("protocol.name_policy", _) => either(&["etsy", "none"]),
         ("protocol.gauge_sign", _) => either(&["relative", "absolute"]),

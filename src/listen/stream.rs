@@ -786,9 +786,9 @@ impl Connection {
         let Self { seat, framing, .. } = self;
         seat.intake.meters(seat.source.listener).bytes.increment(bytes.len() as u64);
         seat.intake.received(bytes.len(), seat.source);
-        let ControlFlow::Continue(ended) = framing.feed(bytes, &seat.intake, seat.source) else {
-            return ControlFlow::Break(End::Foreign);
-        };
+        let fed = framing.feed(bytes, &seat.intake, seat.source);
+        seat.intake.worker.borrow_mut().hand_over_copies();
+        let ControlFlow::Continue(ended) = fed else { return ControlFlow::Break(End::Foreign) };
         self.heard = seat.intake.clock.monotonic();
         if !self.framing.is_inside() {
             self.begun = None;
