@@ -266,6 +266,15 @@ keys! {
     "flush.interval", Restart, "Time between flushes; it divides the window.";
     "flush.window", Restart, "Length of a window of statistics.";
     "flush.percentiles", Restart, "Percentiles of Etsy's figures (upper_90, mean_90 ...); negative ones count from the top.";
+    "flush.timer_metrics", Restart, "Which of Etsy's figures timers have, as in [\"count\", \"upper\", \"mean_percent\", \"histogram\"]: for a threshold _percent stands in place of its number. []: all.";
+    "flush.histograms", Restart, "Bins of timers, as in [{ metric = \"render\", bins = [10, 100, inf] }]: a value is in the first bin that is above it. The first entry whose text is in the name holds, \"\" is in each; no bins: none.";
+    "flush.weight_by_rate", Restart, "true: in all figures of timers a value stands for 1 / sample rate values; false: in count and count_ps alone, as Etsy's StatsD has it.";
+    "flush.delete_idle_stats", Restart, "true: what is idle in a window is left out of Etsy's figures, in window.etsy and in Graphite. Totals stay.";
+    "flush.delete_counters", Restart, "true or false: the same for counters. \"auto\": as flush.delete_idle_stats.";
+    "flush.delete_timers", Restart, "The same for timers, histograms and distributions.";
+    "flush.delete_sets", Restart, "The same for sets.";
+    "flush.delete_gauges", Restart, "The same for gauges, flush.gauges_max_ttl windows after their last reading.";
+    "flush.gauges_max_ttl", Restart, "In how many windows such a gauge is shown, that of its last reading among them.";
 
     "store", Restart, "Where totals are kept.";
     "store.kind", Restart, "\"memory\": nowhere; \"embedded\": the journal in state_dir; \"redis\", \"kafka\": shared by many agents, and the journal.";
@@ -907,10 +916,8 @@ impl Loaded {
         let rate = (rate.is_nan() || rate <= 0.0 || rate > 1.0).then(|| {
             self.wrong("limits.sample_rate_min", &Value::from(rate), "write a number above 0 and not above 1")
         });
-        let percentiles = self.config.flush.percentiles.iter().filter(|percent| !(-100.0..=100.0).contains(*percent));
-        let wrong =
-            |percent: &f64| self.wrong("flush.percentiles", &Value::from(*percent), "write numbers from -100 to 100");
-        rate.into_iter().chain(percentiles.map(wrong)).collect()
+        let figures = self.config.flush.etsy.check().err().map(|error| self.refused(error.key(), &error));
+        rate.into_iter().chain(figures).collect()
     }
 
     fn interval(&self) -> Option<Problem> {

@@ -9,9 +9,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use crate::aggregate::ledger::{Ledger, State, Total};
+use crate::aggregate::ledger::{Closed, Ledger, State, Total};
 use crate::aggregate::shard::SeriesId;
-use crate::aggregate::window::Window;
 use crate::flush::Fold;
 use crate::ingest::sources::Heard;
 use crate::ingest::{Events, Rejected, Rejects, Sources};
@@ -41,7 +40,7 @@ pub struct Metric {
     /// All its life.
     pub total: Arc<Total>,
     /// The last closed window of this agent; none where it does not know the series from then.
-    pub window: Option<Arc<Window>>,
+    pub window: Option<Closed>,
     /// The end of the last closed window, in milliseconds since the epoch.
     pub closed_until_ms: u64,
     /// The length of a window in milliseconds.

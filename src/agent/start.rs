@@ -179,7 +179,7 @@ fn pages(
     reloads.in_force.follow(workers, &mapper);
     Api {
         view,
-        percentiles: config.flush.percentiles.clone(),
+        etsy: config.flush.etsy.clone(),
         health: Arc::clone(health),
         reload: reloads.orders.clone(),
         prometheus: config.prometheus.clone(),
