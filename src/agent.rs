@@ -27,6 +27,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
 use crate::config::{Config, Level, Loaded};
+use crate::export::console::{self, Console};
 use crate::export::relay::{self, Relay};
 use crate::flush::{self, Running};
 use crate::handover::{self, Predecessor, Program, Successor};
@@ -64,6 +65,8 @@ pub enum Error {
     Kafka(NotStarted),
     /// What sends lines on.
     Relay(relay::Error),
+    /// Etsy's console.
+    Console(console::Error),
     /// Our own metrics.
     Telemetry(telemetry::Error),
     /// The agent that was to be taken over from.
@@ -83,6 +86,7 @@ impl Error {
             #[cfg(feature = "kafka")]
             Self::Kafka(error) => error.exit_code(),
             Self::Relay(error) => error.exit_code(),
+            Self::Console(error) => error.exit_code(),
             Self::HandOver(_) => 69,
             Self::Ship(ship::Error::Thread(_))
             | Self::Flush(flush::Error::Thread(_))
@@ -105,6 +109,7 @@ impl fmt::Display for Error {
                 write!(f, "nothing to take over: {error}; start tallyd without {}", handover::VARIABLE)
             }
             Self::Relay(error) => error.fmt(f),
+            Self::Console(error) => error.fmt(f),
             Self::Telemetry(error) => error.fmt(f),
             Self::Flush(flush::Error::Thread(error)) | Self::System(error) => {
                 write!(f, "{error}; raise the limit of threads or open files")
@@ -256,6 +261,7 @@ struct Agent {
     running: Running,
     ship: Option<Ship>,
     relay: Option<Relay>,
+    console: Option<Console>,
     api: Thread,
     listeners: Listeners,
     #[cfg(feature = "kafka")]
@@ -359,6 +365,9 @@ impl Agent {
         #[cfg(feature = "kafka")]
         if let Some(input) = &self.input {
             input.close();
+        }
+        if let Some(console) = self.console {
+            console.stop();
         }
         let left = end_listeners(self.listeners);
         if let Some(relay) = self.relay {

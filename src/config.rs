@@ -20,6 +20,7 @@ use toml::{Table, Value};
 
 use crate::agent::limits as agent;
 use crate::aggregate::{self, histogram, set, shard};
+use crate::export::console;
 use crate::http::scrape;
 use crate::http::tokens::Right;
 use crate::kafka;
@@ -269,6 +270,15 @@ keys! {
     "flush.interval", Restart, "Time between flushes; it divides the window.";
     "flush.window", Restart, "Length of a window of statistics.";
     "flush.percentiles", Restart, "Percentiles of Etsy's figures (upper_90, mean_90 ...); negative ones count from the top.";
+    "flush.timer_metrics", Restart, "Which of Etsy's figures timers have, as in [\"count\", \"upper\", \"mean_percent\", \"histogram\"]: for a threshold _percent stands in place of its number. []: all.";
+    "flush.histograms", Restart, "Bins of timers, as in [{ metric = \"render\", bins = [10, 100, inf] }]: a value is in the first bin that is above it. The first entry whose text is in the name holds, \"\" is in each; no bins: none.";
+    "flush.weight_by_rate", Restart, "true: in all figures of timers a value stands for 1 / sample rate values; false: in count and count_ps alone, as Etsy's StatsD has it.";
+    "flush.delete_idle_stats", Restart, "true: what is idle in a window is left out of Etsy's figures, in window.etsy and in Graphite. Totals stay.";
+    "flush.delete_counters", Restart, "true or false: the same for counters. \"auto\": as flush.delete_idle_stats.";
+    "flush.delete_timers", Restart, "The same for timers, histograms and distributions.";
+    "flush.delete_sets", Restart, "The same for sets.";
+    "flush.delete_gauges", Restart, "The same for gauges, flush.gauges_max_ttl windows after their last reading.";
+    "flush.gauges_max_ttl", Restart, "In how many windows such a gauge is shown, that of its last reading among them.";
 
     "store", Restart, "Where totals are kept.";
     "store.kind", Restart, "\"memory\": nowhere; \"embedded\": the journal in state_dir; \"redis\", \"kafka\": shared by many agents, and the journal.";
@@ -311,6 +321,9 @@ keys! {
     "export.relay", Restart, "Lines go on to other servers as they came, rejected ones too; HTTP bodies do not.";
     "export.relay.to", Restart, "StatsD servers, as \"host:port\", by UDP; names are looked up again and again. []: none.";
     "export.relay.packet", Restart, "Lines are packed into datagrams of at most so much; a longer line goes alone.";
+
+    "export.console", Restart, "Etsy's console on TCP: help, config, health, stats, counters, timers, gauges, delcounters and so on.";
+    "export.console.listen", Restart, "Addresses, usually \"127.0.0.1:8126\". It asks for no token, so beyond loopback it needs http.insecure = true. []: none.";
 
     "log", Now, "What is written to standard error.";
     "log.level", Now, "error, warn, info, debug or trace.";
@@ -387,12 +400,13 @@ fn is_section(name: &str, value: &Value) -> bool {
 }
 
 /// Keys that hold addresses to bind, and what comes in there.
-const ADDRESSES: [(&str, Access); 5] = [
+const ADDRESSES: [(&str, Access); 6] = [
     ("listen.udp", Access::Lines),
     ("listen.tcp", Access::Lines),
     ("http.ingest", Access::Writes),
     ("http.api", Access::Administration),
     ("http.scrape", Access::Reads),
+    (console::KEY, Access::Console),
 ];
 
 /// What a peer can do at a listener.
@@ -402,6 +416,8 @@ enum Access {
     Writes,
     Administration,
     Reads,
+    /// Administration that nobody is asked for a token for.
+    Console,
 }
 
 impl Access {
@@ -410,14 +426,15 @@ impl Access {
         match self {
             Self::Writes => Some(Right::Write),
             Self::Administration => Some(Right::Admin),
-            Self::Lines | Self::Reads => None,
+            // Tokens would not guard it.
+            Self::Lines | Self::Reads | Self::Console => None,
         }
     }
 
     /// What tokens are asked for there.
     const fn rights(self) -> &'static [Right] {
         match self {
-            Self::Lines => &[],
+            Self::Lines | Self::Console => &[],
             Self::Writes => &[Right::Write],
             Self::Administration => &[Right::Admin, Right::Read],
             Self::Reads => &[Right::Read],
@@ -638,6 +655,13 @@ impl Config {
             let value = get(&tree, key.name).filter(|value| !is_section(key.name, value));
             (key, value.map(literal))
         })
+    }
+
+    /// Each key with its value as a list of texts is written by hand, without brackets and quotes and without passwords.
+    pub fn plain(&self) -> Vec<(&'static str, String)> {
+        let tree = self.tree();
+        let leaves = KEYS.iter().filter_map(|key| Some((key.name, get(&tree, key.name)?)));
+        leaves.filter(|(name, value)| !is_section(name, value)).map(|(name, value)| (name, bare(value))).collect()
     }
 
     /// As nested tables. A test holds that every configuration can be written so.
@@ -878,6 +902,7 @@ impl Loaded {
     fn tls_at(&self, key: &str, at: ListenAddress) -> Option<&'static str> {
         let tls::Config { cert_file, key_file, .. } = &self.config.tls;
         match at.tls {
+            true if key == console::KEY => Some("the console speaks no TLS; leave tls:// out"),
             true if key == "listen.udp" => Some("datagrams have no TLS; name it in listen.tcp, or leave tls:// out"),
             true if cert_file.is_empty() && key_file.is_empty() => {
                 Some("TLS needs a certificate; name one in tls.cert_file, and its key in tls.key_file")
@@ -888,6 +913,9 @@ impl Loaded {
 
     /// Why other machines may not reach an address, if they would.
     fn open_to_all(&self, access: Access, at: ListenAddress) -> Option<String> {
+        if access == Access::Console && !at.is_local() && !self.config.http.insecure {
+            return Some(console::OPEN.to_owned());
+        }
         let right = access.guarded().filter(|right| self.config.http.is_open(at, *right))?;
         let (key, could) = match right {
             Right::Write => (right.key(), "write"),
@@ -922,10 +950,8 @@ impl Loaded {
         let rate = (rate.is_nan() || rate <= 0.0 || rate > 1.0).then(|| {
             self.wrong("limits.sample_rate_min", &Value::from(rate), "write a number above 0 and not above 1")
         });
-        let percentiles = self.config.flush.percentiles.iter().filter(|percent| !(-100.0..=100.0).contains(*percent));
-        let wrong =
-            |percent: &f64| self.wrong("flush.percentiles", &Value::from(*percent), "write numbers from -100 to 100");
-        rate.into_iter().chain(percentiles.map(wrong)).collect()
+        let figures = self.config.flush.etsy.check().err().map(|error| self.refused(error.key(), &error));
+        rate.into_iter().chain(figures).collect()
     }
 
     fn interval(&self) -> Option<Problem> {
@@ -978,6 +1004,15 @@ fn shown(value: &Value) -> String {
             literal(&Value::Table(table.iter().map(hidden).collect()))
         }
         Value::Integer(_) | Value::Float(_) | Value::Boolean(_) | Value::Datetime(_) => literal(value),
+    }
+}
+
+/// As [`shown`], texts without quotes and lists without brackets.
+fn bare(value: &Value) -> String {
+    match value {
+        Value::String(text) => without_password(text).into_owned(),
+        Value::Array(items) => items.iter().map(bare).collect::<Vec<_>>().join(","),
+        Value::Integer(_) | Value::Float(_) | Value::Boolean(_) | Value::Datetime(_) | Value::Table(_) => shown(value),
     }
 }
 

@@ -22,6 +22,7 @@ use crossbeam_channel::RecvTimeoutError;
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
+use crate::aggregate::etsy;
 use crate::aggregate::fold::Writer;
 use crate::aggregate::ledger::{At, Changed, Ledger, Series, Total};
 use crate::aggregate::shard::{Budget, SeriesId};
@@ -43,13 +44,14 @@ pub struct Config {
     pub interval: Time,
     /// How long the windows of statistics are.
     pub window: Time,
-    /// The percentiles of Etsy's flush figures; negative ones are of the top.
-    pub percentiles: Vec<f64>,
+    /// The figures of a window that Etsy's StatsD would flush.
+    #[serde(flatten)]
+    pub etsy: etsy::Config,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { interval: Time::secs(1), window: Time::secs(10), percentiles: vec![90.0] }
+        Self { interval: Time::secs(1), window: Time::secs(10), etsy: etsy::Config::default() }
     }
 }
 

@@ -31,6 +31,8 @@ pub enum Use {
     Api,
     /// Scrapes alone.
     Scrape,
+    /// Etsy's console.
+    Console,
 }
 
 impl Use {
@@ -44,15 +46,17 @@ impl Use {
             Self::Ingest => "ingest",
             Self::Api => "api",
             Self::Scrape => "scrape",
+            Self::Console => "console",
         }
     }
 
     /// What a listening socket is for by its name and, where that says nothing, by its kind: lines.
     fn of(name: &str, socket: &Socket) -> io::Result<Self> {
         let (kind, is_inet) = (socket.r#type()?, socket.local_addr()?.as_socket().is_some());
-        let http = [Self::Ingest, Self::Api, Self::Scrape].into_iter().find(|http| http.name() == name);
-        match (http, kind, is_inet) {
-            (Some(http), Type::STREAM, true) => Ok(http),
+        let others = [Self::Ingest, Self::Api, Self::Scrape, Self::Console];
+        let other = others.into_iter().find(|other| other.name() == name);
+        match (other, kind, is_inet) {
+            (Some(other), Type::STREAM, true) => Ok(other),
             (None, Type::DGRAM, true) => Ok(Self::Udp),
             (None, Type::STREAM, true) => Ok(Self::Tcp),
             (None, Type::DGRAM, false) => Ok(Self::Unixgram),

@@ -9,9 +9,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use crate::aggregate::ledger::{Ledger, State, Total};
+use crate::aggregate::ledger::{Closed, Ledger, State, Total};
 use crate::aggregate::shard::SeriesId;
-use crate::aggregate::window::Window;
 use crate::flush::Fold;
 use crate::ingest::sources::Heard;
 use crate::ingest::{Events, Rejected, Rejects, Sources};
@@ -41,7 +40,7 @@ pub struct Metric {
     /// All its life.
     pub total: Arc<Total>,
     /// The last closed window of this agent; none where it does not know the series from then.
-    pub window: Option<Arc<Window>>,
+    pub window: Option<Closed>,
     /// The end of the last closed window, in milliseconds since the epoch.
     pub closed_until_ms: u64,
     /// The length of a window in milliseconds.
@@ -259,6 +258,18 @@ impl View {
 
     /// The series a filter shows, from behind a place on, at most `limit` of them.
     pub async fn page(&self, filter: &Filter, after: Option<Cursor>, limit: usize, scope: Scope) -> Page {
+        let (ids, next) = self.series(filter, after, limit, scope).await;
+        Page { metrics: self.figures(&ids, scope).await, next }
+    }
+
+    /// The same without figures; the other thing is where the next page begins, if there is one.
+    pub async fn series(
+        &self,
+        filter: &Filter,
+        after: Option<Cursor>,
+        limit: usize,
+        scope: Scope,
+    ) -> (Vec<SeriesId>, Option<Cursor>) {
         self.fresh().await;
         if let (Some(Remote::Redis(remote)), None | Some(Cursor::Store(_))) = (self.shared(scope), &after) {
             let from = after.as_ref().and_then(|after| match after {
@@ -266,7 +277,7 @@ impl View {
                 Cursor::Key(..) => None,
             });
             if let Ok((ids, next)) = self.listed_by_store(remote, filter, from, limit).await {
-                return Page { metrics: self.figures(&ids, scope).await, next: next.map(Cursor::Store) };
+                return (ids, next.map(Cursor::Store));
             }
         }
         let mut ids = self.listed(filter, after.as_ref(), limit + 1);
@@ -280,7 +291,7 @@ impl View {
         let more = ids.len() > limit;
         ids.truncate(limit);
         let next = ids.last().filter(|_| more).map(|id| Cursor::Key(id.key.clone(), id.kind));
-        Page { metrics: self.figures(&ids, scope).await, next }
+        (ids, next)
     }
 
     /// Lets the series of a key start again from nothing on every agent, all of them or that of a kind. The answer is how
@@ -290,27 +301,44 @@ impl View {
     /// [`Error::Stopping`] when the agent stops before that is kept, [`Error::Store`] when the store is away: then other
     /// agents still have the series, and nothing was done here.
     pub async fn delete(&self, key: &SeriesKey, kind: Option<Kind>) -> Result<u32, Error> {
-        let mut kinds: Vec<_> = self.metrics(key, kind, Scope::Global).await.iter().map(|metric| metric.kind).collect();
-        if kinds.is_empty() {
-            return Ok(0);
+        let metrics = self.metrics(key, kind, Scope::Global).await;
+        let ids: Vec<_> = metrics.iter().map(|metric| SeriesId { kind: metric.kind, key: key.clone() }).collect();
+        let count = ids.len() as u32;
+        self.delete_all(ids).await.map(|()| count)
+    }
+
+    /// The same of series that are known to be there.
+    ///
+    /// # Errors
+    /// As above; with [`Error::Store`] some may be deleted already.
+    pub async fn delete_all(&self, ids: Vec<SeriesId>) -> Result<(), Error> {
+        if ids.is_empty() {
+            return Ok(());
         }
         if let Some(Remote::Redis(remote)) = &self.remote {
-            let deleted = remote.reader.delete(key, &kinds).await.map_err(|_| Error::Store)?;
-            remote.bell.already_deleted(deleted);
+            // One request for all kinds of a key.
+            for same_key in ids.chunk_by(|a, b| a.key == b.key) {
+                let kinds: Vec<_> = same_key.iter().map(|id| id.kind).collect();
+                let deleted = remote.reader.delete(&same_key[0].key, &kinds).await.map_err(|_| Error::Store)?;
+                remote.bell.already_deleted(deleted);
+            }
         }
-        let count = kinds.len() as u32;
-        let ids = kinds.drain(..).map(|kind| SeriesId { kind, key: key.clone() }).collect();
         #[cfg(feature = "kafka")]
         if let Some(Remote::Kafka(reader)) = &self.remote {
             // It comes back to this agent by the topic, as to all others.
-            return reader.delete(ids).await.map(|()| count).map_err(|_| Error::Store);
+            return reader.delete(ids).await.map_err(|_| Error::Store);
         }
-        if self.fold.delete(ids).await { Ok(count) } else { Err(Error::Stopping) }
+        if self.fold.delete(ids).await { Ok(()) } else { Err(Error::Stopping) }
     }
 
     /// How much the journal holds; none without one.
     pub fn journal(&self) -> Option<Sizes> {
         self.journal.as_ref().map(|journal| journal.sizes())
+    }
+
+    /// Up to when accepted samples are in the journal, in milliseconds since the epoch; 0 without one.
+    pub fn flushed_until_ms(&self) -> u64 {
+        self.fold.status().flushed_until_ms()
     }
 
     /// Why the agent is not ready; empty when it is.

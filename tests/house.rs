@@ -51,7 +51,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
             "telemetry",
         ],
     ),
-    ("export", &["aggregate", "ingest", "clock", "heartbeat", "telemetry"]),
+    ("export", &["sample", "aggregate", "ingest", "inherited", "listen", "view", "clock", "heartbeat", "telemetry"]),
 ];
 
 /// Parts that may name any other, in the order of who names whom.

@@ -2,6 +2,7 @@
 //! is read back from it, the store, the API, HTTP ingest.
 
 use std::cell::RefCell;
+use std::net::TcpListener;
 use std::os::fd::AsFd as _;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -16,6 +17,7 @@ use super::{Agent, Error, Origin};
 use crate::aggregate::ledger::Ledger;
 use crate::aggregate::shard::Budget;
 use crate::config::{Config, Kind};
+use crate::export::console::{self, Backend, Console};
 use crate::export::relay::Relay;
 use crate::flush::{self, Parts, Running};
 use crate::handover::Predecessor;
@@ -106,6 +108,12 @@ impl Agent {
         let mut bound = http_sockets.bound();
         reloads.in_force.listen(http_sockets.guarded()).map_err(Error::Http)?;
         http_sockets.warn(&config.http);
+        let console = console::bind(&config.export.console, config.http.insecure, &mut inherited);
+        let console = console.map_err(Error::Console)?;
+        let at = |listener: &TcpListener| listener.local_addr().ok().map(|address| address.to_string());
+        if !console.is_empty() {
+            bound.insert("console".to_owned(), console.iter().filter_map(at).collect());
+        }
         let HttpSockets { ingest, api, scrape } = http_sockets;
         // A directory that is in use ends a start before anything is read.
         let mut journal = None;
@@ -142,6 +150,7 @@ impl Agent {
             View::new(ledger, running.fold(), journal, rejects, workers.events(), workers.sources()).sharing(remote);
         let health = Arc::new(Health::watching(Arc::clone(workers.beats())));
         let lookout = lookout(config, &workers, &view, &health, reloads);
+        let console = start_console(console, &view, &workers, reloads)?;
         let pages = pages(config, view, &workers, &health, reloads, exporter);
         let api = start_api(api, scrape, entry.access.clone(), pages, config, workers.beats().begin("api"))?;
         let forwarder = start_forwarder(config)?;
@@ -163,6 +172,7 @@ impl Agent {
             running,
             ship,
             relay,
+            console,
             api,
             listeners,
             #[cfg(feature = "kafka")]
@@ -182,6 +192,29 @@ fn lookout(config: &Config, workers: &Arc<Workers>, view: &View, health: &Arc<He
     Lookout::new(Arc::clone(workers), view.clone(), Arc::clone(health), config.store.kind, refused)
 }
 
+/// Etsy's console at these sockets, if there are any.
+fn start_console(
+    listeners: Vec<TcpListener>,
+    view: &View,
+    workers: &Arc<Workers>,
+    reloads: &Reloads,
+) -> Result<Option<Console>, Error> {
+    if listeners.is_empty() {
+        return Ok(None);
+    }
+    let in_force = Arc::clone(&reloads.in_force);
+    let flushed = view.clone();
+    let figures = move || vec![("last_flush", flushed.flushed_until_ms() / 1_000)];
+    let journal = view.journal().map(|_| Backend { name: "journal", figures: Box::new(figures) });
+    let parts = console::Parts {
+        view: view.clone(),
+        begun_ms: workers.begun_ms(),
+        config: Box::new(move || in_force.config().plain()),
+        backends: journal.into_iter().collect(),
+    };
+    Console::start(listeners, parts, workers.beats()).map(Some).map_err(Error::Console)
+}
+
 /// What the API shows. A reload finds its mapper and the workers from here on.
 fn pages(
     config: &Config,
@@ -195,7 +228,7 @@ fn pages(
     reloads.in_force.follow(workers, &mapper);
     Api {
         view,
-        percentiles: config.flush.percentiles.clone(),
+        etsy: config.flush.etsy.clone(),
         health: Arc::clone(health),
         reload: reloads.orders.clone(),
         prometheus: config.prometheus.clone(),

@@ -406,6 +406,7 @@ impl Precision {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::aggregate::ledger::Closed;
     use crate::aggregate::shard::{Limits, OVERFLOW, Shard, Sight};
     use crate::sample::{Identity, Value};
     use crate::units::Size;
@@ -508,7 +509,7 @@ mod tests {
         let mut pair = pair();
         let last = |pair: &Pair| {
             let window = pair.writer.ledger.last_window(Kind::Counter, &pair.state(Kind::Counter, "a"));
-            window.map(|window| (window.start_ms - BEGIN_MS, window.aggregate.samples()))
+            window.map(|Closed { window, .. }| (window.start_ms - BEGIN_MS, window.aggregate.samples()))
         };
         pair.writer.close_until(BEGIN_MS + 1_000);
         pair.writer.restore(Kind::Counter, SeriesKey::parse("a"), Total::new(Kind::Counter, 0), BEGIN_MS);
@@ -523,6 +524,40 @@ mod tests {
         assert_eq!(last(&pair), Some((20_000, 0)));
         pair.count("b", 31_000);
         assert!(pair.writer.ledger.last_window(Kind::Counter, &pair.state(Kind::Counter, "b")).is_none());
+    }
+
+    #[test]
+    fn a_gauge_has_the_value_at_the_end_of_a_window_wherever_it_was_set() {
+        let mut pair = pair();
+        pair.writer.close_until(BEGIN_MS);
+        let mut gauge = |pair: &mut Pair, value: &Value<'_>, after_ms| {
+            pair.send(Kind::Gauge, "g", value, BEGIN_MS + after_ms);
+            pair.fold(both(after_ms));
+        };
+        let closed = |pair: &Pair, after_ms| {
+            let state = pair.state(Kind::Gauge, "g");
+            let closed = pair.writer.ledger.closed(Kind::Gauge, &state, BEGIN_MS + after_ms)?;
+            let Aggregate::Gauge(gauge) = &closed.window.aggregate else { return None };
+            Some((gauge.value(), gauge.samples, closed.idle))
+        };
+        gauge(&mut pair, &Value::Numbers(&[7.0]), 5_000);
+        assert_eq!(closed(&pair, 0), Some((7.0, 1, 0)));
+        assert_eq!(closed(&pair, 30_000), Some((7.0, 0, 3)));
+        // A change alone, and what comes into the window after that.
+        gauge(&mut pair, &Value::Changes(&[2.0]), 31_000);
+        assert_eq!(closed(&pair, 20_000), Some((7.0, 0, 2)));
+        gauge(&mut pair, &Value::Numbers(&[100.0]), 41_000);
+        assert_eq!(closed(&pair, 30_000), Some((9.0, 1, 0)));
+        gauge(&mut pair, &Value::Changes(&[-1.0]), 42_000);
+        assert_eq!((closed(&pair, 30_000), closed(&pair, 40_000)), (Some((9.0, 1, 0)), Some((99.0, 2, 0))));
+        assert_eq!(closed(&pair, 20_000), None, "two windows later that is not known any more");
+        // The journal has nothing but the total.
+        let mut total = Total::new(Kind::Gauge, BEGIN_MS);
+        total.aggregate = Aggregate::Gauge(super::super::Gauge { set: Some((3.0, BEGIN_MS)), ..Default::default() });
+        pair.writer.restore(Kind::Gauge, SeriesKey::parse("kept"), total, BEGIN_MS + 50_000);
+        let state = pair.state(Kind::Gauge, "kept");
+        let idle = pair.writer.ledger.closed(Kind::Gauge, &state, BEGIN_MS + 40_000).map(|closed| closed.idle);
+        assert_eq!(idle, Some(4));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use super::index::prefetch;
 use super::shard::SeriesId;
 use super::state::Held;
 pub use super::state::{At, Reading, State, Total, Unshipped};
-use super::window::Window;
+use super::window::{Window, start_of};
 use crate::sample::{Kind, SeriesKey};
 
 /// One series of this agent.
@@ -90,6 +90,15 @@ impl Series {
         prefetch(&self.id);
         prefetch(&self.folded_at_ms);
     }
+}
+
+/// A window that is closed, as it stands for a series.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Closed {
+    /// Its figures; a gauge has its value at the end of it, wherever that was set.
+    pub window: Arc<Window>,
+    /// How many windows ago the last one was into which something came; 0 if that is this one.
+    pub idle: u64,
 }
 
 /// What one flush takes of one series: its state then, and the delta since the flush before.
@@ -176,14 +185,23 @@ impl Ledger {
         self.closed_until_ms.load(Ordering::Acquire)
     }
 
-    /// The last closed window of a series: an empty one where nothing came into it, none where the series or this process
-    /// is younger.
-    pub fn last_window(&self, kind: Kind, state: &State) -> Option<Arc<Window>> {
-        let closed_ms = self.closed_until_ms();
-        let start_ms = closed_ms.checked_sub(self.window_ms)?;
-        let empty = || Arc::new(Window { start_ms, aggregate: Aggregate::new(kind) });
-        let was_there = start_ms >= self.first_ms.load(Ordering::Relaxed) && state.total.start_ms < closed_ms;
-        state.window_at(start_ms).map(Arc::clone).or_else(|| was_there.then(empty))
+    /// The last closed window of a series, as [`Ledger::closed`] has it.
+    pub fn last_window(&self, kind: Kind, state: &State) -> Option<Closed> {
+        self.closed(kind, state, self.closed_until_ms().checked_sub(self.window_ms)?)
+    }
+
+    /// The closed window of a series that begins at a moment: an empty one where nothing came into it, none where the series
+    /// or this process is younger. To be asked before the second window after it begins: no more are kept.
+    pub fn closed(&self, kind: Kind, state: &State, start_ms: u64) -> Option<Closed> {
+        if let Some(window) = state.window_at(start_ms) {
+            return Some(Closed { window: Arc::clone(window), idle: 0 });
+        }
+        let end_ms = start_ms + self.window_ms;
+        let was_there = start_ms >= self.first_ms.load(Ordering::Relaxed) && state.total.start_ms < end_ms;
+        let aggregate = state.carried_into(kind, start_ms).filter(|_| was_there)?;
+        let update_ms = state.window_before(start_ms).map_or(state.total.update_ms, |window| window.start_ms);
+        let idle = start_ms.saturating_sub(start_of(update_ms, self.window_ms)) / self.window_ms;
+        Some(Closed { window: Arc::new(Window { start_ms, aggregate }), idle: idle.max(1) })
     }
 
     /// The series of a kind and a key.
@@ -212,6 +230,16 @@ impl Ledger {
             for series in &map.pin() {
                 each(&series.0);
             }
+        }
+    }
+
+    /// Shows every series as [`Ledger::for_each`] does, for one who takes his time: what is removed meanwhile is let go of
+    /// all the same, and a part of the series at a time is held on to.
+    pub fn for_each_slowly(&self, mut each: impl FnMut(&Arc<Series>)) {
+        let mut part = Vec::new();
+        for map in &self.maps {
+            part.extend(map.pin().iter().map(|series| Arc::clone(&series.0)));
+            part.drain(..).for_each(|series| each(&series));
         }
     }
 

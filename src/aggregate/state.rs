@@ -122,22 +122,44 @@ impl State {
         [&self.window, &self.before].into_iter().flatten().find(|window| window.start_ms == start_ms)
     }
 
+    /// The last window that begins before a moment, of those that are kept.
+    pub(super) fn window_before(&self, start_ms: u64) -> Option<&Arc<Window>> {
+        let windows = [&self.window, &self.before].into_iter().flatten();
+        windows.filter(|window| window.start_ms < start_ms).max_by_key(|window| window.start_ms)
+    }
+
+    /// What a window that begins at a moment has before anything comes into it: of a gauge its value then, of all others
+    /// nothing. `None` where that value is not known any more.
+    pub(super) fn carried_into(&self, kind: Kind, start_ms: u64) -> Option<Aggregate> {
+        if kind != Kind::Gauge {
+            return Some(Aggregate::new(kind));
+        }
+        let is_total_older = self.window.is_none() && self.before.is_none();
+        match self.window_before(start_ms) {
+            Some(window) => Some(without_samples(&window.aggregate)),
+            None => is_total_older.then(|| without_samples(&self.total.aggregate)),
+        }
+    }
+
     /// Adds a cell that was sealed at a moment, to the window that begins at `start_ms`. `false` when a sum would not stay
     /// finite; then nothing changed.
     pub(super) fn fold(&mut self, cell: &Aggregate, kind: Kind, at: At, start_ms: u64, within: Within<'_>) -> bool {
         let Within { window_ms, limits } = within;
+        let is_there = self.window_at(start_ms).is_some();
+        let carried = if is_there { None } else { self.carried_into(kind, start_ms) };
+        let carried = carried.unwrap_or_else(|| Aggregate::new(kind));
         if !Arc::make_mut(&mut self.total).add_at(cell, at, limits) {
             return false;
         }
         let late = |window: &Arc<Window>| start_ms < window.start_ms && start_ms + 2 * window_ms > window.start_ms;
         if self.window.as_ref().is_some_and(late) {
-            add_to_window(&mut self.before, cell, kind, start_ms, limits);
+            add_to_window(&mut self.before, cell, carried, start_ms, limits);
         } else {
             // Further back than a late shard can be, so the wall clock was set back: the window is a new one.
             if self.window.as_ref().is_some_and(|window| window.start_ms != start_ms) {
                 self.before = self.window.take();
             }
-            add_to_window(&mut self.window, cell, kind, start_ms, limits);
+            add_to_window(&mut self.window, cell, carried, start_ms, limits);
         }
         true
     }
@@ -189,17 +211,26 @@ pub(super) fn what_counts<'c>(cell: &'c Aggregate, before: &Aggregate) -> Cow<'c
     Cow::Owned(Aggregate::Gauge(Gauge { set: None, change, changed_at, samples }))
 }
 
-/// Adds a cell to a window that stands at `start_ms`, replacing an older one; a cell older than the window is left out.
+/// The same gauge, of which no reading came yet; of all else there are no such figures.
+fn without_samples(aggregate: &Aggregate) -> Aggregate {
+    match aggregate {
+        Aggregate::Gauge(gauge) => Aggregate::Gauge(Gauge { samples: 0, ..gauge.clone() }),
+        Aggregate::Counter(_) | Aggregate::Observed(_) | Aggregate::Set(_) | Aggregate::Meter(_) => aggregate.clone(),
+    }
+}
+
+/// Adds a cell to a window that stands at `start_ms`, replacing an older one by one that begins with what is carried into
+/// it; a cell older than the window is left out.
 fn add_to_window(
     place: &mut Option<Arc<Window>>,
     cell: &Aggregate,
-    kind: Kind,
+    carried: Aggregate,
     start_ms: u64,
     limits: &series::Limits,
 ) {
     let old = place.as_ref().map_or(0, |window| window.start_ms);
     if place.is_none() || old < start_ms {
-        *place = Some(Arc::new(Window { start_ms, aggregate: Aggregate::new(kind) }));
+        *place = Some(Arc::new(Window { start_ms, aggregate: carried }));
     }
     match place {
         Some(window) if window.start_ms == start_ms => {

@@ -1,10 +1,12 @@
 //! What the configuration promises: layers, places, remedies, and that it is read as it was written.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv6Addr};
 
 use proptest::prelude::*;
 
 use super::*;
+use crate::aggregate::etsy;
 use crate::units::{Mode, Size, Time};
 
 fn pairs(variables: &[(&str, &str)]) -> Vec<(String, String)> {
@@ -323,6 +325,28 @@ fn numbers_are_numbers_within_their_range() {
 }
 
 #[test]
+fn bins_and_whether_idle_series_are_left_out_are_read_in_every_layer() {
+    let bins = r#"[{ metric = "a", bins = [0.5, 10, "inf"] }, { metric = "", bins = [] }]"#;
+    for (file, argument) in [(format!("flush.histograms = {bins}"), None), (String::new(), Some(bins))] {
+        let argument = argument.map(|bins| format!("flush.histograms={bins}"));
+        let loaded = load(&file, &[], &argument.iter().map(String::as_str).collect::<Vec<_>>()).unwrap();
+        let histograms = &loaded.config.flush.etsy.histograms;
+        assert_eq!((histograms[0].bins.as_slice(), histograms.len()), (&[0.5, 10.0, f64::INFINITY][..], 2));
+    }
+    for wrong in ["[2, 1]", "[nan]", "[1, \"x\"]"] {
+        let problems = problems(&format!("flush.histograms = [{{ metric = \"a\", bins = {wrong} }}]"), &[], &[]);
+        assert!(problems.len() == 1 && problems[0].contains("write numbers"), "{wrong}: {problems:?}");
+    }
+    let environment = [("TALLYD_FLUSH__DELETE_SETS", "false"), ("TALLYD_FLUSH__DELETE_TIMERS", "true")];
+    let loaded = load("flush.delete_counters = true", &environment, &["flush.delete_gauges=auto"]).unwrap();
+    let etsy = loaded.config.flush.etsy;
+    let left = [etsy.delete_counters, etsy.delete_timers, etsy.delete_sets, etsy.delete_gauges];
+    assert_eq!(left, [etsy::Left::Out, etsy::Left::Out, etsy::Left::In, etsy::Left::Auto]);
+    let problems = problems("flush.delete_sets = \"no\"", &[], &[]);
+    assert!(problems[0].contains("write true, false"), "{problems:?}");
+}
+
+#[test]
 fn writes_from_other_machines_are_refused_unless_asked_for() {
     for argument in ["http.ingest=0.0.0.0:8000", "http.api=[::]:7000", "http.api=192.0.2.1:7000"] {
         let problems = problems("", &[], &[argument]);
@@ -468,6 +492,16 @@ fn another(key: &str, default: &Value) -> BoxedStrategy<Value> {
         ("listen.kafka", _) => Just(Value::from(false)).boxed(),
         ("listen.unix_mode", _) => (0..=0o777_u32).prop_map(|mode| Value::from(Mode(mode).to_string())).boxed(),
         ("http.insecure", _) => Just(Value::from(true)).boxed(),
+        ("flush.delete_counters" | "flush.delete_timers" | "flush.delete_sets" | "flush.delete_gauges", _) => {
+            any::<bool>().prop_map(Value::from).boxed()
+        }
+        ("flush.histograms", _) => {
+            let bins = proptest::collection::btree_set(-1_000..1_000, 0..5).prop_map(bounds_with_infinity);
+            let entry = ("\\PC*", bins).prop_map(|(metric, bins)| {
+                Value::from(Table::from_iter([("metric".to_owned(), metric.into()), ("bins".to_owned(), bins)]))
+            });
+            proptest::collection::vec(entry, 0..3).prop_map(Value::Array).boxed()
+        }
         ("flush.interval", _) => proptest::sample::select(&[100, 250, 500, 1000, 5000][..]).prop_map(time).boxed(),
         ("flush.window", _) => (1..50_u64).prop_map(|n| time(n * 5000)).boxed(),
         (_, Value::Array(items)) if matches!(items.first(), Some(Value::Float(_))) => {
@@ -487,6 +521,11 @@ fn another(key: &str, default: &Value) -> BoxedStrategy<Value> {
         (_, Value::String(_)) => any::<String>().prop_map(Value::from).boxed(),
         (_, Value::Datetime(_) | Value::Table(_)) => panic!("{key} has a type that no key has"),
     }
+}
+
+fn bounds_with_infinity(bounds: BTreeSet<i32>) -> Value {
+    let bounds = bounds.into_iter().map(|bound| f64::from(bound) / 8.0);
+    Value::Array(bounds.chain([f64::INFINITY]).map(Value::Float).collect())
 }
 
 fn time(millis: u64) -> Value {

@@ -122,8 +122,11 @@ impl Model {
             exact: false,
             on_commit: Box::new(|_| {}),
         };
-        let config =
-            Config { interval: Time::millis(INTERVAL_MS), window: Time::millis(WINDOW_MS), percentiles: Vec::new() };
+        let config = Config {
+            interval: Time::millis(INTERVAL_MS),
+            window: Time::millis(WINDOW_MS),
+            etsy: etsy::Config::default(),
+        };
         // Whatever is not of this very moment is idle.
         let limits = Limits { idle: Time::millis(1), idle_gauges: Time::millis(1) };
         let (orders, inbox) = unbounded();

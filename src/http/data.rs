@@ -197,7 +197,7 @@ impl Data {
     }
 
     fn how<'h>(&'h self, quantiles: &'h [f64]) -> How<'h> {
-        How { quantiles, percentiles: &self.api.percentiles, now_ms: steady_ms() }
+        How { quantiles, etsy: &self.api.etsy, now_ms: steady_ms() }
     }
 }
 

@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
-use crate::aggregate::etsy::{self, Figure};
-use crate::aggregate::window::Window;
+use crate::aggregate::etsy;
+use crate::aggregate::ledger::Closed;
 use crate::aggregate::{Aggregate, Counter, Observed, Sum};
 use crate::sample::SeriesKey;
 use crate::view::{Metric, Scope};
@@ -17,8 +17,8 @@ use crate::view::{Metric, Scope};
 pub(super) struct How<'a> {
     /// Which quantiles, each in [0, 1].
     pub(super) quantiles: &'a [f64],
-    /// `flush.percentiles`.
-    pub(super) percentiles: &'a [f64],
+    /// Which of Etsy's figures.
+    pub(super) etsy: &'a etsy::Config,
     /// For the rates of meters: by the clock that takes no steps.
     pub(super) now_ms: u64,
 }
@@ -53,8 +53,7 @@ impl Serialize for Shown<'_> {
         map.serialize_entry("startTime", &metric.total.start_ms)?;
         map.serialize_entry("updateTime", &metric.total.update_ms)?;
         self.figures(&mut map)?;
-        let window = metric.window.as_deref();
-        map.serialize_entry("window", &window.map(|window| Shut { window, window_ms: metric.window_ms, how }))?;
+        map.serialize_entry("window", &metric.window.as_ref().map(|closed| Shut { closed, metric, how }))?;
         match metric.scope {
             Scope::Global => {}
             Scope::Local => map.serialize_entry("scope", "local")?,
@@ -121,24 +120,24 @@ fn spread<M: SerializeMap>(observed: &Observed, map: &mut M) -> Result<(), M::Er
 
 /// A window that is closed.
 struct Shut<'a> {
-    window: &'a Window,
-    window_ms: u64,
+    closed: &'a Closed,
+    metric: &'a Metric,
     how: &'a How<'a>,
 }
 
 impl Serialize for Shut<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let seconds = self.window_ms as f64 / 1_000.0;
+        let window = &self.closed.window;
+        let seconds = self.metric.window_ms as f64 / 1_000.0;
         let rate = |count: f64| Number(count / seconds);
         let mut map = serializer.serialize_map(None)?;
-        map.serialize_entry("start", &self.window.start_ms)?;
+        map.serialize_entry("start", &window.start_ms)?;
         map.serialize_entry("seconds", &Number(seconds))?;
-        match &self.window.aggregate {
+        match &window.aggregate {
             Aggregate::Counter(counter) => {
                 map.serialize_entry("count", &counter.samples)?;
                 map.serialize_entry("value", &Whole(value_of(counter)))?;
                 map.serialize_entry("rate", &rate(value_of(counter).value()))?;
-                map.serialize_entry("etsy", &Figures(&etsy::counter(counter, seconds)))?;
             }
             Aggregate::Gauge(gauge) => {
                 map.serialize_entry("count", &gauge.samples)?;
@@ -149,7 +148,6 @@ impl Serialize for Shut<'_> {
                 map.serialize_entry("rate", &rate(observed.count.value()))?;
                 spread(observed, &mut map)?;
                 map.serialize_entry("quantiles", &Quantiles(observed, self.how.quantiles))?;
-                map.serialize_entry("etsy", &Figures(&etsy::observed(observed, self.how.percentiles, seconds)))?;
             }
             Aggregate::Set(members) => {
                 map.serialize_entry("count", &members.cardinality())?;
@@ -159,6 +157,9 @@ impl Serialize for Shut<'_> {
                 map.serialize_entry("count", &Whole(marks.count))?;
                 map.serialize_entry("rate", &rate(marks.count.value()))?;
             }
+        }
+        if let Some(figures) = self.how.etsy.figures(self.metric.key.as_str(), self.closed, seconds) {
+            map.serialize_entry("etsy", &Figures(&figures))?;
         }
         map.end()
     }
@@ -199,7 +200,7 @@ impl Serialize for Quantiles<'_> {
     }
 }
 
-struct Figures<'a>(&'a [Figure]);
+struct Figures<'a>(&'a [etsy::Figure]);
 
 impl Serialize for Figures<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -246,6 +247,7 @@ mod tests {
     use super::*;
     use crate::aggregate::ledger::Total;
     use crate::aggregate::meter::Rates;
+    use crate::aggregate::window::Window;
     use crate::aggregate::{Gauge, Marks};
     use crate::sample::{Kind, Tags};
 
@@ -256,7 +258,7 @@ mod tests {
             kind,
             key: SeriesKey::parse(key),
             total: Arc::new(total),
-            window: Some(Arc::new(window)),
+            window: Some(Closed { window: Arc::new(window), idle: 0 }),
             closed_until_ms: 20_000,
             window_ms: 10_000,
             scope: Scope::Global,
@@ -264,7 +266,7 @@ mod tests {
     }
 
     fn show(metric: &Metric) -> Value {
-        let how = How { quantiles: &[0.5, 0.99], percentiles: &[90.0], now_ms: 5_000 };
+        let how = How { quantiles: &[0.5, 0.99], etsy: &etsy::Config::default(), now_ms: 5_000 };
         serde_json::from_slice(&how.one(metric).unwrap()).unwrap()
     }
 
@@ -276,7 +278,7 @@ mod tests {
 
     #[test]
     fn a_timer_has_the_fields_of_the_contract_in_their_order() {
-        let how = How { quantiles: &[0.5], percentiles: &[90.0], now_ms: 5_000 };
+        let how = How { quantiles: &[0.5], etsy: &etsy::Config::default(), now_ms: 5_000 };
         let text =
             how.one(&metric(Kind::Timer, "application.server.get.timer", timer(&[1.0, 2.0, 3.0, 12.5]))).unwrap();
         let text = String::from_utf8(text).unwrap();
@@ -298,7 +300,7 @@ mod tests {
         counter.increments.add(9_007_199_254_740_992.0);
         counter.increments.add(1.0);
         counter.decrements.add(2.0);
-        let how = How { quantiles: &[], percentiles: &[], now_ms: 0 };
+        let how = How { quantiles: &[], etsy: &etsy::Config::default(), now_ms: 0 };
         let text = how.one(&metric(Kind::Counter, "a", Aggregate::Counter(counter))).unwrap();
         let text = String::from_utf8(text).unwrap();
         let want = r#""count":3,"value":9007199254740991,"increments":9007199254740993,"decrements":2,"#;

@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, SockAddr, Type};
 use tokio::sync::mpsc;
 
+use crate::aggregate::etsy;
 use crate::flush::Fold;
 use crate::ingest::Worker;
 use crate::inherited::{Inherited, Use};
@@ -358,8 +359,8 @@ impl Access {
 pub struct Api {
     /// The figures.
     pub view: View,
-    /// `flush.percentiles`.
-    pub percentiles: Vec<f64>,
+    /// Which figures of Etsy's a window has.
+    pub etsy: etsy::Config,
     /// Whether the agent is ready.
     pub health: Arc<Health>,
     /// Where `POST /-/reload` is heard.

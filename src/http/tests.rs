@@ -16,6 +16,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use super::server::ROUTES;
 use super::tokens::Right;
 use super::*;
+use crate::aggregate::etsy;
 use crate::aggregate::ledger::Ledger;
 use crate::aggregate::shard::Budget;
 use crate::flush::{self, Parts, Running};
@@ -101,9 +102,9 @@ impl Agent {
                     }
                 });
                 let prometheus = scrape::Config::default();
-                let percentiles = vec![90.0];
+                let etsy = etsy::Config::default();
                 let (mapper, exporter) = (Arc::default(), exporter());
-                let api_of = Api { view, percentiles, health: shared, reload, prometheus, mapper, exporter };
+                let api_of = Api { view, etsy, health: shared, reload, prometheus, mapper, exporter };
                 let keeping = Keeping { fold: running.fold(), has_journal: false, receipts: Vec::new() };
                 let access = Access::new(&config.tokens, 10, tls::Acceptor::new(None, limits.header_time.0));
                 let shared = access.clone();

@@ -28,7 +28,7 @@ use std::cell::RefCell;
 use std::fmt;
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -40,7 +40,7 @@ use socket2::Socket;
 use tokio::sync::{mpsc, watch};
 
 use crate::ingest::{Listener, Worker, Workers};
-use crate::inherited::Inherited;
+use crate::inherited::{Inherited, Use};
 use crate::tls;
 use crate::units::{Account, ListenAddress, Mode, Size, Time};
 use burst::Wake;
@@ -473,6 +473,19 @@ impl Stop {
     fn pass_on(&self, passed: Passed) {
         self.passed.lock().unwrap_or_else(PoisonError::into_inner).push(passed);
     }
+}
+
+/// Binds the addresses of a key of another part, if they are not inherited: listening TCP sockets that do not block.
+///
+/// # Errors
+/// The first address that is none, or can't be had.
+pub fn bind(
+    key: &'static str,
+    r#use: Use,
+    addresses: &[String],
+    inherited: &mut Inherited,
+) -> Result<Vec<TcpListener>, Error> {
+    sockets::plain(key, r#use, addresses, inherited)
 }
 
 /// Binds what is configured and not inherited, and starts the workers' threads. When this returns, all of them are registered and every

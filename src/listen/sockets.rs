@@ -113,8 +113,25 @@ fn tcp(config: &Config, inherited: &mut Inherited, warnings: &mut Vec<Warning>) 
         };
         return of_units.into_iter().map(of_unit).collect::<io::Result<_>>().map_err(Error::System);
     }
-    let bind = |place| stream(place, inherited);
+    let bind = |place| stream(place, Use::Tcp, inherited);
     bind_each("listen.tcp", &config.tcp, &Config::default().tcp, bind, warnings)
+}
+
+/// Listening sockets for another part, where no TLS is spoken.
+pub(super) fn plain(
+    key: &'static str,
+    r#use: Use,
+    texts: &[String],
+    inherited: &mut Inherited,
+) -> Result<Vec<TcpListener>, Error> {
+    let of_units = inherited.take_of_units(r#use).map_err(Error::System)?;
+    let streams: Vec<Stream> = if of_units.is_empty() {
+        bind_each(key, texts, &[], |place| stream(place, r#use, inherited), &mut Vec::new())?
+    } else {
+        let of_units = of_units.into_iter().map(|socket| listening(socket, false));
+        of_units.collect::<io::Result<_>>().map_err(Error::System)?
+    };
+    Ok(streams.into_iter().map(|stream| stream.listener).collect())
 }
 
 /// An address to bind.
@@ -242,15 +259,15 @@ fn take_first_bound(r#use: Use, place: Place, inherited: &mut Inherited) -> io::
 }
 
 /// A listening TCP socket. SO_REUSEADDR passes over what is left of closed connections, not over another listener.
-fn stream(place: Place, inherited: &mut Inherited) -> io::Result<Stream> {
-    if let Some(socket) = take_first_bound(Use::Tcp, place, inherited)?.into_iter().next() {
+fn stream(place: Place, r#use: Use, inherited: &mut Inherited) -> io::Result<Stream> {
+    if let Some(socket) = take_first_bound(r#use, place, inherited)?.into_iter().next() {
         return listening(socket, place.tls);
     }
     let socket = socket(place, Type::STREAM, Protocol::TCP)?;
     socket.set_reuse_address(true)?;
     socket.bind(&place.address.into())?;
     socket.listen(BACKLOG)?;
-    inherited.keep(Use::Tcp, &socket)?;
+    inherited.keep(r#use, &socket)?;
     listening(socket, place.tls)
 }
 
