@@ -977,7 +977,7 @@ fn print(tree: &Table, head: impl Fn(&Key) -> String, line: impl Fn(&Key, &Value
 }
 
 /// The value as TOML, on one line.
-fn literal(value: &Value) -> String {
+pub(crate) fn literal(value: &Value) -> String {
     match value {
         // `90` rather than `90.0`: a key that holds fractions reads both.
         Value::Float(number) if number.fract() == 0.0 && number.abs() < 1e15 => format!("{number:.0}"),

@@ -9,7 +9,7 @@ use tallyd::cli::{Cli, Command, bench, check, explain, pages, run, send};
 fn main() -> ExitCode {
     let result = match Cli::parse().chosen() {
         Command::Run(layers) => run::run(&layers),
-        Command::Check(args) => check::run(&args, &mut io::stdout().lock()),
+        Command::Check(args) => check::run(&args, &mut io::stdout().lock(), &mut io::stderr()),
         Command::Explain(args) => explain::run(&args, io::stdin().lock(), &mut io::stdout().lock()),
         Command::Bench(args) => bench::run(&args, &mut io::stdout().lock(), &mut io::stderr()),
         Command::Send(args) => send::run(&args, io::stdin().lock(), &mut io::stderr()),

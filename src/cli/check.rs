@@ -1,10 +1,19 @@
-//! `tallyd check`: what is wrong with the configuration and the mapping file that it names, or what it comes to. It binds
-//! and writes nothing.
+//! `tallyd check`: what is wrong with the configuration and the mapping file that it names, or what it comes to; or the
+//! configuration of another program as one of ours. It binds and writes nothing.
 
-use std::io::Write;
+mod draft;
+mod etsy;
+mod literal;
+mod statsd_exporter;
 
-use super::{Failure, Layers};
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::Path;
+
+use super::{Failure, Layers, cannot_read};
 use crate::config::Config;
+use draft::Draft;
 
 /// Arguments of `check`.
 #[derive(Debug, clap::Args)]
@@ -18,10 +27,31 @@ pub struct Args {
     /// Print a configuration file with every key and its default
     #[arg(long)]
     pub print_defaults: bool,
+    /// Print the configuration that does what this configuration of Etsy's StatsD does (config.js), with what differs
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["print", "print_defaults", "config", "set"])]
+    pub from_etsy: Option<OsString>,
+    /// Print the configuration that does what these flags of statsd_exporter do, all of them as one argument
+    #[arg(
+        long,
+        value_name = "FLAGS",
+        allow_hyphen_values = true,
+        conflicts_with_all = ["print", "print_defaults", "config", "set", "from_etsy"]
+    )]
+    pub from_statsd_exporter: Option<String>,
 }
 
-/// Writes what was asked for to `out`; a wrong configuration is a failure with all its problems.
-pub fn run(args: &Args, out: &mut impl Write) -> Result<(), Failure> {
+/// Writes what was asked for to `out`, and what a person should look at to `notes`; a wrong configuration is a failure with
+/// all its problems.
+pub fn run(args: &Args, out: &mut impl Write, notes: &mut impl Write) -> Result<(), Failure> {
+    if let Some(file) = &args.from_etsy {
+        let name = file.display().to_string();
+        let draft = etsy::convert(&name, &read(Path::new(file))?)?;
+        return write_draft(&draft, &format!("{name} of Etsy's StatsD"), out, notes);
+    }
+    if let Some(flags) = &args.from_statsd_exporter {
+        let draft = statsd_exporter::convert(flags)?;
+        return write_draft(&draft, "flags of statsd_exporter", out, notes);
+    }
     if args.print_defaults {
         write!(out, "{}", Config::defaults())?;
         return Ok(());
@@ -34,4 +64,20 @@ pub fn run(args: &Args, out: &mut impl Write) -> Result<(), Failure> {
         writeln!(out, "the configuration is valid")?;
     }
     Ok(())
+}
+
+fn write_draft(draft: &Draft, of: &str, out: &mut impl Write, notes: &mut impl Write) -> Result<(), Failure> {
+    draft.warnings.iter().try_for_each(|warning| writeln!(notes, "tallyd: {warning}"))?;
+    write!(out, "{}", draft.print(of))?;
+    Ok(())
+}
+
+/// The text of a file, or of as much of it as shows that it is too long.
+fn read(path: &Path) -> Result<String, Failure> {
+    let mut text = String::new();
+    let limit = literal::SIZE_MAX as u64 + 4;
+    File::open(path).and_then(|file| file.take(limit).read_to_string(&mut text)).map(|_| text).map_err(|error| {
+        let (code, remedy) = cannot_read(&error);
+        Failure::told(code, format!("{}: {error}; {remedy} with --from-etsy", path.display()))
+    })
 }
