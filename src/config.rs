@@ -302,6 +302,9 @@ keys! {
     "prometheus.quantiles", Restart, "Of summaries.";
     "prometheus.buckets", Restart, "Upper bounds of histograms, in seconds for timers.";
     "prometheus.openmetrics", Restart, "true: OpenMetrics for whoever accepts it. Prometheus then stores counters as NAME_total.";
+    "prometheus.native_histograms", Restart, "true: protobuf for whoever asks for it first, with native histograms beside classic ones.";
+    "prometheus.native_bucket_factor", Restart, "By how much the buckets of native histograms grow at most, from 1.011 on.";
+    "prometheus.native_max_buckets", Restart, "How many buckets a native histogram has at most before they become coarser; 0: no bound but limits.buckets.";
     "prometheus.expire", Restart, "Series without a sample for so long are not shown. \"0s\": as long as they are in memory.";
 
     "log", Now, "What is written to standard error.";
@@ -775,6 +778,7 @@ impl Loaded {
         let key = match error {
             scrape::Error::Quantile(_) => "prometheus.quantiles",
             scrape::Error::InfiniteBucket(_) | scrape::Error::BucketOrder(_) => "prometheus.buckets",
+            scrape::Error::BucketFactor(_) => "prometheus.native_bucket_factor",
         };
         Some(self.refused(key, &error))
     }
