@@ -244,6 +244,7 @@ keys! {
     "http.hosts", Restart, "Host names by which a loopback listener may be asked, besides localhost and loopback addresses.";
     "http.insecure", Restart, "true: ingest and api may listen beyond loopback without tokens, though whoever reaches them may write.";
 
+    "http.lifecycle", Restart, "false: POST /-/reload is told 403; SIGHUP reloads all the same.";
     "http.tokens", Now, "Bearer tokens: files, or credential:NAME, with a token of 16 bytes or more a line. With none of them everybody may do all; with any, what has no file of its own is only for admin_file, but for reading.";
     "http.tokens.write_file", Now, "May send: POST /ingest/metrics. \"\": only admin_file may, or everybody where no file is named.";
     "http.tokens.read_file", Now, "May read: /data, /metrics on every listener, /openapi.json. \"\": everybody may.";

@@ -181,7 +181,7 @@ fn pages(
         view,
         percentiles: config.flush.percentiles.clone(),
         health: Arc::clone(health),
-        reload: reloads.orders.clone(),
+        reload: config.http.lifecycle.then(|| reloads.orders.clone()),
         prometheus: config.prometheus.clone(),
         mapper,
         exporter: exporter.clone(),

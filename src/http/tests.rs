@@ -103,7 +103,8 @@ impl Agent {
                 let prometheus = scrape::Config::default();
                 let percentiles = vec![90.0];
                 let (mapper, exporter) = (Arc::default(), exporter());
-                let api_of = Api { view, percentiles, health: shared, reload, prometheus, mapper, exporter };
+                let api_of =
+                    Api { view, percentiles, health: shared, reload: Some(reload), prometheus, mapper, exporter };
                 let keeping = Keeping { fold: running.fold(), has_journal: false, receipts: Vec::new() };
                 let access = Access::new(&config.tokens, 10, tls::Acceptor::new(None, limits.header_time.0));
                 let shared = access.clone();
