@@ -6,7 +6,7 @@ clients must be the same, but for the differences in DIFFERENCES, each of which 
 
 Lines: those of corpus/lines.jsonl, each under a prefix of its own, so that a difference is blamed on its line; those of
 corpus/mapping.jsonl with their mapping files; 10,000 random ones, whose names say what may differ; and a thousand over
-TCP. Numbers are compared as numbers. Quantiles and buckets are held against the values that were sent: tallyd's must be
+TCP; and observations shown as native histograms, in protobuf. Numbers are compared as numbers. Quantiles and buckets are held against the values that were sent: tallyd's must be
 right, statsd_exporter's need not be. Families of the servers themselves are left out.
 """
 
@@ -17,6 +17,7 @@ import math
 import random
 import re
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -69,6 +70,8 @@ DIFFERENCES = {
     "quantiles": ("within a rank error of 5, 1, 0.1 %, over 10 minutes that age by 2", "within 1 % of the exact value, over the last closed "
                   "and the current window", "exactness"),
     "buckets": ("exact", "a value less than 1.1 % above a bound may count below it", "any bounds can be asked for afterwards"),
+    "native_times": ("exact", "of a native histogram of times, a value within 0.54 % of a bound may be on its other side",
+                     "times are kept in milliseconds, whose buckets are not those of seconds"),
     "one_letter": ("refuses labels of one letter in a mapping file", "takes them", "Prometheus takes them"),
 }
 # Families of the servers themselves, and the line that says that all before it was read.
@@ -101,6 +104,12 @@ class Server:
             time.sleep(0.01)
         sys.exit(f"waited {PATIENCE:.0f} s for {what} of {self.url}:\n{Path(self.log).read_text()[-2000:]}")
 
+    def native_histograms(self):
+        """By name and labels, of protobuf: schema, zero's count, count, sum, buckets below and above zero."""
+        request = urllib.request.Request(self.url, headers={"Accept": PROTOBUF})
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            return dict(native_histograms(answer.read()))
+
     def stop(self):
         self.process.kill()
         self.process.wait()
@@ -127,6 +136,72 @@ def exposition(text):
             name, _, labels = head.partition("{")
             series[name, tuple(sorted(LABEL.findall(labels[:-1])))] = float(value)
     return {key: value for key, value in series.items() if not OWN.match(key[0])}, series
+
+
+PROTOBUF = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited,text/plain;q=0.5"
+
+
+def varint(data, at):
+    number = shift = 0
+    while True:
+        number |= (data[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if data[at - 1] < 0x80:
+            return number, at
+
+
+def fields(data):
+    """The fields of a message: number -> values."""
+    found, at = defaultdict(list), 0
+    while at < len(data):
+        tag, at = varint(data, at)
+        if tag & 7 == 0:
+            value, at = varint(data, at)
+        elif tag & 7 == 1:
+            value, at = struct.unpack("<d", data[at:at + 8])[0], at + 8
+        else:
+            length, at = varint(data, at)
+            value, at = data[at:at + length], at + length
+        found[tag >> 3].append(value)
+    return found
+
+
+def native_histograms(data):
+    at = 0
+    while at < len(data):
+        length, at = varint(data, at)
+        family, at = fields(data[at:at + length]), at + length
+        if OWN.match(family[1][0].decode()) or family[3] != [4]:
+            continue
+        for metric in map(fields, family[4]):
+            labels = tuple(sorted((one[1][0].decode(), one[2][0].decode()) for one in map(fields, metric[1])))
+            one = fields(metric[7][0])
+            if 5 in one:
+                yield (family[1][0].decode(), labels), (signed(one[5][0]), one[7][0], one[1][0], one[2][0],
+                                                        buckets(one, 9, 10), buckets(one, 12, 13))
+
+
+def signed(number):
+    return number >> 1 ^ -(number & 1)
+
+
+def buckets(histogram, span, delta):
+    """Index -> count, of spans and of differences that are packed in one field or stand in one each."""
+    deltas = []
+    for value in histogram[delta]:
+        at = 0
+        while isinstance(value, bytes) and at < len(value):
+            one, at = varint(value, at)
+            deltas.append(signed(one))
+        deltas += [] if isinstance(value, bytes) else [signed(value)]
+    counts, index, found = iter(itertools.accumulate(deltas)), 0, {}
+    for one in map(fields, histogram[span]):
+        index += signed(one[1][0]) if one[1] else 0
+        for _ in range(one[2][0]):
+            found[index] = next(counts)
+            index += 1
+    # Both may fill small gaps with empty buckets.
+    return {index: count for index, count in found.items() if count}
 
 
 class Pair:
@@ -534,12 +609,60 @@ def random_lines(report, programs, seed):
     return RANDOM_LINES + STREAM_LINES
 
 
+NATIVE = """
+defaults: {observer_type: histogram}
+mappings:
+- {match: fine.*, name: fine, histogram_options: {native_histogram_bucket_factor: 1.02, native_histogram_max_buckets: 5000}}
+- {match: few.*, name: few, histogram_options: {native_histogram_max_buckets: 20}}
+- {match: scaled.*, name: scaled, scale: 0.25}
+- {match: none.*, name: none, histogram_options: {native_histogram_bucket_factor: 1}}
+"""
+
+
+def observations(report, programs, seed):
+    """The same observations as native histograms: bucket by bucket, but for times."""
+    chance, lines, times = random.Random(seed), [], []
+    for _ in range(3_000):
+        value, wide = chance.lognormvariate(3, 1), chance.lognormvariate(0, 8) * chance.choice([-1, 1])
+        lines += [f"{name}.x:{value!r}|h" for name in ("fine", "few", "scaled", "none")]
+        lines += [f"usual:{chance.choice([value, -value, 0, 1, 2, 4])!r}|h", f"wide:{wide!r}|d", f"times:{value!r}|ms"]
+        times.append(value / 1000)
+    with Pair(programs, NATIVE) as pair:
+        pair.send("\n".join(lines[at:at + 20]).encode() for at in range(0, len(lines), 20))
+        ours, theirs = (server.native_histograms() for server in pair.servers)
+    for key in sorted(ours.keys() | theirs.keys()):
+        a, b = ours.get(key), theirs.get(key)
+        report.compared += 1
+        if a and b and a[:3] == b[:3] and is_near(a[3], b[3], 1e-9) and a[4:] == b[4:]:
+            report.equal += 1
+        elif key[0] == "times" and a and b and a[:3] == b[:3] and is_near(a[3], b[3], 1e-9) and are_true(a, times):
+            report.by_class["native_times"] += 1
+        else:
+            report.outside.append((key, a, b, ""))
+    if len(theirs) < 6:
+        report.outside.append(("native histograms", len(ours), len(theirs), "too few"))
+    return len(lines)
+
+
+def are_true(histogram, values):
+    """Whether each bucket has as many values as there are within its bounds, give or take those next to a bound."""
+    schema, found = histogram[0], histogram[5]
+    for index in range(min(found), max(found) + 1):
+        low, high = (2 ** (one * 2.0 ** -schema) for one in (index - 1, index))
+        least = sum(low * 1.0055 < value <= high / 1.0055 for value in values)
+        most = sum(low / 1.0055 < value <= high * 1.0055 for value in values)
+        if not least <= found.get(index, 0) <= most:
+            return False
+    return True
+
+
 def main():
     programs, seed = sys.argv[1:3], int(sys.argv[3]) if len(sys.argv) > 3 else 1
     report = Report()
     begun = time.monotonic()
-    sent = corpus_lines(report, programs), corpus_mappings(report, programs), random_lines(report, programs, seed)
-    print(f"lines sent to both: {sent[0]} of the corpus, {sent[1]} with its mappings, {sent[2]} random of seed {seed}; "
+    sent = (corpus_lines(report, programs), corpus_mappings(report, programs), random_lines(report, programs, seed),
+            observations(report, programs, seed))
+    print(f"lines sent to both: {sent[0]} of the corpus, {sent[1]} with its mappings, {sent[2]} random of seed {seed}, {sent[3]} observed; "
           f"{time.monotonic() - begun:.0f} s")
     sys.exit(0 if report.print() else 1)
 

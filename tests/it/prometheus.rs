@@ -136,7 +136,12 @@ impl Prometheus {
     /// The value of an instant query that selects one series.
     fn query(&self, expression: &str) -> Option<f64> {
         std::net::TcpStream::connect(self.address).ok()?;
-        let encoded = expression.replace('{', "%7B").replace('}', "%7D").replace('"', "%22").replace(' ', "%20");
+        let encoded = expression
+            .replace('{', "%7B")
+            .replace('}', "%7D")
+            .replace('"', "%22")
+            .replace(' ', "%20")
+            .replace('+', "%2B");
         let answer = http::request(self.address, "GET", &format!("/api/v1/query?query={encoded}"), &[], b"");
         let json: Value = serde_json::from_slice(&answer.body).ok()?;
         json["data"]["result"][0]["value"][1].as_str()?.parse().ok()
