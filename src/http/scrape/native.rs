@@ -4,8 +4,8 @@
 //! lower bound, so it is `i - 1` there, and our finest scale is schema 6. A histogram that is shown as it was received goes
 //! over bucket by bucket. A time, which is shown in seconds, and whatever a rule scales by another number than a power of
 //! two has its bounds elsewhere: there a bucket goes as a whole to where its middle lies, so that a value within 0.54 % of a
-//! bound may be on the other side of it. Where a goes to b once it always does, but for a histogram that has to halve its
-//! scale (`limits.buckets`): Prometheus may then see a reset of this series.
+//! bound may be on the other side of it. A bucket goes to the same place at every scrape, but for a histogram that has to
+//! halve its scale (`limits.buckets`): Prometheus may then see a reset of this series.
 //!
 //! It is pure, and holds the buckets of one series at a time.
 
@@ -15,7 +15,7 @@ use crate::aggregate::histogram::{SCALE_MAX, SCALE_MIN, index_at};
 use super::figures::Unit;
 
 /// Magnitudes up to this one are zero, as to other Prometheus clients: 2^-128, a bound of every schema.
-pub(super) const ZERO_THRESHOLD: f64 = 2.938_735_877_055_718_8e-39;
+pub(super) const ZERO_THRESHOLD: f64 = 2.938_735_877_055_719e-39;
 
 /// How fine a native histogram is at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -184,6 +184,7 @@ mod tests {
         let values =
             [(1.0, 1.0), (2.0, 2.0), (2.1, 4.0), (-2.0, 8.0), (0.0, 16.0), (1e-39, 32.0), (ZERO_THRESHOLD, 64.0)];
         let found = native(&values, PLAIN, 2.0, 0);
+        assert_eq!(ZERO_THRESHOLD, (-128.0_f64).exp2());
         assert_eq!((found.schema, found.zero), (0, 112.0));
         assert_eq!(found.positive, [(0, 1.0), (1, 2.0), (2, 4.0)]);
         assert_eq!(found.negative, [(1, 8.0)]);
