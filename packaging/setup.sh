@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what a fresh Debian machine with Rust lacks: `setup.sh` to build tallyd, `setup.sh tests` to test it as well,
-# `setup.sh peers` to measure it beside another server (benches/peers.sh), `setup.sh package` to make packages of it,
-# `setup.sh container` to try its image.
+# `setup.sh peers` to measure it beside another server (benches/peers.sh), `setup.sh peers-go` to compare it with one written in
+# Go (tests/statsd_exporter.sh), `setup.sh package` to make packages of it, `setup.sh container` to try its image.
 # Says nothing when nothing is missing. Needs root only then.
 set -euo pipefail
 
@@ -10,6 +10,7 @@ build=(cc:build-essential pkg-config:pkg-config /usr/include/openssl/ssl.h:libss
 tests=(redis-server:redis-server prometheus:prometheus promtool:prometheus nc:netcat-openbsd curl:curl python3:python3 jq:jq
   strace:strace openssl:openssl man:man-db mandoc:mandoc zsh:zsh fish:fish)
 peers=(node:nodejs npm:npm taskset:util-linux)
+peers_go=(go:golang-go python3:python3)
 package=("${build[@]}" git:git python3:python3 objcopy:binutils dpkg-shlibdeps:dpkg-dev lintian:lintian rpm:rpm)
 container=("${package[@]}" podman:podman runc:runc debootstrap:debootstrap curl:curl jq:jq)
 # Cargo's own: the packagers.
@@ -17,8 +18,9 @@ tools=(cargo-deb cargo-generate-rpm)
 
 wanted=("${build[@]}")
 case "${1:-}" in
-tests) wanted+=("${tests[@]}") ;;
+tests) wanted+=("${tests[@]}" "${peers_go[@]}") ;;
 peers) wanted+=("${peers[@]}") ;;
+peers-go) wanted+=("${peers_go[@]}") ;;
 package) wanted+=("${package[@]}") ;;
 container) wanted+=("${container[@]}") ;;
 esac

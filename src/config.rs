@@ -248,6 +248,7 @@ keys! {
     "http.hosts", Restart, "Host names by which a loopback listener may be asked, besides localhost and loopback addresses.";
     "http.insecure", Restart, "true: ingest and api may listen beyond loopback without tokens, though whoever reaches them may write.";
 
+    "http.lifecycle", Restart, "false: POST /-/reload is told 403; SIGHUP reloads all the same.";
     "http.tokens", Now, "Bearer tokens: files, or credential:NAME, with a token of 16 bytes or more a line. With none of them everybody may do all; with any, what has no file of its own is only for admin_file, but for reading.";
     "http.tokens.write_file", Now, "May send: POST /ingest/metrics. \"\": only admin_file may, or everybody where no file is named.";
     "http.tokens.read_file", Now, "May read: /data, /metrics on every listener, /openapi.json. \"\": everybody may.";
@@ -315,6 +316,9 @@ keys! {
     "prometheus.quantiles", Restart, "Of summaries.";
     "prometheus.buckets", Restart, "Upper bounds of histograms, in seconds for timers.";
     "prometheus.openmetrics", Restart, "true: OpenMetrics for whoever accepts it. Prometheus then stores counters as NAME_total.";
+    "prometheus.native_histograms", Restart, "true: protobuf for whoever asks for it first, with native histograms beside classic ones.";
+    "prometheus.native_bucket_factor", Restart, "By how much the buckets of native histograms grow at most, from 1.011 on.";
+    "prometheus.native_max_buckets", Restart, "How many buckets a native histogram has at most before they become coarser; 0: no bound but limits.buckets.";
     "prometheus.expire", Restart, "Series without a sample for so long are not shown. \"0s\": as long as they are in memory.";
 
     "export", Restart, "What the agent hands out by itself.";
@@ -814,6 +818,7 @@ impl Loaded {
         let key = match error {
             scrape::Error::Quantile(_) => "prometheus.quantiles",
             scrape::Error::InfiniteBucket(_) | scrape::Error::BucketOrder(_) => "prometheus.buckets",
+            scrape::Error::BucketFactor(_) => "prometheus.native_bucket_factor",
         };
         Some(self.refused(key, &error))
     }

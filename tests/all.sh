@@ -17,6 +17,7 @@ step cargo test --locked --features kafka --no-fail-fast
 # To see that they build; they measure with the profile `bench`, which takes longer to.
 step cargo bench --quiet --locked --features kafka --no-run --profile dev
 step tests/units.sh
+step tests/statsd_exporter.sh
 step fuzz/run.sh 20
 echo
 echo "skipped: packaging/try.sh, which tries the packages in booted Debian systems: it needs two builds' packages of a release,"

@@ -230,7 +230,7 @@ fn pages(
         view,
         etsy: config.flush.etsy.clone(),
         health: Arc::clone(health),
-        reload: reloads.orders.clone(),
+        reload: config.http.lifecycle.then(|| reloads.orders.clone()),
         prometheus: config.prometheus.clone(),
         mapper,
         exporter: exporter.clone(),

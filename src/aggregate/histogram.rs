@@ -47,7 +47,7 @@ impl Histogram {
             buckets.zero = plus(buckets.zero, weight);
             return;
         }
-        let index = index_of(value.abs()) >> (SCALE_MAX - buckets.scale);
+        let index = index_at(value.abs(), buckets.scale);
         buckets.add(Key::new(index, value < 0.0), weight);
         buckets.halve_to(buckets_max);
     }
@@ -600,6 +600,11 @@ const BELOW: [u8; 64] = {
     }
     below
 };
+
+/// The index of the bucket of a finite value above zero, as OpenTelemetry counts them, at a scale of ours.
+pub fn index_at(value: f64, scale: i8) -> i32 {
+    index_of(value) >> (SCALE_MAX - scale)
+}
 
 /// The index at scale 6 of a finite value above zero: `ceil(64 log2(value)) - 1`, from its bits. A value that equals
 /// a bound (the float nearest to it) lies below that bound, as in OpenTelemetry and Prometheus.

@@ -235,7 +235,7 @@ impl Site for Data {
                 let (others, warning) = (self.api.view.unready(), self.tls.warning());
                 Ok(health::ready(&self.api.health, others, warning, asked.may_read))
             }
-            Endpoint::Reload => health::reload(&self.api.reload).await,
+            Endpoint::Reload => health::reload(self.api.reload.as_ref()).await,
             Endpoint::OpenApi => Ok(ok(JSON, OPENAPI)),
             Endpoint::Samples => Err(Problem::new(StatusCode::NOT_FOUND, "this stands on the ingest listeners")),
         }

@@ -92,7 +92,12 @@ pub(super) fn ready(
     response
 }
 
-pub(super) async fn reload(orders: &mpsc::Sender<Reload>) -> Result<Response<Body>, Problem> {
+pub(super) async fn reload(orders: Option<&mpsc::Sender<Reload>>) -> Result<Response<Body>, Problem> {
+    let Some(orders) = orders else {
+        let detail =
+            "http.lifecycle is false, so no reload is taken over HTTP; SIGHUP reloads, or set it to true and restart";
+        return Err(Problem::new(StatusCode::FORBIDDEN, detail));
+    };
     let gone = |()| Problem::busy("the agent is stopping");
     let (order, outcome) = oneshot::channel();
     // One order at a time waits; the others would only repeat it.

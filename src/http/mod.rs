@@ -65,6 +65,8 @@ pub struct Config {
     pub hosts: Vec<String>,
     /// Whether listeners that are reachable from elsewhere may do without a token.
     pub insecure: bool,
+    /// Whether `POST /-/reload` does anything.
+    pub lifecycle: bool,
     /// Who may do what.
     pub tokens: tokens::Config,
 }
@@ -78,6 +80,7 @@ impl Default for Config {
             scrape: Vec::new(),
             hosts: Vec::new(),
             insecure: false,
+            lifecycle: true,
             tokens: tokens::Config::default(),
         }
     }
@@ -363,8 +366,8 @@ pub struct Api {
     pub etsy: etsy::Config,
     /// Whether the agent is ready.
     pub health: Arc<Health>,
-    /// Where `POST /-/reload` is heard.
-    pub reload: mpsc::Sender<Reload>,
+    /// Where `POST /-/reload` is heard; none where `http.lifecycle` is false.
+    pub reload: Option<mpsc::Sender<Reload>>,
     /// `[prometheus]`: what a scrape shows.
     pub prometheus: scrape::Config,
     /// The mapping rules.

@@ -104,6 +104,7 @@ impl Agent {
                 let prometheus = scrape::Config::default();
                 let etsy = etsy::Config::default();
                 let (mapper, exporter) = (Arc::default(), exporter());
+                let reload = Some(reload);
                 let api_of = Api { view, etsy, health: shared, reload, prometheus, mapper, exporter };
                 let keeping = Keeping { fold: running.fold(), has_journal: false, receipts: Vec::new() };
                 let access = Access::new(&config.tokens, 10, tls::Acceptor::new(None, limits.header_time.0));

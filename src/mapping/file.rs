@@ -10,7 +10,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use super::yaml::{self, Key, Node, Place, Value};
-use super::{Action, MatchType, Metric, ObserverType};
+use super::{Action, MatchType, Metric, NativeStyle, ObserverType};
 
 /// What is wrong in a mapping file.
 #[derive(Debug, Clone, PartialEq)]
@@ -126,6 +126,7 @@ pub(super) struct Defaults {
     pub(super) ttl: Duration,
     pub(super) quantiles: Option<Vec<f64>>,
     pub(super) buckets: Option<Vec<f64>>,
+    pub(super) native: NativeStyle,
 }
 
 /// One of `mappings`, as written.
@@ -146,6 +147,7 @@ pub(super) struct Written {
     pub(super) ttl: Duration,
     pub(super) quantiles: Option<Vec<f64>>,
     pub(super) buckets: Option<Vec<f64>>,
+    pub(super) native: NativeStyle,
     pub(super) scale: f64,
 }
 
@@ -250,7 +252,8 @@ impl Reader {
             glob_disable_ordering: self.flag(&fields, "glob_disable_ordering"),
             ttl: self.duration(&fields, "ttl"),
             quantiles: self.summary(&fields),
-            buckets: self.histogram(&fields),
+            buckets: self.buckets(&fields),
+            native: self.native(&fields),
         }
     }
 
@@ -283,7 +286,8 @@ impl Reader {
             metric: self.metric(&fields),
             ttl: Some(self.duration(&fields, "ttl")).filter(|ttl| !ttl.is_zero()).unwrap_or(defaults.ttl),
             quantiles: self.summary(&fields),
-            buckets: self.histogram(&fields),
+            buckets: self.buckets(&fields),
+            native: self.native(&fields),
             scale: self.scale(&fields),
             path,
         };
@@ -419,17 +423,9 @@ impl Reader {
     }
 
     /// The bounds of `histogram_options`; an infinite one at the end is always there and left out.
-    fn histogram(&mut self, fields: &Fields<'_>) -> Option<Vec<f64>> {
-        const NATIVE: &str = "histograms have classic buckets only";
+    fn buckets(&mut self, fields: &Fields<'_>) -> Option<Vec<f64>> {
         let node = fields.get("histogram_options")?;
         let options = self.fields(node, &fields.key("histogram_options"), HISTOGRAM);
-        if let Some(factor) = options.get("native_histogram_bucket_factor") {
-            self.number(factor, &options.key("native_histogram_bucket_factor"));
-        }
-        self.whole_number(&options, "native_histogram_max_buckets");
-        for key in ["native_histogram_bucket_factor", "native_histogram_max_buckets"] {
-            self.without_effect(&options, key, NATIVE);
-        }
         let buckets = options.get("buckets")?;
         let path = options.key("buckets");
         let items = self.list(buckets, &path)?;
@@ -446,6 +442,21 @@ impl Reader {
             bounds.push(bound);
         }
         Some(bounds).filter(|bounds| !bounds.is_empty())
+    }
+
+    /// What `histogram_options` says of native histograms. A number that is not above 0 says nothing, as one that is not
+    /// there; a factor up to 1 says that there are none.
+    fn native(&mut self, fields: &Fields<'_>) -> NativeStyle {
+        const FACTOR: &str = "native_histogram_bucket_factor";
+        let Some(Node { value: Value::Map(pairs), .. }) = fields.get("histogram_options") else {
+            return NativeStyle::default();
+        };
+        let options = Fields { path: fields.key("histogram_options"), pairs };
+        let factor = options.get(FACTOR).and_then(|node| self.number(node, &options.key(FACTOR)));
+        NativeStyle {
+            bucket_factor: factor.filter(|factor| *factor > 0.0),
+            max_buckets: self.whole_number(&options, "native_histogram_max_buckets").filter(|most| *most > 0),
+        }
     }
 
     fn without_effect(&mut self, fields: &Fields<'_>, name: &str, why: &'static str) {
@@ -567,14 +578,16 @@ impl Reader {
         number
     }
 
-    fn whole_number(&mut self, fields: &Fields<'_>, name: &str) {
+    fn whole_number(&mut self, fields: &Fields<'_>, name: &str) -> Option<u32> {
         const WANT: &str = "a whole number";
-        let Some(node) = fields.get(name) else { return };
+        let node = fields.get(name)?;
         let key = fields.key(name);
-        let Some(text) = self.scalar(node, &key, WANT) else { return };
-        if text.replace('_', "").parse::<u32>().is_err() {
+        let text = self.scalar(node, &key, WANT)?;
+        let number = text.replace('_', "").parse().ok();
+        if number.is_none() {
             self.value(node.at, key, text, WANT);
         }
+        number
     }
 
     /// A length of time, zero where there is none.

@@ -173,8 +173,28 @@ pub struct Style {
     pub quantiles: Option<Vec<f64>>,
     /// Upper bounds of histograms' buckets, rising and finite.
     pub buckets: Option<Vec<f64>>,
+    /// How fine native histograms are.
+    pub native: NativeStyle,
     /// Time without a sample after which a series is not shown; zero: no end.
     pub ttl: Duration,
+}
+
+/// How fine native histograms are, as far as a rule or `defaults` says it.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct NativeStyle {
+    /// By how much buckets grow at most; with 1 or less there are none.
+    pub bucket_factor: Option<f64>,
+    /// How many buckets there are at most.
+    pub max_buckets: Option<u32>,
+}
+
+impl NativeStyle {
+    fn or(self, other: Self) -> Self {
+        Self {
+            bucket_factor: self.bucket_factor.or(other.bucket_factor),
+            max_buckets: self.max_buckets.or(other.max_buckets),
+        }
+    }
 }
 
 /// A rule.
@@ -308,6 +328,7 @@ fn style(defaults: &Defaults) -> Style {
         observer_type: defaults.observer_type,
         quantiles: defaults.quantiles.clone(),
         buckets: defaults.buckets.clone(),
+        native: defaults.native,
         ttl: defaults.ttl,
     }
 }
@@ -398,6 +419,7 @@ impl Builder {
             observer_type: written.observer_type.or(defaults.observer_type),
             quantiles: written.quantiles.or_else(|| defaults.quantiles.clone()),
             buckets: written.buckets.or_else(|| defaults.buckets.clone()),
+            native: written.native.or(defaults.native),
             ttl: written.ttl,
         };
         Rule {

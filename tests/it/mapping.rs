@@ -367,3 +367,39 @@ fn explain_names_the_rule_and_prometheus_name() {
     );
     assert_eq!((mapping(1)["rule"].clone(), mapping(1)["prometheus"][0].clone()), (Value::Null, json!("y")));
 }
+
+#[test]
+fn a_reload_changes_defaults_ttl_and_observer_types() {
+    let rules = Rules::new("defaults: {observer_type: summary}\nmappings:\n- {match: a.*, name: a}\n");
+    let agent = rules.agent();
+    agent.datagram("a.x:5|h\nother:5|h");
+    until("all lines", || (agent.own("tallyd_lines_total", "udp") >= 2.0).then_some(()));
+    let shows = |line: &str| agent.get("/metrics").text().contains(line);
+    assert!(shows("# TYPE a summary\n") && shows("# TYPE other summary\n"));
+    rules.write(
+        "defaults: {observer_type: histogram, histogram_options: {buckets: [7]}}\n\
+         mappings:\n- {match: a.*, name: b, observer_type: summary, summary_options: {quantiles: [{quantile: 0.25}]}}\n",
+    );
+    assert_eq!(reload(&agent).status, 200);
+    assert!(shows("\nb{quantile=\"0.25\"} 5\n") && shows("\nother_bucket{le=\"7\"} 1\n") && !shows("# TYPE a "));
+    // By a signal as well: from then on series are gone as soon as they are a millisecond old.
+    rules.write("defaults: {ttl: 1ms}\nmappings: []\n");
+    agent.signal("HUP");
+    until("the ttl", || (!shows("# TYPE other ")).then_some(()));
+}
+
+#[test]
+fn without_lifecycle_only_a_signal_reloads() {
+    let rules = Rules::new("mappings:\n- {match: a.*, name: before}\n");
+    let agent = Agent::start(&["store.kind=memory", &rules.setting(), "http.lifecycle=false"]);
+    agent.datagram("a.x:5|c");
+    agent.wait_for("a.x", "value", 5);
+    rules.write("mappings:\n- {match: a.*, name: after}\n");
+    let answer = reload(&agent);
+    assert_eq!((answer.status, answer.header("content-type")), (403, Some("application/problem+json")));
+    let detail = answer.json()["detail"].as_str().unwrap().to_owned();
+    assert!(detail.contains("http.lifecycle") && detail.contains("SIGHUP"), "{detail}");
+    assert!(agent.get("/metrics").text().contains("\nbefore 5\n"));
+    agent.signal("HUP");
+    until("the new rules", || agent.get("/metrics").text().contains("\nafter 5\n").then_some(()));
+}

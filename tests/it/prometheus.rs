@@ -109,6 +109,10 @@ struct Prometheus {
 
 impl Prometheus {
     fn scraping(agent: &Agent) -> Self {
+        Self::scraping_with(agent, &[])
+    }
+
+    fn scraping_with(agent: &Agent, flags: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let configuration = format!(
             "global: {{scrape_interval: 1s}}\nscrape_configs:\n- job_name: tallyd\n  static_configs: [{{targets: ['{}']}}]\n",
@@ -120,6 +124,7 @@ impl Prometheus {
             .arg(format!("--config.file={}", directory.path().join("prometheus.yml").display()))
             .arg(format!("--storage.tsdb.path={}", directory.path().join("data").display()))
             .arg(format!("--web.listen-address={address}"))
+            .args(flags)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -131,7 +136,12 @@ impl Prometheus {
     /// The value of an instant query that selects one series.
     fn query(&self, expression: &str) -> Option<f64> {
         std::net::TcpStream::connect(self.address).ok()?;
-        let encoded = expression.replace('{', "%7B").replace('}', "%7D").replace('"', "%22");
+        let encoded = expression
+            .replace('{', "%7B")
+            .replace('}', "%7D")
+            .replace('"', "%22")
+            .replace(' ', "%20")
+            .replace('+', "%2B");
         let answer = http::request(self.address, "GET", &format!("/api/v1/query?query={encoded}"), &[], b"");
         let json: Value = serde_json::from_slice(&answer.body).ok()?;
         json["data"]["result"][0]["value"][1].as_str()?.parse().ok()
@@ -163,4 +173,86 @@ fn a_real_prometheus_stores_what_was_sent() {
             prometheus.query(expression).filter(|value| same(&(*value).into(), &want.into()))
         });
     }
+}
+
+/// Waits until a Prometheus computes this, or what is within a share of it.
+#[track_caller]
+fn wait_for(prometheus: &Prometheus, expression: &str, want: f64, error: f64) {
+    until(&format!("{expression} to be {want}"), || {
+        prometheus.query(expression).filter(|value| (value - want).abs() <= error * want.abs())
+    });
+}
+
+/// The values 1 to 1,000, as times in milliseconds (`native.times`) and as they are, half below zero (`native.values`).
+fn observe(agent: &Agent) {
+    for values in (1..=1_000).collect::<Vec<_>>().chunks(50) {
+        let lines = values.iter().map(|value| {
+            let signed = if value % 2 == 0 { *value } else { -*value };
+            format!("native.times:{value}|ms|#route:a b\nnative.values:{signed}|h\n")
+        });
+        agent.datagram(lines.collect::<String>());
+    }
+    agent.datagram("native.count:3|c\nnative.values:0|h\nnative.sampled:8|h|@0.3");
+    agent.wait_for("native.times;route=a%20b", "count", 1_000);
+    agent.wait_for("native.values", "count", 1_001);
+    agent.wait_for("native.sampled", "value", 8);
+}
+
+#[test]
+fn a_prometheus_with_native_histograms_stores_what_was_observed() {
+    let agent = Agent::start(&["prometheus.observer_type=histogram", "prometheus.native_bucket_factor=1.05"]);
+    observe(&agent);
+    let prometheus = Prometheus::scraping_with(&agent, &["--enable-feature=native-histograms"]);
+    wait_for(&prometheus, "up{job=\"tallyd\"}", 1.0, 0.0);
+    for (expression, want, error) in [
+        ("histogram_count(native_times{route=\"a b\"})", 1_000.0, 0.0),
+        ("histogram_sum(native_times)", 500.5, 1e-12),
+        // Schema 4: half of a bucket is 2.2 %, and seconds add 0.54 %.
+        ("histogram_quantile(0.9, native_times)", 0.9, 0.028),
+        ("histogram_quantile(0.5, native_times)", 0.5, 0.028),
+        ("histogram_count(native_values)", 1_001.0, 0.0),
+        ("histogram_sum(native_values)", 500.0, 1e-12),
+        ("histogram_quantile(0.1, native_values)", -800.0, 0.044),
+        ("histogram_fraction(-2000, 0, native_values)", 0.5, 0.001),
+        ("histogram_count(native_sampled)", 1.0 / 0.3, 1e-12),
+        ("native_count", 3.0, 0.0),
+        ("tallyd_lines_total{listener=\"udp\"}", 2_003.0, 0.0),
+        ("tallyd_build_info", 1.0, 0.0),
+    ] {
+        wait_for(&prometheus, expression, want, error);
+    }
+    // Our own histograms have classic buckets alone, and these are stored beside.
+    wait_for(&prometheus, "count(tallyd_fold_seconds_bucket) > bool 5", 1.0, 0.0);
+}
+
+#[test]
+fn a_prometheus_without_native_histograms_stays_with_text() {
+    let agent = Agent::start(&["prometheus.observer_type=histogram"]);
+    observe(&agent);
+    let prometheus = Prometheus::scraping(&agent);
+    for (expression, want) in [
+        ("native_times_count{route=\"a b\"}", 1_000.0),
+        ("native_times_sum", 500.5),
+        ("native_times_bucket{le=\"0.25\"}", 250.0),
+        ("native_times_bucket{le=\"+Inf\"}", 1_000.0),
+        ("native_sampled_count", 1.0 / 0.3),
+        ("native_count", 3.0),
+    ] {
+        wait_for(&prometheus, expression, want, 0.011);
+    }
+}
+
+#[test]
+fn protobuf_comes_as_asked_for_and_can_be_turned_off() {
+    const PROTOBUF: &str = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited";
+    let told = |agent: &Agent, accept: &str| {
+        let answer = http::request(agent.address("api"), "GET", "/metrics", &[("Accept", accept)], b"");
+        assert_eq!(answer.status, 200);
+        answer.header("content-type").unwrap().split(';').next().unwrap().to_owned()
+    };
+    let agent = Agent::start(&[]);
+    assert_eq!(told(&agent, PROTOBUF), "application/vnd.google.protobuf");
+    assert_eq!(told(&agent, &format!("{PROTOBUF};q=0.3, text/plain;q=0.4")), "text/plain");
+    let agent = Agent::start(&["prometheus.native_histograms=false"]);
+    assert_eq!(told(&agent, PROTOBUF), "text/plain");
 }

@@ -1,5 +1,5 @@
-//! `GET /metrics`: every series of the ledger in Prometheus' text format 0.0.4 or in OpenMetrics 1.0, then our own
-//! metrics. Reads the ledger alone, takes no lock, and writes as the client reads, 64 KiB at a time, so that its text is
+//! `GET /metrics`: every series of the ledger in Prometheus' text format 0.0.4, in OpenMetrics 1.0 or in its protobuf
+//! messages, which have native histograms, then our own metrics. Reads the ledger alone, takes no lock, and writes as the client reads, 64 KiB at a time, so that its text is
 //! never in memory at once. It always answers, whatever clients call their series. Metrics: `SCRAPE_SECONDS`,
 //! `CONFLICTS`, `SCRAPE_PARTIAL`.
 //!
@@ -23,8 +23,13 @@
 //!
 //! In OpenMetrics a counter's samples end in `_total`, so there `a` and `a_total` are one name.
 
+mod accept;
+mod figures;
 mod mapped;
 mod names;
+mod native;
+mod own;
+mod protobuf;
 mod write;
 
 use std::convert::Infallible;
@@ -36,11 +41,10 @@ use std::time::Duration;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use hyper::body::{Body, Bytes, Frame};
-use hyper::header::{
-    ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, VARY,
-};
+use hyper::header::HeaderMap;
 use serde::{Deserialize, Serialize};
 
+pub use self::accept::{Format, Wanted};
 pub use self::mapped::{Mapped, Mapper, Unmapped};
 use self::names::{Class, Index, Marks, rewritten};
 use self::write::Writer;
@@ -63,6 +67,12 @@ pub struct Config {
     pub buckets: Vec<f64>,
     /// Whether clients that take OpenMetrics get it.
     pub openmetrics: bool,
+    /// Whether clients that ask for protobuf get it, with native histograms where the observer type is histogram.
+    pub native_histograms: bool,
+    /// By how much the buckets of a native histogram grow at most; 2^(1/64) is the least.
+    pub native_bucket_factor: f64,
+    /// How many buckets a native histogram has at most, before they become coarser; 0: no bound but `limits.buckets`.
+    pub native_max_buckets: u32,
     /// Series without samples for so long are not shown; `0s`: as long as they are in memory.
     pub expire: Time,
 }
@@ -74,6 +84,9 @@ impl Default for Config {
             quantiles: vec![0.5, 0.9, 0.99],
             buckets: vec![0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0],
             openmetrics: false,
+            native_histograms: true,
+            native_bucket_factor: 1.1,
+            native_max_buckets: 256,
             expire: Time::secs(0),
         }
     }
@@ -89,10 +102,11 @@ impl Config {
         if let Some(bound) = self.buckets.iter().find(|bound| !bound.is_finite()) {
             return Err(Error::InfiniteBucket(*bound));
         }
-        match self.buckets.windows(2).find(|pair| pair[0] >= pair[1]) {
-            Some(pair) => Err(Error::BucketOrder(pair[1])),
-            None => Ok(()),
+        if let Some(pair) = self.buckets.windows(2).find(|pair| pair[0] >= pair[1]) {
+            return Err(Error::BucketOrder(pair[1]));
         }
+        let factor = self.native_bucket_factor;
+        if factor.is_finite() && factor > 1.0 { Ok(()) } else { Err(Error::BucketFactor(factor)) }
     }
 }
 
@@ -105,6 +119,8 @@ pub enum Error {
     InfiniteBucket(f64),
     /// A bound that is not above the one before it.
     BucketOrder(f64),
+    /// A factor by which nothing grows.
+    BucketFactor(f64),
 }
 
 impl std::fmt::Display for Error {
@@ -119,6 +135,11 @@ impl std::fmt::Display for Error {
             Self::BucketOrder(bound) => {
                 write!(f, "prometheus.buckets: {bound} is not above the bound before it; give them in rising order")
             }
+            Self::BucketFactor(factor) => write!(
+                f,
+                "prometheus.native_bucket_factor: {factor} is not above 1; give a number such as 1.1, or turn \
+                 prometheus.native_histograms off"
+            ),
         }
     }
 }
@@ -136,71 +157,13 @@ pub struct Moment {
     pub window_ms: u64,
 }
 
-/// The two formats of an exposition.
+/// By whose rules series are named.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Format {
-    /// Prometheus' text format 0.0.4.
-    Text,
-    /// OpenMetrics 1.0.
+enum Names {
+    /// Those of the text format, where a name is any name.
+    Plain,
+    /// Those of OpenMetrics, where the samples of counters end in `_total`.
     OpenMetrics,
-}
-
-impl Format {
-    const fn content_type(self) -> &'static str {
-        match self {
-            Self::Text => "text/plain; version=0.0.4; charset=utf-8",
-            Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
-        }
-    }
-}
-
-/// What a client asks for in its headers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Wanted {
-    /// The format.
-    pub format: Format,
-    /// Whether the body is to be compressed.
-    pub gzip: bool,
-}
-
-impl Wanted {
-    /// Text unless the configuration prefers OpenMetrics and the client takes it, or the client takes nothing else.
-    /// What is neither is answered with text: a scrape always succeeds.
-    pub fn of(headers: &HeaderMap, config: &Config) -> Self {
-        let mut text = !headers.contains_key(ACCEPT);
-        let mut open = text;
-        for range in ranges(headers, &ACCEPT) {
-            text |= matches!(&*range, "text/plain" | "text/*" | "*/*");
-            open |= matches!(&*range, "application/openmetrics-text" | "application/*" | "*/*");
-        }
-        let named = || ranges(headers, &ACCEPT).any(|range| range == "application/openmetrics-text");
-        let format =
-            if (config.openmetrics && open) || (!text && named()) { Format::OpenMetrics } else { Format::Text };
-        Self { format, gzip: ranges(headers, &ACCEPT_ENCODING).any(|range| matches!(&*range, "gzip" | "*")) }
-    }
-
-    /// The headers of the answer.
-    pub fn headers(self) -> HeaderMap {
-        let mut headers = HeaderMap::new();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static(self.format.content_type()));
-        headers.insert(VARY, HeaderValue::from_static("accept, accept-encoding"));
-        if self.gzip {
-            headers.insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
-        }
-        headers
-    }
-}
-
-/// The values of a header that is a list of choices, in lower case and without parameters, but for those of weight 0.
-fn ranges<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = String> + use<'a> {
-    let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
-    values.flat_map(|value| value.split(',')).filter_map(|choice| {
-        let mut parts = choice.split(';').map(str::trim);
-        let range = parts.next()?.to_ascii_lowercase();
-        let refused =
-            parts.filter_map(|part| part.strip_prefix("q=")).any(|q| q.parse::<f64>().is_ok_and(|q| q <= 0.0));
-        (!refused).then_some(range)
-    })
 }
 
 /// The answer to a scrape: the headers, and the body, which is written while it is read.
@@ -259,7 +222,7 @@ impl Page {
         let clock = Clock::default();
         let series = series.into();
         let nameless = series.nameless;
-        let index = index(series, wanted.format, config, moment);
+        let index = index(series, wanted.format.names(config), config, moment);
         let conflicts = index.conflicts();
         let unmapped = index.rules.mapping().map(|_| index.rules.unmapped());
         let writer = Writer::new(index, wanted.format, config, moment);
@@ -308,13 +271,17 @@ impl Page {
     fn write_own(&mut self, out: &mut Vec<u8>) {
         if let Some(own) = self.own.take() {
             telemetry::CONFLICTS.gauge(&[]).set(self.conflicts as f64);
-            telemetry::SCRAPE_PARTIAL.gauge(&["illegal_negative_counter"]).set(self.writer.negative as f64);
+            telemetry::SCRAPE_PARTIAL.gauge(&["illegal_negative_counter"]).set(self.writer.figures.negative as f64);
             if let Some(unmapped) = self.unmapped {
                 telemetry::SCRAPE_PARTIAL.gauge(&["empty_metric_name"]).set(self.nameless as f64);
                 telemetry::SCRAPE_UNMAPPED.gauge(&[]).set(unmapped as f64);
             }
             telemetry::SCRAPE_SECONDS.histogram(&[]).record(self.spent.as_secs_f64());
-            out.extend_from_slice(own.render(self.format == Format::OpenMetrics).as_bytes());
+            match self.format {
+                Format::Text => out.extend_from_slice(own.render(false).as_bytes()),
+                Format::OpenMetrics => out.extend_from_slice(own.render(true).as_bytes()),
+                Format::Protobuf => own::write(&own.render(false), out),
+            }
         }
         if self.format == Format::OpenMetrics {
             out.extend_from_slice(b"# EOF\n");
@@ -342,8 +309,8 @@ impl Body for Page {
     }
 }
 
-fn index(series: Mapped, format: Format, config: &Config, moment: Moment) -> Index {
-    Index::new(series.unexpired(config, moment), format, config.observer_type)
+fn index(series: Mapped, names: Names, config: &Config, moment: Moment) -> Index {
+    Index::new(series.unexpired(config, moment), names, config.observer_type)
 }
 
 /// What a series is called in the text format, name and labels, before other series are looked at: two for a meter, none
@@ -363,7 +330,7 @@ pub fn shown_as(kind: Kind, key: &SeriesKey, mapping: Option<&Mapping>, config: 
     };
     let (key, mapped) = (given.as_ref().unwrap_or(key), given.is_some());
     let line = |class: &Class| {
-        let (text, name_len, _) = rewritten(key, *class, Format::Text, mapped);
+        let (text, name_len, _) = rewritten(key, *class, Names::Plain, mapped);
         let (name, labels) = text.as_str().as_bytes().split_at(name_len);
         write::line(name, labels.get(1..).unwrap_or_default())
     };
@@ -410,7 +377,7 @@ impl Cause {
 /// The series of which the text format does not show the plain rewriting of their names, sorted by key; as many as
 /// `CONFLICTS` counts. A meter stands there once for each of its families concerned.
 pub fn conflicts(series: impl Into<Mapped>, config: &Config, moment: Moment) -> Vec<Conflict> {
-    let index = index(series.into(), Format::Text, config, moment);
+    let index = index(series.into(), Names::Plain, config, moment);
     let marked = index.entries.iter().filter(|entry| entry.marks.any());
     let mut found: Vec<Conflict> = marked
         .map(|entry| {

@@ -15,7 +15,7 @@ use std::sync::{Arc, LazyLock};
 
 use foldhash::fast::FixedState;
 
-use super::Format;
+use super::Names;
 use super::mapped::{Mapped, Rules};
 use crate::aggregate::ledger::Series;
 use crate::mapping::ObserverType;
@@ -56,15 +56,15 @@ impl Class {
     }
 
     /// What the names of a family's samples have behind the family's own name. A family also occupies its bare name.
-    const fn suffixes(self, format: Format) -> &'static [&'static str] {
-        match (self, format) {
-            (Self::Summary, Format::Text) => &["", "_sum", "_count"],
-            (Self::Histogram, Format::Text) => &["", "_bucket", "_sum", "_count"],
-            (Self::Summary, Format::OpenMetrics) => &["", "_sum", "_count", "_created"],
-            (Self::Histogram, Format::OpenMetrics) => &["", "_bucket", "_sum", "_count", "_created"],
-            (Self::Counter | Self::MeterTotal, Format::OpenMetrics) => &["", "_total", "_created"],
-            (Self::Counter | Self::MeterTotal, Format::Text)
-            | (Self::Gauge | Self::Set | Self::MeterRate, Format::Text | Format::OpenMetrics) => &[""],
+    const fn suffixes(self, names: Names) -> &'static [&'static str] {
+        match (self, names) {
+            (Self::Summary, Names::Plain) => &["", "_sum", "_count"],
+            (Self::Histogram, Names::Plain) => &["", "_bucket", "_sum", "_count"],
+            (Self::Summary, Names::OpenMetrics) => &["", "_sum", "_count", "_created"],
+            (Self::Histogram, Names::OpenMetrics) => &["", "_bucket", "_sum", "_count", "_created"],
+            (Self::Counter | Self::MeterTotal, Names::OpenMetrics) => &["", "_total", "_created"],
+            (Self::Counter | Self::MeterTotal, Names::Plain)
+            | (Self::Gauge | Self::Set | Self::MeterRate, Names::Plain | Names::OpenMetrics) => &[""],
         }
     }
 }
@@ -129,7 +129,7 @@ pub(super) struct Index {
     /// Of each entry: the name, the class, the labels as in a key, `name=value;name=value`, their names rewritten, their
     /// values percent-encoded. No text holds a zero: keys percent-encode control characters.
     texts: Vec<u8>,
-    format: Format,
+    names: Names,
     /// The mapping rules of `sources`.
     pub(super) rules: Rules,
 }
@@ -137,7 +137,7 @@ pub(super) struct Index {
 impl Index {
     /// Names and orders the series, and resolves what collides. Series past the 2^31st are left out. Observations are
     /// shown as `observer_type` unless a mapping rule says otherwise.
-    pub(super) fn new(mapped: Mapped, format: Format, observer_type: ObserverType) -> Self {
+    pub(super) fn new(mapped: Mapped, names: Names, observer_type: ObserverType) -> Self {
         let Mapped { series: mut sources, rules, .. } = mapped;
         sources.truncate(i32::MAX as usize);
         let mut index = Self {
@@ -145,7 +145,7 @@ impl Index {
             families: Vec::new(),
             texts: Vec::with_capacity(sources.len() * 32),
             sources: Vec::new(),
-            format,
+            names,
             rules,
         };
         for (source, series) in sources.iter().enumerate() {
@@ -202,7 +202,7 @@ impl Index {
             Some(name_len) => (name_len, Marks::default()),
             None => {
                 self.texts.truncate(start);
-                let (text, name_len, marks) = rewritten(key, class, self.format, given.is_some());
+                let (text, name_len, marks) = rewritten(key, class, self.names, given.is_some());
                 self.push_text(text.as_str().as_bytes(), name_len, class);
                 (name_len, marks)
             }
@@ -225,7 +225,7 @@ impl Index {
         let name_len = memchr::memchr(b';', key.as_bytes()).unwrap_or(key.len());
         let (name, tags) = key.split_at(name_len);
         let plain_class = match class {
-            Class::Counter => self.format == Format::Text || !name.ends_with("total"),
+            Class::Counter => self.names == Names::Plain || !name.ends_with("total"),
             Class::Gauge | Class::Summary | Class::Histogram | Class::Set => true,
             Class::MeterTotal | Class::MeterRate => false,
         };
@@ -427,7 +427,7 @@ impl Index {
         let mut found = Vec::new();
         let with_suffix = self.families.iter().enumerate().filter(|_| !stems.is_empty());
         for (at, family) in with_suffix {
-            if self.first(family).class.suffixes(self.format).len() == 1 {
+            if self.first(family).class.suffixes(self.names).len() == 1 {
                 continue;
             }
             if stems.contains(&hasher.hash_one(self.name(self.first(family)))) {
@@ -443,12 +443,12 @@ impl Index {
     fn holders(&self, family: usize, name: &str) -> Vec<usize> {
         let class = self.first(&self.families[family]).class;
         let mut met = Vec::new();
-        for suffix in class.suffixes(self.format) {
+        for suffix in class.suffixes(self.names) {
             let sample = [name, suffix].concat();
             met.extend(self.named(&sample));
             for (stem, suffix) in SUFFIXES.iter().filter_map(|suffix| Some((sample.strip_suffix(suffix)?, suffix))) {
                 let has =
-                    |family: &usize| self.first(&self.families[*family]).class.suffixes(self.format).contains(suffix);
+                    |family: &usize| self.first(&self.families[*family]).class.suffixes(self.names).contains(suffix);
                 met.extend(self.named(stem).filter(has));
             }
         }
@@ -475,7 +475,7 @@ impl Index {
             let class = self.first(&self.families[family]).class;
             for attempt in 0.. {
                 let name = self.candidate(family, attempt);
-                let samples = class.suffixes(self.format).iter().map(|suffix| [&name, *suffix].concat());
+                let samples = class.suffixes(self.names).iter().map(|suffix| [&name, *suffix].concat());
                 let samples: Vec<String> = samples.collect();
                 let meets_outsider = || self.holders(family, &name).iter().any(|other| !inside.contains(other));
                 if samples.iter().any(|sample| taken.contains(sample)) || meets_outsider() {
@@ -556,10 +556,10 @@ fn is_reserved(label: &[u8]) -> bool {
 /// Name and labels as shown, in the form of a key; the length of the name; what was changed.
 ///
 /// Where a mapping rule matches, `mapped`, the key is what it made of the series', and a label may be empty.
-pub(super) fn rewritten(key: &SeriesKey, class: Class, format: Format, mapped: bool) -> (SeriesKey, usize, Marks) {
+pub(super) fn rewritten(key: &SeriesKey, class: Class, names: Names, mapped: bool) -> (SeriesKey, usize, Marks) {
     let mut marks = Marks::default();
-    let mut name = family_name(&escaped(&key.name()), class, format);
-    if is_own(&name, class, format) {
+    let mut name = family_name(&escaped(&key.name()), class, names);
+    if is_own(&name, class, names) {
         name.push_str("_client");
         marks = marks.with(Marks::OWN);
     }
@@ -605,24 +605,24 @@ pub(super) fn escaped(name: &str) -> String {
 
 /// The name of the family in which a series of this name is shown. OpenMetrics gives a counter's sample the suffix
 /// `_total` and its family the name without it.
-fn family_name(name: &str, class: Class, format: Format) -> String {
-    match (class, format) {
-        (Class::Counter, Format::OpenMetrics) => match name.strip_suffix("_total") {
+fn family_name(name: &str, class: Class, names: Names) -> String {
+    match (class, names) {
+        (Class::Counter, Names::OpenMetrics) => match name.strip_suffix("_total") {
             Some(stem) if !stem.is_empty() => stem.to_owned(),
             Some(_) | None => name.to_owned(),
         },
-        (Class::MeterTotal, Format::Text) => [name, "_total"].concat(),
-        (Class::MeterRate, Format::Text | Format::OpenMetrics) => [name, "_rate"].concat(),
-        (Class::MeterTotal, Format::OpenMetrics)
-        | (Class::Counter, Format::Text)
-        | (Class::Gauge | Class::Summary | Class::Histogram | Class::Set, Format::Text | Format::OpenMetrics) => {
+        (Class::MeterTotal, Names::Plain) => [name, "_total"].concat(),
+        (Class::MeterRate, Names::Plain | Names::OpenMetrics) => [name, "_rate"].concat(),
+        (Class::MeterTotal, Names::OpenMetrics)
+        | (Class::Counter, Names::Plain)
+        | (Class::Gauge | Class::Summary | Class::Histogram | Class::Set, Names::Plain | Names::OpenMetrics) => {
             name.to_owned()
         }
     }
 }
 
 /// Whether a family of this name would share a sample name with one of our own.
-fn is_own(name: &str, class: Class, format: Format) -> bool {
+fn is_own(name: &str, class: Class, names: Names) -> bool {
     static OWN: LazyLock<HashSet<String>> = LazyLock::new(|| telemetry::sample_names().collect());
-    class.suffixes(format).iter().any(|suffix| OWN.contains(&[name, suffix].concat()))
+    class.suffixes(names).iter().any(|suffix| OWN.contains(&[name, suffix].concat()))
 }

@@ -5,6 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
+use hyper::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, HeaderValue};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
 
@@ -112,6 +113,7 @@ fn parse(text: &str, format: Format) -> Result<Parsed, String> {
     let body = match format {
         Format::Text => text,
         Format::OpenMetrics => text.strip_suffix("# EOF\n").ok_or("no end")?,
+        Format::Protobuf => return Err("not a text".into()),
     };
     if !body.is_empty() && !body.ends_with('\n') {
         return Err("no line end".into());
@@ -288,7 +290,7 @@ fn a_counter_shows_its_increments() {
     );
     let text = page.next_chunk().unwrap();
     assert!(text.ends_with(b"foo 5\n"));
-    assert_eq!(page.writer.negative, 1);
+    assert_eq!(page.writer.figures.negative, 1);
 }
 
 #[test]
@@ -429,7 +431,7 @@ proptest! {
     #[test]
     fn bounds_mean_the_same_before_and_after_division(bound in 1e-6..1e6_f64, value in 1e-3..1e9_f64) {
         for (bound, value) in [(bound, value), (bound, bound * 1000.0), ((bound * 1e3).round() / 1e3, (bound * 1e3).round())] {
-            prop_assert_eq!(value <= write::Unit { divisor: 1000.0, scale: 1.0 }.received(bound), value / 1000.0 <= bound);
+            prop_assert_eq!(value <= figures::Unit { divisor: 1000.0, scale: 1.0 }.received(bound), value / 1000.0 <= bound);
         }
     }
 
@@ -591,6 +593,9 @@ fn openmetrics_bounds_look_like_floats() {
 #[test]
 fn the_format_is_the_one_asked_for() {
     let prometheus = "application/openmetrics-text;version=1.0.0;q=0.5,application/openmetrics-text;version=0.0.1;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2";
+    // What Prometheus 2.42 and 3 ask for when they store native histograms.
+    let with_native = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited,application/openmetrics-text;version=1.0.0;q=0.8,application/openmetrics-text;version=0.0.1;q=0.75,text/plain;version=0.0.4;q=0.5,*/*;q=0.1";
+    let third = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;q=0.6,application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,text/plain;version=0.0.4;q=0.2,*/*;q=0.1";
     let format = |accept: &'static str, openmetrics| {
         let mut headers = HeaderMap::new();
         if !accept.is_empty() {
@@ -598,6 +603,10 @@ fn the_format_is_the_one_asked_for() {
         }
         Wanted::of(&headers, &Config { openmetrics, ..Config::default() }).format
     };
+    let mut headers = HeaderMap::new();
+    headers.insert(ACCEPT, HeaderValue::from_static(with_native));
+    let off = Config { native_histograms: false, ..Config::default() };
+    assert_eq!(Wanted::of(&headers, &off).format, Format::Text, "as configured");
     for (accept, plain, preferred) in [
         ("", Format::Text, Format::OpenMetrics),
         (prometheus, Format::Text, Format::OpenMetrics),
@@ -606,6 +615,29 @@ fn the_format_is_the_one_asked_for() {
         ("application/openmetrics-text; version=1.0.0", Format::OpenMetrics, Format::OpenMetrics),
         ("application/openmetrics-text, text/plain;q=0", Format::OpenMetrics, Format::OpenMetrics),
         ("application/json", Format::Text, Format::Text),
+        (with_native, Format::Protobuf, Format::Protobuf),
+        (third, Format::Protobuf, Format::Protobuf),
+        (
+            "text/plain;q=0.9, application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;q=0.8",
+            Format::Text,
+            Format::Text,
+        ),
+        (
+            "text/plain, application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited",
+            Format::Text,
+            Format::Text,
+        ),
+        (
+            "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;q=0, text/plain;q=0.1",
+            Format::Text,
+            Format::Text,
+        ),
+        (
+            "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=text",
+            Format::Text,
+            Format::Text,
+        ),
+        ("application/vnd.google.protobuf", Format::Text, Format::Text),
     ] {
         assert_eq!((format(accept, false), format(accept, true)), (plain, preferred), "{accept}");
     }
@@ -646,8 +678,275 @@ fn a_wrong_configuration_is_named() {
     assert_eq!(quantiles.check(), Err(Error::Quantile(50.0)));
     assert_eq!(histogram_config(&[1.0, f64::INFINITY]).check(), Err(Error::InfiniteBucket(f64::INFINITY)));
     assert_eq!(histogram_config(&[1.0, 1.0]).check(), Err(Error::BucketOrder(1.0)));
+    for factor in [1.0, 0.0, f64::NAN, f64::INFINITY] {
+        let config = Config { native_bucket_factor: factor, ..Config::default() };
+        assert!(matches!(config.check(), Err(Error::BucketFactor(_))), "{factor}");
+    }
     let error = Error::Quantile(50.0).to_string();
     assert!(error.contains("prometheus.quantiles") && error.contains("50") && error.contains("0 to 1"), "{error}");
+}
+
+// ---- protobuf -----------------------------------------------------------------------------------------------------
+
+/// Reads messages, each with its length before it.
+mod messages {
+    /// A field's value.
+    #[derive(Debug, Clone, PartialEq)]
+    pub(super) enum Field {
+        Whole(u64),
+        Double(f64),
+        Bytes(Vec<u8>),
+    }
+
+    #[derive(Debug, Clone, PartialEq)]
+    pub(super) struct Message(pub(super) Vec<(u32, Field)>);
+
+    fn varint(bytes: &mut &[u8]) -> u64 {
+        let (mut number, mut shift) = (0, 0);
+        loop {
+            let (first, rest) = bytes.split_first().expect("a varint ends");
+            *bytes = rest;
+            number |= u64::from(first & 0x7f) << shift;
+            shift += 7;
+            if first & 0x80 == 0 {
+                return number;
+            }
+        }
+    }
+
+    pub(super) fn unzigzag(number: u64) -> i64 {
+        (number >> 1) as i64 ^ -((number & 1) as i64)
+    }
+
+    impl Message {
+        pub(super) fn read(mut bytes: &[u8]) -> Self {
+            let mut fields = Vec::new();
+            while !bytes.is_empty() {
+                let tag = varint(&mut bytes);
+                let value = match tag & 7 {
+                    0 => Field::Whole(varint(&mut bytes)),
+                    1 => {
+                        let (number, rest) = bytes.split_first_chunk().expect("eight bytes");
+                        bytes = rest;
+                        Field::Double(f64::from_le_bytes(*number))
+                    }
+                    2 => {
+                        let len = varint(&mut bytes) as usize;
+                        let (inside, rest) = bytes.split_at(len);
+                        bytes = rest;
+                        Field::Bytes(inside.to_vec())
+                    }
+                    wire => panic!("wire type {wire}"),
+                };
+                fields.push(((tag >> 3) as u32, value));
+            }
+            Self(fields)
+        }
+
+        pub(super) fn all(&self, number: u32) -> impl Iterator<Item = &Field> {
+            self.0.iter().filter(move |(field, _)| *field == number).map(|(_, value)| value)
+        }
+
+        pub(super) fn messages(&self, number: u32) -> impl Iterator<Item = Self> {
+            self.all(number).map(|field| match field {
+                Field::Bytes(bytes) => Self::read(bytes),
+                Field::Whole(_) | Field::Double(_) => panic!("no message"),
+            })
+        }
+
+        pub(super) fn text(&self, number: u32) -> String {
+            match self.all(number).next() {
+                Some(Field::Bytes(bytes)) => String::from_utf8(bytes.clone()).unwrap(),
+                other => panic!("{other:?} is no text"),
+            }
+        }
+
+        pub(super) fn number(&self, number: u32) -> Option<f64> {
+            self.all(number).next().map(|field| match field {
+                Field::Whole(whole) => *whole as f64,
+                Field::Double(double) => *double,
+                Field::Bytes(_) => panic!("no number"),
+            })
+        }
+
+        pub(super) fn signed(&self, number: u32) -> Option<i64> {
+            self.number(number).map(|number| unzigzag(number as u64))
+        }
+
+        /// Packed varints.
+        pub(super) fn packed(&self, number: u32) -> Vec<i64> {
+            let Some(Field::Bytes(bytes)) = self.all(number).next() else { return Vec::new() };
+            let (mut rest, mut found) = (&bytes[..], Vec::new());
+            while !rest.is_empty() {
+                found.push(unzigzag(varint(&mut rest)));
+            }
+            found
+        }
+    }
+
+    pub(super) fn delimited(mut bytes: &[u8]) -> Vec<Message> {
+        let mut found = Vec::new();
+        while !bytes.is_empty() {
+            let len = varint(&mut bytes) as usize;
+            let (message, rest) = bytes.split_at(len);
+            found.push(Message::read(message));
+            bytes = rest;
+        }
+        found
+    }
+}
+
+fn protobuf_page(series: impl Into<Mapped>, config: &Config, own: Option<telemetry::Exporter>) -> Vec<u8> {
+    let mut page = Page::new(series, Wanted { format: Format::Protobuf, gzip: false }, config, NOW, own);
+    let mut bytes = Vec::new();
+    while let Some(chunk) = page.next_chunk() {
+        assert!(chunk.len() < CHUNK + 64_000, "{}", chunk.len());
+        bytes.extend_from_slice(&chunk);
+    }
+    bytes
+}
+
+/// What a line of text calls a series.
+fn called(name: &str, metric: &messages::Message, more: Option<(&str, String)>) -> String {
+    let labels = metric.messages(1).map(|label| (label.text(1), label.text(2)));
+    let labels = labels.chain(more.map(|(label, value)| (label.to_owned(), value)));
+    with_labels(name, labels.collect())
+}
+
+/// A series as a line of text begins, its labels in order.
+fn with_labels(name: &str, mut labels: Vec<(String, String)>) -> String {
+    labels.sort();
+    let escaped = |value: &str| value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+    let labels: Vec<_> = labels.iter().map(|(label, value)| format!("{label}=\"{}\"", escaped(value))).collect();
+    if labels.is_empty() { name.to_owned() } else { format!("{name}{{{}}}", labels.join(",")) }
+}
+
+/// The samples that a Prometheus without native histograms takes from messages, and the types of families.
+fn samples_of(bytes: &[u8]) -> Parsed {
+    let mut parsed = Parsed::default();
+    for family in messages::delimited(bytes) {
+        let name = family.text(1);
+        let kind = ["counter", "gauge", "summary", "untyped", "histogram"][family.number(3).unwrap() as usize];
+        assert!(!family.text(2).is_empty());
+        parsed.families.insert(name.clone(), kind.to_owned());
+        for metric in family.messages(4) {
+            let mut add = |name: &str, more, value: f64| {
+                assert!(parsed.samples.insert(called(name, &metric, more), value).is_none(), "{name} twice");
+            };
+            let number = |field| metric.messages(field).next().unwrap().number(1).unwrap();
+            match kind {
+                "counter" => add(&name, None, number(3)),
+                "gauge" => add(&name, None, number(2)),
+                "summary" => {
+                    let summary = metric.messages(4).next().unwrap();
+                    for point in summary.messages(3) {
+                        add(&name, Some(("quantile", point.number(1).unwrap().to_string())), point.number(2).unwrap());
+                    }
+                    add(&format!("{name}_count"), None, summary.number(1).unwrap());
+                    add(&format!("{name}_sum"), None, summary.number(2).unwrap());
+                }
+                _ => {
+                    let histogram = metric.messages(7).next().unwrap();
+                    for bucket in histogram.messages(3) {
+                        let bound = bucket.number(2).unwrap();
+                        let bound = if bound.is_finite() { bound.to_string() } else { "+Inf".to_owned() };
+                        let count = bucket.number(4).or(bucket.number(1)).unwrap();
+                        add(&format!("{name}_bucket"), Some(("le", bound)), count);
+                    }
+                    let count = histogram.number(4).or(histogram.number(1)).unwrap();
+                    add(&format!("{name}_count"), None, count);
+                    add(&format!("{name}_sum"), None, histogram.number(2).unwrap());
+                }
+            }
+        }
+    }
+    parsed
+}
+
+/// What a text says, labels in order.
+fn in_order(text: &str) -> HashMap<String, f64> {
+    let lines = text.lines().filter(|line| !line.starts_with('#')).map(|line| sample(line).unwrap());
+    lines.map(|(name, labels, value)| (with_labels(&name, labels), value)).collect()
+}
+
+#[test]
+fn a_native_histogram_has_what_was_observed() {
+    let values = [(1.0, 1.0), (2.0, 2.0), (3.0, 4.0), (-3.0, 8.0), (0.0, 16.0), (16.0, 32.0)];
+    let config = Config { native_bucket_factor: 2.0, ..histogram_config(&[1.0, 10.0]) };
+    let all = vec![series(Kind::Histogram, "h;a=b", 1_500, &seen(&values))];
+    let family = &messages::delimited(&protobuf_page(all, &config, None))[0];
+    let metric = family.messages(4).next().unwrap();
+    let histogram = metric.messages(7).next().unwrap();
+    assert_eq!((histogram.number(1), histogram.number(4), histogram.number(2)), (Some(63.0), None, Some(505.0)));
+    assert_eq!((histogram.signed(5), histogram.number(6)), (Some(0), Some(native::ZERO_THRESHOLD)));
+    assert_eq!((histogram.number(7), histogram.number(8)), (Some(16.0), None));
+    let spans = |number| {
+        let spans = histogram.messages(number);
+        spans.map(|span| (span.signed(1).unwrap(), span.number(2).unwrap())).collect::<Vec<_>>()
+    };
+    // (0.5, 1], (1, 2], (2, 4], and two further on (8, 16]; below zero the magnitudes.
+    assert_eq!((spans(12), histogram.packed(13)), (vec![(0, 3.0), (1, 1.0)], vec![1, 1, 2, 28]));
+    assert_eq!((spans(9), histogram.packed(10)), (vec![(2, 1.0)], vec![8]));
+    assert_eq!(histogram.messages(3).count(), 3, "classic buckets beside it");
+    let created = histogram.messages(15).next().unwrap();
+    assert_eq!((created.number(1), created.number(2)), (Some(1.0), Some(500e6)));
+}
+
+#[test]
+fn a_native_histogram_of_sampled_values_has_floats_throughout() {
+    let values = [100.0, 200.0, 400.0].map(|value| (value, 1.0 / 0.3));
+    let all = vec![series(Kind::Timer, "t", 1_000, &seen(&values))];
+    let family = &messages::delimited(&protobuf_page(all, &histogram_config(&[1.0]), None))[0];
+    let histogram = family.messages(4).next().unwrap().messages(7).next().unwrap();
+    assert_eq!((histogram.number(1), histogram.number(4)), (Some(10.0), Some(10.0)), "though its sum is whole");
+    assert_eq!((histogram.number(7), histogram.number(8), histogram.packed(13).len()), (None, Some(0.0), 0));
+    let Some(messages::Field::Bytes(counts)) = histogram.all(14).next() else { panic!("no counts") };
+    let counts: Vec<f64> = counts.as_chunks().0.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect();
+    assert_eq!(counts, [1.0 / 0.3; 3]);
+}
+
+#[test]
+fn a_rule_says_how_fine_a_native_histogram_is() {
+    let text = "
+defaults: {observer_type: histogram, histogram_options: {native_histogram_bucket_factor: 2}}
+mappings:
+- {match: fine.*, name: fine, histogram_options: {native_histogram_bucket_factor: 1.05, native_histogram_max_buckets: 0}}
+- {match: few.*, name: few, histogram_options: {native_histogram_max_buckets: 2}}
+- {match: none.*, name: none, histogram_options: {native_histogram_bucket_factor: 1}}
+";
+    let mapper = Mapper::new(Some(Arc::new(Mapping::parse(text).unwrap())));
+    let values: Vec<(f64, f64)> = (0..8).map(|power| (f64::from(1 << power), 1.0)).collect();
+    let all: Vec<_> =
+        ["fine.a", "few.a", "none.a", "other"].map(|name| series(Kind::Histogram, name, 1_000, &seen(&values))).into();
+    let found: BTreeMap<String, Option<i64>> =
+        messages::delimited(&protobuf_page(mapper.apply(all), &Config::default(), None))
+            .iter()
+            .map(|family| (family.text(1), family.messages(4).next().unwrap().messages(7).next().unwrap().signed(5)))
+            .collect();
+    let want = [("few", Some(-3)), ("fine", Some(4)), ("none", None), ("other", Some(0))];
+    assert_eq!(found, want.map(|(name, schema)| (name.to_owned(), schema)).into());
+}
+
+#[test]
+fn a_long_family_comes_in_several_messages() {
+    let all: Vec<_> = (0..5_000).map(|n| counter(&format!("many;n={n}"), &[f64::from(n)])).collect();
+    let bytes = protobuf_page(all.clone(), &Config::default(), None);
+    let families = messages::delimited(&bytes);
+    assert!(families.len() > 3 && families.iter().all(|family| family.text(1) == "many"), "{}", families.len());
+    assert_eq!(samples_of(&bytes).samples, in_order(&text(all)));
+}
+
+#[test]
+fn our_own_metrics_are_the_same_in_messages() {
+    let text = "# HELP a Help.\n# TYPE a counter\na{b=\"c \\\"d\\\" e=\\\\\\n,f\",g=\"h\"} 3\na 4\n\
+                # HELP l L.\n# TYPE l gauge\nl -0.5\n\
+                # HELP s S.\n# TYPE s histogram\ns_bucket{k=\"v\",le=\"0.5\"} 1\ns_bucket{k=\"v\",le=\"+Inf\"} 2\n\
+                s_sum{k=\"v\"} 2.5\ns_count{k=\"v\"} 2\ns_bucket{le=\"0.5\"} 0\ns_bucket{le=\"+Inf\"} 0\ns_sum 0\ns_count 0\n";
+    let mut bytes = Vec::new();
+    own::write(text, &mut bytes);
+    let found = samples_of(&bytes);
+    assert_eq!(found.samples, in_order(text));
+    assert_eq!(found.families.values().collect::<Vec<_>>(), ["counter", "gauge", "histogram"]);
 }
 
 // ---- laws: whatever clients send ----------------------------------------------------------------------------------
@@ -716,6 +1015,17 @@ proptest! {
         let open = page(all.clone(), Format::OpenMetrics, &config);
         parse(&open, Format::OpenMetrics).map_err(|error| TestCaseError::fail(format!("{error}\n{open}")))?;
 
+        let messages = samples_of(&protobuf_page(all.clone(), &config, None));
+        let as_text = in_order(&text);
+        prop_assert_eq!(messages.samples.len(), as_text.len());
+        for (name, value) in as_text {
+            // Counts of summaries are whole in messages.
+            let same = messages.samples.get(&name).copied();
+            let is_count = name.contains("_count");
+            let near = same.is_some_and(|same| same == value || (same.is_nan() && value.is_nan()) || (is_count && (same - value).abs() <= 0.5));
+            prop_assert!(near, "{}: {} in text, {:?} in messages", name, value, same);
+        }
+
         let sent: f64 = all.iter().filter_map(|series| match &series.state().total.aggregate {
             Aggregate::Counter(counter) => Some(counter.increments.value()),
             Aggregate::Meter(marks) => Some(marks.count.value()),
@@ -736,7 +1046,7 @@ proptest! {
         reversed.reverse();
         prop_assert_eq!(&page(reversed, Format::Text, &config), &text);
 
-        let index = Index::new(all.clone().into(), Format::Text, config.observer_type);
+        let index = Index::new(all.clone().into(), Names::Plain, config.observer_type);
         prop_assert_eq!(index.conflicts(), conflicts(all, &config, NOW).len());
     }
 
@@ -748,7 +1058,7 @@ proptest! {
             let text = page(mapper.apply(all.clone()), format, &config);
             parse(&text, format).map_err(|error| TestCaseError::fail(format!("{error}\n{text}")))?;
         }
-        let index = Index::new(mapper.apply(all.clone()), Format::Text, config.observer_type);
+        let index = Index::new(mapper.apply(all.clone()), Names::Plain, config.observer_type);
         prop_assert_eq!(index.conflicts(), conflicts(mapper.apply(all), &config, NOW).len());
     }
 

@@ -1,23 +1,17 @@
-//! Writes an exposition series by series: the text format 0.0.4, or OpenMetrics 1.0.
+//! Writes an exposition series by series: the text format 0.0.4, OpenMetrics 1.0, or messages ([`super::protobuf`]).
 //!
-//! It keeps a name, a set of labels and the values of one summary; all else goes straight to the buffer it is given.
+//! It keeps a name, a set of labels and the figures of one series; all else goes straight to the buffer it is given, but
+//! for the messages of a family, which are gathered up to a chunk.
 
-use std::collections::HashMap;
 use std::hint::black_box;
 use std::ops::Range;
-use std::sync::Arc;
 
 use percent_encoding::percent_decode;
 
-use super::mapped::Rules;
+use super::figures::{Figures, Observations, RATE_WINDOWS, Same};
 use super::names::{Class, Entry, Index, Marks};
-use super::{Config, Format, Moment};
-use crate::aggregate::ledger::{Series, State};
-use crate::aggregate::set::Members;
-use crate::aggregate::window::start_of;
-use crate::aggregate::{Aggregate, Observed, Sum};
-use crate::mapping::Style;
-use crate::sample::Kind;
+use super::protobuf::Families;
+use super::{CHUNK, Config, Format, Moment, Names};
 
 /// How many series are touched at once: as many states as a thread can peek at without counting references.
 const AHEAD: usize = 8;
@@ -26,60 +20,32 @@ const AHEAD: usize = 8;
 #[derive(Debug)]
 pub(super) struct Writer {
     index: Index,
-    format: Format,
-    options: Options,
-    /// Those of mapping rules that have their own.
-    of_rules: HashMap<u32, Options>,
-    moment: Moment,
+    names: Names,
+    pub(super) figures: Figures,
+    form: Form,
     family: usize,
-    /// The next entry, and the name of its family once the family was begun.
+    /// The next entry.
     at: usize,
     /// Entries before this one were touched.
     warm: usize,
-    name: Vec<u8>,
-    labels: Vec<u8>,
-    values: Vec<(f64, f64)>,
-    /// Counters with decrements so far.
-    pub(super) negative: u64,
 }
 
-/// How observations are shown, with the labels that say so.
+/// What it writes.
 #[derive(Debug)]
-struct Options {
-    quantiles: Vec<(f64, String)>,
-    buckets: Vec<(f64, String)>,
-}
-
-impl Options {
-    fn new(quantiles: &[f64], buckets: &[f64], format: Format) -> Self {
-        let labelled = |name: &str, numbers: &[f64]| -> Vec<(f64, String)> {
-            numbers.iter().map(|number| (*number, format!("{name}=\"{}\"", bound(*number, format)))).collect()
-        };
-        Self { quantiles: labelled("quantile", quantiles), buckets: labelled("le", buckets) }
-    }
-
-    /// Those of the configuration, or of a mapping's defaults; and those of rules that say something else.
-    fn of(rules: &Rules, config: &Config, format: Format) -> (Self, HashMap<u32, Self>) {
-        let Some(mapping) = rules.mapping() else {
-            return (Self::new(&config.quantiles, &config.buckets, format), HashMap::new());
-        };
-        let defaults = mapping.defaults();
-        let of = |style: &Style| {
-            let quantiles = style.quantiles.as_ref().unwrap_or(&config.quantiles);
-            Self::new(quantiles, style.buckets.as_ref().unwrap_or(&config.buckets), format)
-        };
-        let own = mapping.rules().iter().enumerate().filter(|(_, rule)| {
-            (&rule.style.quantiles, &rule.style.buckets) != (&defaults.quantiles, &defaults.buckets)
-        });
-        (of(defaults), own.map(|(number, rule)| (number as u32, of(&rule.style))).collect())
-    }
+enum Form {
+    Text(Text),
+    Messages(Families),
 }
 
 impl Writer {
     pub(super) fn new(index: Index, format: Format, config: &Config, moment: Moment) -> Self {
-        let (options, of_rules) = Options::of(&index.rules, config, format);
-        let (name, labels, values) = (Vec::new(), Vec::new(), Vec::new());
-        Self { index, format, options, of_rules, moment, family: 0, at: 0, warm: 0, name, labels, values, negative: 0 }
+        let names = format.names(config);
+        let figures = Figures::new(&index.rules, config, moment, names);
+        let form = match format {
+            Format::Text | Format::OpenMetrics => Form::Text(Text::default()),
+            Format::Protobuf => Form::Messages(Families::default()),
+        };
+        Self { index, names, figures, form, family: 0, at: 0, warm: 0 }
     }
 
     /// Appends series until the buffer holds `enough` bytes. `false` when there are no more.
@@ -94,6 +60,9 @@ impl Writer {
             }
             self.at = self.series(self.at, &family, out);
             if self.at == family.end as usize {
+                if let Form::Messages(families) = &mut self.form {
+                    families.flush(out);
+                }
                 self.family += 1;
             }
         }
@@ -104,9 +73,9 @@ impl Writer {
     /// here, while one after the other they are most of a scrape's time (`benches/scrape.rs`).
     fn warm_up(&mut self) {
         let end = self.index.entries.len().min(self.at + AHEAD);
-        let series = || self.sources(self.at..end);
-        black_box(series().map(|series| series.kind() as usize).sum::<usize>());
-        let totals: Vec<_> = series().map(|series| series.total()).collect();
+        let same = Same { index: &self.index, entries: self.at..end };
+        black_box(same.sources().map(|series| series.kind() as usize).sum::<usize>());
+        let totals: Vec<_> = same.sources().map(|series| series.total()).collect();
         black_box(totals.iter().map(|total| total.start_ms).fold(0, u64::wrapping_add));
         drop(totals);
         self.warm = end;
@@ -114,23 +83,28 @@ impl Writer {
 
     fn begin_family(&mut self, out: &mut Vec<u8>) {
         let entry = &self.index.entries[self.at];
-        self.name.clear();
-        self.name.extend_from_slice(self.index.name(entry));
+        let name = self.index.name(entry);
         let (kind, help) = match entry.class {
-            Class::Counter => ("counter", "Counter received by tallyd."),
-            Class::Gauge => ("gauge", "Gauge received by tallyd."),
-            Class::Summary => ("summary", "Observations received by tallyd."),
-            Class::Histogram => ("histogram", "Observations received by tallyd."),
-            Class::Set => ("gauge", "Distinct values received by tallyd in a window."),
-            Class::MeterTotal => ("counter", "Marks received by tallyd."),
-            Class::MeterRate => ("gauge", "Marks per second received by tallyd."),
+            Class::Counter => (Kind::Counter, "Counter received by tallyd."),
+            Class::Gauge => (Kind::Gauge, "Gauge received by tallyd."),
+            Class::Summary => (Kind::Summary, "Observations received by tallyd."),
+            Class::Histogram => (Kind::Histogram, "Observations received by tallyd."),
+            Class::Set => (Kind::Gauge, "Distinct values received by tallyd in a window."),
+            Class::MeterTotal => (Kind::Counter, "Marks received by tallyd."),
+            Class::MeterRate => (Kind::Gauge, "Marks per second received by tallyd."),
         };
         // Of several rules that give a family its name, that of its first series speaks.
         let own = self.index.rules.rule(entry.source).and_then(|(_, rule)| rule.help.as_deref());
-        let help = own.map_or_else(|| help.as_bytes().to_vec(), |own| help_text(own, self.format));
-        let (help, kind) = (&help[..], kind.as_bytes());
-        for part in [b"# HELP ", &self.name[..], b" ", help, b"\n# TYPE ", &self.name, b" ", kind, b"\n"] {
-            out.extend_from_slice(part);
+        match &mut self.form {
+            Form::Text(text) => {
+                let help = own.map_or_else(|| help.as_bytes().to_vec(), |own| help_text(own, self.names));
+                text.begin_family(name, &help, kind, out);
+            }
+            // A counter's family is called there what its sample is called in text.
+            Form::Messages(families) => {
+                let suffix = if kind == Kind::Counter { total_suffix(self.names) } else { "" };
+                families.begin(&[name, suffix.as_bytes()].concat(), own.unwrap_or(help), kind);
+            }
         }
     }
 
@@ -139,161 +113,110 @@ impl Writer {
     fn series(&mut self, at: usize, family: &Range<u32>, out: &mut Vec<u8>) -> usize {
         let rest = &self.index.entries[at..family.end as usize];
         let len = 1 + rest[1..].iter().take_while(|entry| entry.marks.has(Marks::MERGED)).count();
-        let (entry, same) = (rest[0], at..at + len);
-        self.labels.clear();
-        write_labels(&mut self.labels, self.index.labels(&entry));
-        match entry.class {
-            Class::Counter => self.counter(same, out),
-            Class::Gauge => self.gauge(same, out),
-            Class::Summary | Class::Histogram => self.observed(&entry, same, out),
-            Class::Set => self.set(same, out),
-            Class::MeterTotal => self.meter_total(same, out),
-            Class::MeterRate => self.meter_rate(same, out),
+        let (entry, same) = (rest[0], Same { index: &self.index, entries: at..at + len });
+        let labels = self.index.labels(&entry);
+        match &mut self.form {
+            Form::Text(text) => {
+                text.begin_series(labels);
+                text.series(entry.class, &same, &mut self.figures, total_suffix(self.names), out);
+            }
+            Form::Messages(families) => {
+                let first = Same { index: &self.index, entries: family.start as usize..family.start as usize + 1 };
+                families.series(entry.class, labels, &same, &first, &mut self.figures);
+                if families.len() >= CHUNK / 2 {
+                    families.flush(out);
+                }
+            }
         }
         at + len
     }
+}
 
-    fn counter(&mut self, same: Range<usize>, out: &mut Vec<u8>) {
-        let (mut value, mut negative) = (Sum::default(), 0);
-        let mut scaled = 0.0;
-        for (series, scale) in self.scaled(same) {
-            if let Aggregate::Counter(counter) = &series.total().aggregate {
-                // What a negative scale turns round rises where the counter falls.
-                let (rise, fall) = if scale < 0.0 {
-                    (&counter.decrements, &counter.increments)
-                } else {
-                    (&counter.increments, &counter.decrements)
-                };
-                if scale == 1.0 {
-                    value.merge(rise);
-                } else {
-                    scaled += rise.value() * scale.abs();
+/// The types of families.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Counter,
+    Gauge,
+    Summary,
+    Histogram,
+}
+
+impl Kind {
+    pub(super) const ALL: [Self; 4] = [Self::Counter, Self::Gauge, Self::Summary, Self::Histogram];
+
+    /// As in text.
+    pub(super) const fn text(self) -> &'static str {
+        match self {
+            Self::Counter => "counter",
+            Self::Gauge => "gauge",
+            Self::Summary => "summary",
+            Self::Histogram => "histogram",
+        }
+    }
+}
+
+const fn total_suffix(names: Names) -> &'static str {
+    match names {
+        Names::Plain => "",
+        Names::OpenMetrics => "_total",
+    }
+}
+
+/// Lines: the name of the family and the labels of the series that is written.
+#[derive(Debug, Default)]
+struct Text {
+    name: Vec<u8>,
+    labels: Vec<u8>,
+}
+
+impl Text {
+    fn begin_family(&mut self, name: &[u8], help: &[u8], kind: Kind, out: &mut Vec<u8>) {
+        self.name.clear();
+        self.name.extend_from_slice(name);
+        for part in [b"# HELP ", name, b" ", help, b"\n# TYPE ", name, b" ", kind.text().as_bytes(), b"\n"] {
+            out.extend_from_slice(part);
+        }
+    }
+
+    fn begin_series(&mut self, labels: &[u8]) {
+        self.labels.clear();
+        write_labels(&mut self.labels, labels);
+    }
+
+    fn series(&self, class: Class, same: &Same<'_>, figures: &mut Figures, total: &str, out: &mut Vec<u8>) {
+        match class {
+            Class::Counter => self.sample(out, total, "", figures.counter(same)),
+            Class::Gauge => figures.gauge(same).into_iter().for_each(|value| self.sample(out, "", "", value)),
+            Class::Summary => self.quantiles(&figures.summary(same), out),
+            Class::Histogram => self.buckets(&figures.histogram(same, None), out),
+            Class::Set => self.sample(out, "", "", figures.set(same)),
+            Class::MeterTotal => self.sample(out, total, "", figures.meter_total(same)),
+            Class::MeterRate => {
+                for (window, rate) in RATE_WINDOWS.into_iter().zip(figures.meter_rates(same)) {
+                    self.sample(out, "", &format!("window=\"{window}\""), rate);
                 }
-                negative += u64::from(fall.value() > 0.0);
             }
         }
-        self.negative += negative;
-        self.sample(out, self.total_suffix(), "", value.value() + scaled);
     }
 
-    fn gauge(&self, same: Range<usize>, out: &mut Vec<u8>) {
-        let totals = self.scaled(same).map(|(series, scale)| (series.total(), scale));
-        let Some((total, scale)) = totals.max_by_key(|(total, _)| total.update_ms) else { return };
-        if let Aggregate::Gauge(gauge) = &total.aggregate {
-            self.sample(out, "", "", gauge.value() * scale);
+    fn quantiles(&self, shown: &Observations<'_>, out: &mut Vec<u8>) {
+        for (_, label, value) in shown.points() {
+            self.sample(out, "", label, value);
         }
+        self.sum_and_count(shown, out);
     }
 
-    /// The larger of two sizes: that of the last closed window, and what the current one has so far. So a value is seen
-    /// at once, and a scrape just after a window's end doesn't see next to nothing.
-    fn set(&self, same: Range<usize>, out: &mut Vec<u8>) {
-        let current_ms = start_of(self.moment.now_ms, self.moment.window_ms);
-        let size = |start_ms: u64| {
-            let mut all = Members::default();
-            for series in self.sources(same.clone()) {
-                if let Some(Aggregate::Set(members)) =
-                    series.state().window_at(start_ms).map(|window| &window.aggregate)
-                {
-                    all.merge(members);
-                }
-            }
-            all.cardinality()
-        };
-        let largest = size(current_ms).max(size(current_ms.saturating_sub(self.moment.window_ms)));
-        let scale = self.scaled(same).next().map_or(1.0, |(_, scale)| scale);
-        self.sample(out, "", "", largest as f64 * scale);
-    }
-
-    fn meter_total(&self, same: Range<usize>, out: &mut Vec<u8>) {
-        let (mut count, mut scaled) = (Sum::default(), 0.0);
-        for (series, scale) in self.scaled(same) {
-            if let Aggregate::Meter(marks) = &series.total().aggregate {
-                if scale == 1.0 {
-                    count.merge(&marks.count);
-                } else {
-                    scaled += marks.count.value() * scale;
-                }
-            }
-        }
-        self.sample(out, self.total_suffix(), "", count.value() + scaled);
-    }
-
-    fn meter_rate(&self, same: Range<usize>, out: &mut Vec<u8>) {
-        let (mut rates, mut mean) = ([0.0; 3], 0.0);
-        for (series, scale) in self.scaled(same) {
-            let total = series.total();
-            let Some(own) = &total.rates else { continue };
-            for (all, now) in rates.iter_mut().zip(own.at(self.moment.steady_ms)) {
-                *all += now * scale;
-            }
-            mean += own.mean(self.moment.steady_ms) * scale;
-        }
-        for (window, rate) in ["window=\"1m\"", "window=\"5m\"", "window=\"15m\""].into_iter().zip(rates) {
-            self.sample(out, "", window, rate);
-        }
-        self.sample(out, "", "window=\"mean\"", mean);
-    }
-
-    fn observed(&mut self, entry: &Entry, same: Range<usize>, out: &mut Vec<u8>) {
-        let states: Vec<(State, Unit)> = self
-            .scaled(same)
-            .map(|(series, scale)| (series.state(), Unit { divisor: divisor(series.kind()), scale }))
-            .collect();
-        let rule = self.index.rules.rule(entry.source).map(|(number, _)| number);
-        if entry.class == Class::Histogram {
-            self.buckets(rule, &states, out);
-        } else {
-            self.quantiles(rule, &states, out);
-        }
-        let sum = totals(&states).map(|(observed, unit)| unit.shown(observed.weighted_sum.value())).sum();
-        let count = totals(&states).map(|(observed, _)| observed.count.value()).sum();
-        self.sample(out, "_sum", "", sum);
-        self.sample(out, "_count", "", count);
-    }
-
-    /// The options of a rule, or those that hold for all.
-    fn options(&self, rule: Option<u32>) -> &Options {
-        rule.and_then(|rule| self.of_rules.get(&rule)).unwrap_or(&self.options)
-    }
-
-    fn quantiles(&mut self, rule: Option<u32>, states: &[(State, Unit)], out: &mut Vec<u8>) {
-        let start_ms = start_of(self.moment.now_ms, self.moment.window_ms).saturating_sub(self.moment.window_ms);
-        let mut values = std::mem::take(&mut self.values);
-        gather(states, start_ms, &mut values);
-        let weight = values.iter().map(|(_, weight)| weight).sum();
-        for (quantile, label) in &self.options(rule).quantiles {
-            self.sample(out, "", label, nearest_rank(&values, weight, *quantile));
-        }
-        self.values = values;
-    }
-
-    fn buckets(&self, rule: Option<u32>, states: &[(State, Unit)], out: &mut Vec<u8>) {
-        for (bound, label) in &self.options(rule).buckets {
-            let count = totals(states).map(|(observed, unit)| unit.count_at_most(observed, *bound)).sum();
+    fn buckets(&self, shown: &Observations<'_>, out: &mut Vec<u8>) {
+        for (_, label, count) in shown.points() {
             self.sample(out, "_bucket", label, count);
         }
-        let count = totals(states).map(|(observed, _)| observed.count.value()).sum();
-        self.sample(out, "_bucket", "le=\"+Inf\"", count);
+        self.sample(out, "_bucket", "le=\"+Inf\"", shown.count);
+        self.sum_and_count(shown, out);
     }
 
-    fn sources(&self, same: Range<usize>) -> impl Iterator<Item = &Arc<Series>> {
-        self.index.entries[same].iter().map(|entry: &Entry| &self.index.sources[entry.source as usize])
-    }
-
-    /// Series, and what a mapping rule multiplies their values by.
-    fn scaled(&self, same: Range<usize>) -> impl Iterator<Item = (&Arc<Series>, f64)> {
-        let entries = self.index.entries[same].iter();
-        entries.map(|entry| {
-            let scale = self.index.rules.rule(entry.source).map_or(1.0, |(_, rule)| rule.scale);
-            (&self.index.sources[entry.source as usize], scale)
-        })
-    }
-
-    const fn total_suffix(&self) -> &'static str {
-        match self.format {
-            Format::Text => "",
-            Format::OpenMetrics => "_total",
-        }
+    fn sum_and_count(&self, shown: &Observations<'_>, out: &mut Vec<u8>) {
+        self.sample(out, "_sum", "", shown.sum);
+        self.sample(out, "_count", "", shown.count);
     }
 
     /// One line: the family's name with a suffix, the series' labels with one more, a value.
@@ -315,161 +238,40 @@ impl Writer {
     }
 }
 
-/// What the values of a kind are divided by to be shown: Prometheus wants seconds.
-const fn divisor(kind: Kind) -> f64 {
-    match kind {
-        Kind::Timer => 1000.0,
-        Kind::Counter | Kind::Gauge | Kind::Histogram | Kind::Distribution | Kind::Set | Kind::Meter => 1.0,
-    }
-}
-
-fn observed(aggregate: &Aggregate) -> Option<&Observed> {
-    match aggregate {
-        Aggregate::Observed(observed) => Some(observed),
-        Aggregate::Counter(_) | Aggregate::Gauge(_) | Aggregate::Set(_) | Aggregate::Meter(_) => None,
-    }
-}
-
-fn totals(states: &[(State, Unit)]) -> impl Iterator<Item = (&Observed, Unit)> {
-    states.iter().filter_map(|(state, unit)| observed(&state.total.aggregate).zip(Some(*unit)))
-}
-
-/// Fills `values` with what the windows that began at `start_ms` or later hold, in order: values that are kept as they
-/// came, and of each bucket the value whose largest relative distance to the others is least, each with its weight and
-/// in the unit in which it is shown.
-fn gather(states: &[(State, Unit)], start_ms: u64, values: &mut Vec<(f64, f64)>) {
-    values.clear();
-    let windows = states.iter().flat_map(|(state, unit)| [(&state.before, *unit), (&state.window, *unit)]);
-    for (window, unit) in windows.filter_map(|(window, unit)| window.as_ref().zip(Some(unit))) {
-        let Some(observed) = observed(&window.aggregate).filter(|_| window.start_ms >= start_ms) else { continue };
-        values.extend(observed.exact.iter().map(|(value, weight)| (unit.shown(*value), *weight)));
-        let middle = |lower: f64, upper: f64| {
-            if lower == upper {
-                lower
-            } else {
-                (2.0 * upper / (lower + upper) * lower).clamp(observed.min, observed.max)
-            }
-        };
-        let buckets = observed.histogram.buckets();
-        values.extend(buckets.map(|(lower, upper, weight)| (unit.shown(middle(lower, upper)), weight)));
-    }
-    values.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
-}
-
-/// The smallest value such that values up to it carry at least the share `q` of the weight; NaN without values.
-fn nearest_rank(values: &[(f64, f64)], weight: f64, q: f64) -> f64 {
-    // Weights such as 1 / 0.3 do not add up exactly; a rank that they miss by rounding is reached.
-    let rank = q * weight * (1.0 - 1e-12);
-    let mut below = 0.0;
-    let reached = values.iter().find(|(_, weight)| {
-        below += weight;
-        below >= rank
-    });
-    reached.or(values.last()).map_or(f64::NAN, |(value, _)| *value)
-}
-
-/// The weight of the observations up to a bound. A bucket that holds values on both sides of the bound counts whole: so
-/// a value that lies on the bound counts as it must, and one that counts in error is less than a bucket's width, 1.1 %,
-/// above it. A bound outside of smallest and largest value is not in doubt.
-fn count_at_most(observed: &Observed, bound: f64) -> f64 {
-    if bound >= observed.max {
-        return observed.count.value();
-    }
-    if bound < observed.min {
-        return 0.0;
-    }
-    let exact: f64 = observed.exact.iter().filter(|(value, _)| *value <= bound).map(|(_, weight)| weight).sum();
-    // A bucket above zero does not hold its lower bound; one below zero does.
-    let begins = |lower: f64, upper: f64| lower < bound || (lower == bound && (lower < 0.0 || lower == upper));
-    let buckets = observed.histogram.buckets().take_while(|(lower, upper, _)| begins(*lower, *upper));
-    (exact + buckets.map(|(_, _, weight)| weight).sum::<f64>()).min(observed.count.value())
-}
-
-/// The weight of the observations from a bound on, which a negative scale turns into those up to one. A bucket that holds
-/// values on both sides counts whole here too.
-fn count_at_least(observed: &Observed, bound: f64) -> f64 {
-    if bound <= observed.min {
-        return observed.count.value();
-    }
-    if bound > observed.max {
-        return 0.0;
-    }
-    let exact: f64 = observed.exact.iter().filter(|(value, _)| *value >= bound).map(|(_, weight)| weight).sum();
-    let reaches = |lower: f64, upper: f64| upper > bound || (upper == bound && (upper > 0.0 || lower == upper));
-    let buckets = observed.histogram.buckets().filter(|(lower, upper, _)| reaches(*lower, *upper));
-    (exact + buckets.map(|(_, _, weight)| weight).sum::<f64>()).min(observed.count.value())
-}
-
-/// From values as received to values as shown.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Unit {
-    pub(super) divisor: f64,
-    pub(super) scale: f64,
-}
-
-impl Unit {
-    pub(super) fn shown(self, value: f64) -> f64 {
-        value / self.divisor * self.scale
-    }
-
-    /// The weight of the observations that are shown as a bound or less.
-    fn count_at_most(self, observed: &Observed, bound: f64) -> f64 {
-        if self.scale > 0.0 {
-            count_at_most(observed, self.received(bound))
-        } else if self.scale < 0.0 {
-            // The smallest value that is not shown above the bound.
-            let positive = Self { scale: -self.scale, ..self };
-            count_at_least(observed, positive.received((-bound).next_down()).next_up())
-        } else {
-            if bound >= 0.0 { observed.count.value() } else { 0.0 }
-        }
-    }
-
-    /// The largest value as received that is not shown above a bound, for a scale above zero. Rounding is a step or two
-    /// away from it, but for scales that take a value out of range.
-    pub(super) fn received(self, bound: f64) -> f64 {
-        const STEPS: usize = 8;
-        let mut value = bound / self.scale * self.divisor;
-        for _ in 0..STEPS {
-            if !value.is_finite() || self.shown(value.next_up()) > bound {
-                break;
-            }
-            value = value.next_up();
-        }
-        for _ in 0..STEPS {
-            if !value.is_finite() || self.shown(value) <= bound {
-                break;
-            }
-            value = value.next_down();
-        }
-        value
-    }
-}
-
 /// A rule's help text with the escapes of an exposition.
-fn help_text(text: &str, format: Format) -> Vec<u8> {
+fn help_text(text: &str, names: Names) -> Vec<u8> {
     let text = text.replace('\\', "\\\\").replace('\n', "\\n");
-    match format {
-        Format::Text => text.into_bytes(),
-        Format::OpenMetrics => text.replace('"', "\\\"").into_bytes(),
+    match names {
+        Names::Plain => text.into_bytes(),
+        Names::OpenMetrics => text.replace('"', "\\\"").into_bytes(),
     }
 }
 
 /// Writes labels as an exposition has them, `name="value"`, from those of a key.
 fn write_labels(to: &mut Vec<u8>, labels: &[u8]) {
-    let mut rest = labels;
-    while !rest.is_empty() {
-        let label = &rest[..memchr::memchr(b';', rest).unwrap_or(rest.len())];
-        rest = rest.get(label.len() + 1..).unwrap_or_default();
-        let (name, value) = label.split_at(memchr::memchr(b'=', label).unwrap_or(label.len()));
+    for (name, value) in pairs(labels) {
         if !to.is_empty() {
             to.push(b',');
         }
         to.extend_from_slice(name);
         to.extend_from_slice(b"=\"");
-        write_value(to, value.get(1..).unwrap_or_default());
+        write_value(to, value);
         to.push(b'"');
     }
+}
+
+/// The labels of a key: names, and values percent-encoded.
+pub(super) fn pairs(labels: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
+    let mut rest = labels;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let label = &rest[..memchr::memchr(b';', rest).unwrap_or(rest.len())];
+        rest = rest.get(label.len() + 1..).unwrap_or_default();
+        let (name, value) = label.split_at(memchr::memchr(b'=', label).unwrap_or(label.len()));
+        Some((name, value.get(1..).unwrap_or_default()))
+    })
 }
 
 /// Writes a percent-encoded value with the escapes of an exposition.
@@ -503,11 +305,11 @@ pub(super) fn line(name: &[u8], labels_of_key: &[u8]) -> String {
 }
 
 /// A bound as a label's value. OpenMetrics wants it to look like a float.
-fn bound(number: f64, format: Format) -> String {
+pub(super) fn bound(number: f64, names: Names) -> String {
     let mut text = Vec::new();
     write_number(&mut text, number);
     let mut text = String::from_utf8(text).unwrap_or_default();
-    if format == Format::OpenMetrics && text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'-') {
+    if names == Names::OpenMetrics && text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'-') {
         text.push_str(".0");
     }
     text
