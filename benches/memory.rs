@@ -27,7 +27,7 @@ use std::time::Duration;
 use load::Arguments;
 use load::process::Agent;
 use load::report::{self, Goal, Line};
-use load::wire::Sender;
+use load::wire::{FIRST, Sender};
 use tallyd::clock;
 
 /// A kind as it is sent, how many values a series gets in each round, and what it may cost at the most, in bytes.
@@ -52,9 +52,6 @@ const ROUNDS: usize = 2;
 
 /// The default of `flush.window`.
 const WINDOW_MS: u64 = 10_000;
-
-/// The series that is read.
-const FIRST: &str = "service.endpoint.metric0000000";
 
 #[derive(Debug, clap::Parser)]
 struct Command {
@@ -81,12 +78,12 @@ fn main() {
 fn measure(name: &str, row: &Row, series: usize) {
     let agent = Agent::start(None, &["store.kind=memory"]);
     let sender = Sender::to(agent.udp);
-    send(&sender, row, 1, 0);
+    sender.round(row.wire, 1, row.values, 0);
     agent.settle(FIRST);
     let before = agent.memory("VmRSS");
     for round in 1..=ROUNDS {
         await_window();
-        send(&sender, row, series, round);
+        sender.round(row.wire, series, row.values, round);
         agent.settle(FIRST);
     }
     let each = |bytes: f64| bytes / series as f64;
@@ -110,25 +107,4 @@ fn measure(name: &str, row: &Row, series: usize) {
 fn await_window() {
     let into_window_ms = clock::wall_ms() % WINDOW_MS;
     sleep(Duration::from_millis(WINDOW_MS - into_window_ms));
-}
-
-/// Sends the values of one round, never more than the agent's socket holds.
-fn send(sender: &Sender, row: &Row, series: usize, round: usize) {
-    let mut packets = vec![String::new()];
-    for number in 0..series {
-        for value in 0..row.values {
-            let reading = (number * 7 + value * 13 + round * 31) % 1_000 + 1;
-            let line = format!("service.endpoint.metric{number:07}:{reading}|{}\n", row.wire);
-            match packets.last_mut() {
-                Some(packet) if packet.len() + line.len() <= load::FULL => packet.push_str(&line),
-                Some(_) | None => packets.push(line),
-            }
-        }
-        if packets.len() > 10_000 || number + 1 == series {
-            let all: Vec<&[u8]> = packets.iter().map(String::as_bytes).collect();
-            sender.flood(&all);
-            packets.clear();
-        }
-    }
-    assert_eq!(sender.drops(), 0, "the kernel dropped packets; run it alone, or with a larger net.core.rmem_max");
 }

@@ -231,7 +231,7 @@ keys! {
     "listen.udp", Restart, "Addresses. Both loopbacks, because localhost is often ::1. Port 0 picks a free one.";
     "listen.tcp", Restart, "Addresses of streams of lines; TLS is spoken at one that begins with tls://, as in \"tls://0.0.0.0:8126\".";
     "listen.unixgram", Restart, "Paths of unix sockets for datagrams.";
-    "listen.unix", Restart, "Paths of unix sockets for streams of packets, each after its length in 4 bytes, little-endian.";
+    "listen.unix", Restart, "Paths of unix sockets for streams: of lines, or of packets, each after its length in 4 bytes, little-endian.";
     "listen.unix_mode", Restart, "Permissions of these sockets: who may write there may send.";
     "listen.unix_group", Restart, "Their group, by name or number. \"\": that of this process.";
     "listen.unix_uids", Restart, "Users, by name or number, whose processes may send there. []: all.";

@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
@@ -56,6 +57,20 @@ impl Agent {
         let (status, page) = self.get("/metrics");
         assert!(status.contains(" 200 "), "{status}");
         Scrape(page)
+    }
+
+    /// Scrapes it as a server would that keeps nothing of it: how many bytes, and how long it took.
+    pub(crate) fn read_page(&self) -> (u64, Duration) {
+        let begun = Instant::now();
+        let mut stream = TcpStream::connect(self.api).expect("its API");
+        write!(stream, "GET /metrics HTTP/1.0\r\nHost: {}\r\n\r\n", self.api).expect("its API");
+        let bytes = std::io::copy(&mut stream, &mut std::io::sink()).expect("an answer");
+        (bytes, begun.elapsed())
+    }
+
+    /// Lets the most that it held begin again at what it holds.
+    pub(crate) fn forget_peak(&self) {
+        fs::write(format!("/proc/{}/clear_refs", self.child.id()), "5").expect("leave to reset a process's peak");
     }
 
     /// Waits until all that its sockets hold is read and folded: then only it answers who asks for a series.

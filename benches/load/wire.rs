@@ -64,6 +64,9 @@ pub(crate) struct Sender {
     port: u16,
 }
 
+/// The first series of [`Sender::round`].
+pub(crate) const FIRST: &str = "service.endpoint.metric0000000";
+
 impl Sender {
     pub(crate) fn to(address: SocketAddr) -> Self {
         let socket = UdpSocket::bind("127.0.0.1:0").expect("a port");
@@ -77,6 +80,27 @@ impl Sender {
             some.iter().for_each(|packet| self.send(packet));
             until("packets to be read", || (Queue::of(self.port).bytes <= QUEUED_MAX).then_some(()));
         }
+    }
+
+    /// Sends one round of so many series with so many values each, and never more than the agent's socket holds.
+    pub(crate) fn round(&self, kind: &str, series: usize, values: usize, round: usize) {
+        let mut packets = vec![String::new()];
+        for number in 0..series {
+            for value in 0..values {
+                let reading = (number * 7 + value * 13 + round * 31) % 1_000 + 1;
+                let line = format!("service.endpoint.metric{number:07}:{reading}|{kind}\n");
+                match packets.last_mut() {
+                    Some(packet) if packet.len() + line.len() <= super::FULL => packet.push_str(&line),
+                    Some(_) | None => packets.push(line),
+                }
+            }
+            if packets.len() > 10_000 || number + 1 == series {
+                let all: Vec<&[u8]> = packets.iter().map(String::as_bytes).collect();
+                self.flood(&all);
+                packets.clear();
+            }
+        }
+        assert_eq!(self.drops(), 0, "the kernel dropped packets; run it alone, or with a larger net.core.rmem_max");
     }
 
     /// Sends so many a second, a few every millisecond.

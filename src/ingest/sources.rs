@@ -116,7 +116,7 @@ impl Key {
 /// What came from a source.
 #[derive(Debug, Clone, Default)]
 pub struct Figures {
-    /// Datagrams, packets of a unix stream, lines of a TCP stream, bodies of HTTP.
+    /// Datagrams, packets or lines of a unix stream, lines of a TCP stream, bodies of HTTP.
     messages: u64,
     /// Those of the datagrams that were longer than `limits.datagram`.
     truncated: u64,
@@ -429,7 +429,7 @@ pub struct Heard {
     pub first_seen: u64,
     /// And last.
     pub last_seen: u64,
-    /// Datagrams, packets of unix streams, lines of TCP streams, HTTP bodies.
+    /// Datagrams, packets or lines of unix streams, lines of TCP streams, HTTP bodies.
     pub messages: u64,
     /// Datagrams that were dropped because they are too long.
     pub truncated: u64,

@@ -19,6 +19,8 @@ mod access;
 mod accounting;
 mod addresses;
 mod aggregation;
+mod cadence;
+mod clients;
 mod config;
 mod faults;
 mod flood;
