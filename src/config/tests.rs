@@ -362,6 +362,7 @@ fn what_a_part_refuses_is_told_with_its_place() {
     for (file, expected) in [
         ("quantiles = [0.5, 2]", "t.toml:2:13: prometheus.quantiles: 2 is no quantile; "),
         ("buckets = [inf]", "t.toml:2:11: prometheus.buckets: inf is not finite; "),
+        ("native_bucket_factor = 1", "t.toml:2:24: prometheus.native_bucket_factor: 1 is not above 1; "),
         ("buckets = [1, 1]", "t.toml:2:11: prometheus.buckets: 1 is not above the bound before it; "),
     ] {
         let problems = problems(&format!("[prometheus]\n{file}"), &[], &[]);
@@ -474,6 +475,7 @@ fn another(key: &str, default: &Value) -> BoxedStrategy<Value> {
             .prop_map(|bounds| bounds.into_iter().map(|bound| Value::Float(f64::from(bound) / 1024.0)).collect())
             .prop_map(Value::Array)
             .boxed(),
+        ("prometheus.native_bucket_factor", _) => (1.001..100.0_f64).prop_map(Value::Float).boxed(),
         ("prometheus.observer_type", _) => either(&["summary", "histogram"]),
         ("protocol.tag_dialects", Value::Array(all)) => {
             proptest::sample::subsequence(all.clone(), 0..=all.len()).prop_map(Value::Array).boxed()

@@ -133,7 +133,13 @@ pub const ROUTES: &[Route] = &[
     },
     Route { template: "/-/healthy", endpoint: Endpoint::Healthy, methods: &[("GET", Right::Open)], on: &[On::Api] },
     Route { template: "/-/ready", endpoint: Endpoint::Ready, methods: &[("GET", Right::Open)], on: &[On::Api] },
-    Route { template: "/-/reload", endpoint: Endpoint::Reload, methods: &[("POST", Right::Admin)], on: &[On::Api] },
+    Route {
+        template: "/-/reload",
+        endpoint: Endpoint::Reload,
+        // PUT as well, since statsd_exporter and Prometheus take both.
+        methods: &[("POST", Right::Admin), ("PUT", Right::Admin)],
+        on: &[On::Api],
+    },
     Route { template: "/openapi.json", endpoint: Endpoint::OpenApi, methods: &[("GET", Right::Read)], on: &[On::Api] },
     Route { template: "/data/metrics", endpoint: Endpoint::List, methods: &[("GET", Right::Read)], on: &[On::Api] },
     Route {

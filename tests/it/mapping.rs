@@ -382,9 +382,10 @@ fn a_reload_changes_defaults_ttl_and_observer_types() {
     );
     assert_eq!(reload(&agent).status, 200);
     assert!(shows("\nb{quantile=\"0.25\"} 5\n") && shows("\nother_bucket{le=\"7\"} 1\n") && !shows("# TYPE a "));
-    // By a signal as well: from then on series are gone as soon as they are a millisecond old.
+    // From then on series are gone as soon as they are a millisecond old.
     rules.write("defaults: {ttl: 1ms}\nmappings: []\n");
-    agent.signal("HUP");
+    let put = http::request(agent.address("api"), "PUT", "/-/reload", &[], b"");
+    assert_eq!((put.status, put.json()["reloaded"].as_bool()), (200, Some(true)));
     until("the ttl", || (!shows("# TYPE other ")).then_some(()));
 }
 

@@ -248,8 +248,9 @@ impl Figures {
     }
 }
 
-/// The windows of a meter's rates.
-pub(super) const RATE_WINDOWS: [&str; 4] = ["1m", "5m", "15m", "mean"];
+/// The windows of a meter's rates, and the labels that say so in the text formats.
+pub(super) const RATE_WINDOWS: [(&str, &str); 4] =
+    [("1m", "window=\"1m\""), ("5m", "window=\"5m\""), ("15m", "window=\"15m\""), ("mean", "window=\"mean\"")];
 
 /// The options of the rule of series, or those that hold for all.
 fn options<'o>(usual: &'o Options, of_rules: &'o HashMap<u32, Options>, same: &Same<'_>) -> &'o Options {

@@ -142,7 +142,7 @@ impl Families {
             Class::Gauge => figures.gauge(same).into_iter().for_each(|value| gauge(out, labelled, value)),
             Class::Set => gauge(out, labelled, figures.set(same)),
             Class::MeterRate => {
-                for (window, rate) in RATE_WINDOWS.into_iter().zip(figures.meter_rates(same)) {
+                for ((window, _), rate) in RATE_WINDOWS.into_iter().zip(figures.meter_rates(same)) {
                     let labelled = |out: &mut Vec<u8>| {
                         key_labels(out, labels);
                         label(out, b"window", window.as_bytes());

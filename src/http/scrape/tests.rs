@@ -927,6 +927,61 @@ mappings:
     assert_eq!(found, want.map(|(name, schema)| (name.to_owned(), schema)).into());
 }
 
+/// Names, labels, scales, help texts, quantiles, buckets, types and expiry.
+#[test]
+fn rules_show_the_same_in_messages_as_in_text() {
+    let rules = "
+defaults: {ttl: 1h, summary_options: {quantiles: [{quantile: 0.25}, {quantile: 0.75}]}}
+mappings:
+- {match: t.*, name: t, scale: 2, help: \"A \\\"help\\\"\\nof mine\", labels: {one: $1}}
+- {match: h.*, name: h, observer_type: histogram, histogram_options: {buckets: [2, 4]}}
+- {match: c.*, name: c, scale: -1, labels: {one: $1}}
+- {match: gone.*, name: gone, ttl: 1s}
+- {match: dropped.*, name: dropped, action: drop}
+";
+    let values = [(1.0, 1.0), (2.0, 1.0), (3.0, 2.0)];
+    let recent_ms = NOW.now_ms - 5_000;
+    let all = vec![
+        series(Kind::Timer, "t.a;k=v", recent_ms, &seen(&values)),
+        series(Kind::Distribution, "h.a", recent_ms, &seen(&values)),
+        series(Kind::Distribution, "h.b", recent_ms, &seen(&values)),
+        series(Kind::Counter, "c.a", recent_ms, &counted(&[3.0, -5.0])),
+        gauge("gone.a", recent_ms, 1.0),
+        gauge("dropped.a", recent_ms, 1.0),
+        gauge("stays", recent_ms, 1.0),
+    ];
+    let mapper = mapper(rules);
+    let bytes = protobuf_page(mapper.apply(all.clone()), &Config::default(), None);
+    let found = samples_of(&bytes);
+    assert_eq!(found.samples, in_order(&text(mapper.apply(all))));
+    assert_eq!(found.families.keys().collect::<Vec<_>>(), ["c", "h", "stays", "t"]);
+    assert_eq!(found.samples["t{k=\"v\",one=\"a\",quantile=\"0.25\"}"], 0.002);
+    assert_eq!((found.samples["c{one=\"a\"}"], found.samples["h_bucket{le=\"2\"}"]), (5.0, 4.0));
+    let help = messages::delimited(&bytes).iter().find(|family| family.text(1) == "t").unwrap().text(2);
+    assert_eq!(help, "A \"help\"\nof mine");
+}
+
+#[test]
+fn compressed_messages_say_the_same() {
+    let all: Vec<_> = (0..5_000).map(|n| counter(&format!("some.counter.{n}"), &[f64::from(n)])).collect();
+    let wanted = Wanted { format: Format::Protobuf, gzip: true };
+    let mut page = Page::new(all.clone(), wanted, &Config::default(), NOW, None);
+    let chunks: Vec<Bytes> = std::iter::from_fn(|| page.next_chunk()).collect();
+    let mut inflated = Vec::new();
+    flate2::read::GzDecoder::new(&chunks.concat()[..]).read_to_end(&mut inflated).unwrap();
+    assert_eq!(inflated, protobuf_page(all, &Config::default(), None));
+}
+
+/// Where Prometheus stores counters as `NAME_total` because it gets OpenMetrics, it does so when it gets protobuf.
+#[test]
+fn counters_are_called_in_messages_as_the_configuration_has_them() {
+    let named = |openmetrics| {
+        let config = Config { openmetrics, ..Config::default() };
+        samples_of(&protobuf_page(vec![counter("c", &[1.0])], &config, None)).families.into_keys().collect::<Vec<_>>()
+    };
+    assert_eq!((named(false), named(true)), (vec!["c".to_owned()], vec!["c_total".to_owned()]));
+}
+
 #[test]
 fn a_long_family_comes_in_several_messages() {
     let all: Vec<_> = (0..5_000).map(|n| counter(&format!("many;n={n}"), &[f64::from(n)])).collect();

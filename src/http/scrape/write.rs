@@ -192,8 +192,8 @@ impl Text {
             Class::Set => self.sample(out, "", "", figures.set(same)),
             Class::MeterTotal => self.sample(out, total, "", figures.meter_total(same)),
             Class::MeterRate => {
-                for (window, rate) in RATE_WINDOWS.into_iter().zip(figures.meter_rates(same)) {
-                    self.sample(out, "", &format!("window=\"{window}\""), rate);
+                for ((_, label), rate) in RATE_WINDOWS.into_iter().zip(figures.meter_rates(same)) {
+                    self.sample(out, "", label, rate);
                 }
             }
         }
