@@ -1,7 +1,7 @@
 //! Etsy's console beside the original's, and what it does with clients that are none of its own.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -9,6 +9,7 @@ use std::time::Duration;
 use socket2::{Domain, Socket, Type};
 
 use crate::agent::{Agent, tallyd, until};
+use crate::handover::with_sockets;
 use crate::net::free_port;
 
 /// The newest version of the original.
@@ -245,6 +246,21 @@ fn a_successor_goes_on_with_the_socket() {
     assert_eq!(open.read(&mut [0; 16]).unwrap_or(0), 0, "connections end");
     let uptime = ask_once(at, "stats");
     assert!(uptime.starts_with("uptime: "), "{uptime}");
+}
+
+#[test]
+fn a_socket_of_a_unit_is_the_consoles_by_its_name_if_only_this_machine_reaches_it() {
+    let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+    let agent = Agent::start_by(with_sockets(&[("console", &socket)]), &["store.kind=memory"]);
+    assert_eq!(agent.address("console"), socket.local_addr().unwrap());
+    assert_eq!(ask_once(agent.address("console"), "health"), "health: up\n");
+    let open = TcpListener::bind("0.0.0.0:0").unwrap();
+    let free = ["listen.udp=127.0.0.1:0", "listen.tcp=127.0.0.1:0", "http.ingest=127.0.0.1:0", "http.api=127.0.0.1:0"];
+    let mut command = with_sockets(&[("console", &open)]);
+    command.args(free.iter().chain(&["store.kind=memory"]).flat_map(|setting| ["--set", setting]));
+    let output = command.output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(78) && stderr.contains("a unit's socket is at 0.0.0.0"), "{stderr}");
 }
 
 #[test]

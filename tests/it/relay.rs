@@ -194,6 +194,20 @@ fn what_waits_is_sent_before_a_stop_and_a_successor_goes_on() {
 }
 
 #[test]
+fn a_target_that_comes_back_has_what_comes_from_then_on() {
+    let place = Sink::new().address();
+    let agent = Agent::start(&[&relay(&[place.to_string()])]);
+    agent.datagram("gone:1|c");
+    until("a line to be dropped", || (counts(&agent, &place.to_string()) == (0.0, 1.0)).then_some(()));
+    let socket = UdpSocket::bind(place).unwrap();
+    socket.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+    let mut sink = Sink { socket, datagrams: Vec::new() };
+    agent.datagram("back:1|c");
+    assert_eq!(sink.wait_for(1), ["back:1|c"]);
+    until("it to be counted", || (counts(&agent, &place.to_string()) == (1.0, 1.0)).then_some(()));
+}
+
+#[test]
 fn a_target_that_is_no_other_server_is_refused() {
     let refused = |settings: &[&str]| {
         let mut command = tallyd();
