@@ -11,6 +11,7 @@ use socket2::{Domain, Socket, Type};
 use crate::agent::{Agent, tallyd, until};
 use crate::handover::with_sockets;
 use crate::net::free_port;
+use crate::redis_servers::Server;
 
 /// The newest version of the original.
 const STATSD: &str = "statsd@0.9.0";
@@ -230,6 +231,33 @@ fn what_is_deleted_starts_again_after_a_restart_too() {
         agent.wait_for(key, "value", value);
     }
     assert!(agent.metric("f.c0002").is_none());
+}
+
+#[test]
+fn what_is_deleted_is_gone_at_every_agent_that_shares_the_store() {
+    let redis = Server::persistent();
+    let url = redis.url();
+    let fast = ["store.kind=redis", "flush.interval=100ms", "flush.window=1s", url.as_str(), CONSOLE];
+    let (here, there) = (Agent::start(&fast), Agent::start(&fast));
+    // One name is known to both, one only to the other.
+    here.datagram("f.both:1|c\nf.kept:1|g");
+    there.datagram("f.both:2|c\nf.theirs:4|c\nother:8|c");
+    for (agent, key, value) in
+        [(&here, "f.both", 3), (&there, "f.both", 3), (&here, "f.theirs", 4), (&here, "other", 8)]
+    {
+        agent.wait_for(key, "value", value);
+    }
+    let answer = ask_once(here.address("console"), "delcounters f.*");
+    assert_eq!(answer, "deleted: f.both\ndeleted: f.theirs\nEND\n\n");
+    for agent in [&here, &there] {
+        until("both to be gone", || ["f.both", "f.theirs"].iter().all(|key| agent.metric(key).is_none()).then_some(()));
+        agent.wait_for("f.kept", "value", 1);
+        agent.wait_for("other", "value", 8);
+    }
+    there.datagram("f.theirs:5|c");
+    here.wait_for("f.theirs", "value", 5);
+    assert_eq!(ask_once(here.address("console"), "delcounters other"), "deleted: other\nEND\n\n");
+    until("it to be gone", || there.metric("other").is_none().then_some(()));
 }
 
 #[test]
