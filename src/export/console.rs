@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
-use tokio::task::{LocalSet, spawn_local};
+use tokio::task::{LocalSet, spawn_local, yield_now};
 use tokio::time::{sleep, timeout};
 
 use crate::heartbeat::Board;
@@ -187,6 +187,8 @@ impl Console {
                     () = beats => {}
                 }
             });
+            // What is being sorted for nobody holds up no stop.
+            runtime.shutdown_background();
         };
         let thread = thread::Builder::new().name(LABEL.to_owned()).spawn(run).map_err(Error::System)?;
         Ok(Self { stop, thread })
@@ -312,7 +314,12 @@ impl Answer {
     /// Adds text, and waits for the reader when that makes a piece.
     async fn add(&mut self, text: &str) -> io::Result<()> {
         self.buffer.extend_from_slice(text.as_bytes());
-        if self.buffer.len() >= PIECE { self.flush().await } else { Ok(()) }
+        if self.buffer.len() >= PIECE {
+            self.flush().await?;
+            // A reader that is never behind would keep the thread for itself.
+            yield_now().await;
+        }
+        Ok(())
     }
 
     async fn flush(&mut self) -> io::Result<()> {
