@@ -1,5 +1,5 @@
 //! Etsy's console: lines of commands on a TCP port, answered as the original does, for the scripts that were written for it
-//! (`echo stats | nc 127.0.0.1 8126`, Nagios plugins, keepalived). What commands answer is in [`commands`].
+//! (`echo stats | nc 127.0.0.1 8126`, Nagios plugins, keepalived). What commands answer is in `commands`.
 //!
 //! It asks for no token. So it listens beyond loopback only with `http.insecure`, speaks no TLS, and closes a connection
 //! that begins a line as a client of HTTP does, since a browser can be made to send such.
@@ -10,8 +10,7 @@
 //!
 //! When another agent takes over it goes on with the listening socket; connections end, and `health down` is forgotten.
 //!
-//! Bounds: [`CONNECTIONS_MAX`] connections, lines of [`LINE_MAX`], [`IDLE`] without a word, [`PATIENCE`] for a piece of an
-//! answer. Metrics: `tallyd_connections`, `tallyd_connections_refused_total`, `tallyd_accept_errors_total`,
+//! Bounds: 16 connections, lines of 64 KiB, 10 minutes without a word, 10 s for a piece of an answer to be read. Metrics: `tallyd_connections`, `tallyd_connections_refused_total`, `tallyd_accept_errors_total`,
 //! `tallyd_console_commands_total`.
 
 mod commands;
@@ -30,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
-use tokio::task::{LocalSet, spawn_local};
+use tokio::task::{LocalSet, spawn_local, yield_now};
 use tokio::time::{sleep, timeout};
 
 use crate::heartbeat::Board;
@@ -188,6 +187,8 @@ impl Console {
                     () = beats => {}
                 }
             });
+            // What is being sorted for nobody holds up no stop.
+            runtime.shutdown_background();
         };
         let thread = thread::Builder::new().name(LABEL.to_owned()).spawn(run).map_err(Error::System)?;
         Ok(Self { stop, thread })
@@ -313,7 +314,12 @@ impl Answer {
     /// Adds text, and waits for the reader when that makes a piece.
     async fn add(&mut self, text: &str) -> io::Result<()> {
         self.buffer.extend_from_slice(text.as_bytes());
-        if self.buffer.len() >= PIECE { self.flush().await } else { Ok(()) }
+        if self.buffer.len() >= PIECE {
+            self.flush().await?;
+            // A reader that is never behind would keep the thread for itself.
+            yield_now().await;
+        }
+        Ok(())
     }
 
     async fn flush(&mut self) -> io::Result<()> {

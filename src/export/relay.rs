@@ -3,10 +3,10 @@
 //! limits, and what a process sends that may not.
 //!
 //! A thread of its own takes the copies that workers make ([`crate::ingest::copies`]), packs them into datagrams of at most
-//! `export.relay.packet` and sends each to every target. Names are looked up by another thread, at first and every
-//! [`target::LOOK_UP_EVERY`]. Neither waits for a target, and no worker waits for them: what has no room, no address or no taker
-//! is counted by target and gone, and the other targets have it all the same. For each target
-//! `tallyd_relay_lines_total + tallyd_relay_dropped_lines_total` is the number of lines that were read.
+//! `export.relay.packet` and sends each to every target. Names are looked up by another thread, at first and every 30 s.
+//! Neither waits for a target, and no worker waits for them: what has no room, no address or no taker is counted by target
+//! and gone, and the other targets have it all the same. For each target `tallyd_relay_lines_total` and
+//! `tallyd_relay_dropped_lines_total` together are the lines that were read, but for those beyond their limits.
 //!
 //! A target at which this agent itself listens would send everything round for ever: it is refused.
 //!

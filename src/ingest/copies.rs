@@ -4,7 +4,7 @@
 //! for: when that is full the copies are lost and counted, the samples are not. Where nobody wants copies there is no
 //! buffer, and a worker only looks whether there is one.
 //!
-//! Bound: [`QUEUE`] batches of about [`BATCH_BYTES`].
+//! Bound: 256 batches of about 32 KiB.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};

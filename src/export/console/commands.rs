@@ -20,10 +20,12 @@ use std::ops::ControlFlow;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use tokio::task::spawn_blocking;
+
 use super::inspect::{self, Object};
 use super::{Answer, LABEL, Parts};
 use crate::aggregate::Aggregate;
-use crate::aggregate::ledger::{Series, State};
+use crate::aggregate::ledger::{Ledger, Series, State};
 use crate::aggregate::shard::SeriesId;
 use crate::aggregate::window::start_of;
 use crate::clock;
@@ -32,7 +34,7 @@ use crate::telemetry;
 use crate::view::{self, Filter, Scope};
 
 /// Series that are looked for at one time, to be deleted.
-const PAGE: usize = 1_000;
+const PAGE: usize = 10_000;
 
 /// What a group of commands is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -203,15 +205,10 @@ impl Desk {
 
     async fn show(&self, group: Group, to: &mut Answer) -> io::Result<()> {
         self.parts.view.fresh().await;
-        let ledger = self.parts.view.ledger();
+        let ledger = Arc::clone(self.parts.view.ledger());
         let start_ms = start_of(clock::wall_ms(), ledger.window_ms());
-        let mut all: Vec<Arc<Series>> = Vec::new();
-        ledger.for_each(|series| {
-            if group.kinds().contains(&series.kind()) {
-                all.push(Arc::clone(series));
-            }
-        });
-        all.sort_unstable_by(|a, b| a.id().key.cmp(&b.id().key).then(a.kind().cmp(&b.kind())));
+        // A million names take their time to be sorted, which other connections do not wait for.
+        let all = spawn_blocking(move || sorted(&ledger, group)).await.map_err(io::Error::other)?;
         let mut object = Object::default();
         for series in all {
             let text = object.add(series.key().as_str(), &value(&series.state(), start_ms));
@@ -276,6 +273,18 @@ impl Desk {
         }
         Ok(keys.len())
     }
+}
+
+/// The series of a group by their names.
+fn sorted(ledger: &Ledger, group: Group) -> Vec<Arc<Series>> {
+    let mut all = Vec::new();
+    ledger.for_each(|series| {
+        if group.kinds().contains(&series.kind()) {
+            all.push(Arc::clone(series));
+        }
+    });
+    all.sort_unstable_by(|a, b| a.key().cmp(b.key()).then(a.kind().cmp(&b.kind())));
+    all
 }
 
 /// What a series has to show: of a gauge its value, of all others what came into the window that begins there.

@@ -17,6 +17,7 @@ use metrics::Counter;
 use socket2::SockRef;
 
 use super::packets::Packet;
+use crate::clock::Clock;
 use crate::telemetry;
 
 /// How often names are looked up.
@@ -27,6 +28,9 @@ const LOOK_UP_AGAIN: Duration = Duration::from_secs(2);
 
 /// Asked of the kernel for what waits to leave the host.
 const SEND_BUFFER: usize = 4 << 20;
+
+/// When nothing was dropped for so long, the log says the next time again.
+const CALM: Duration = Duration::from_secs(10);
 
 /// Where a target is, as configured.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -127,8 +131,9 @@ pub(super) struct Target {
     lines: Counter,
     packets: Counter,
     bytes: Counter,
-    /// Why the last datagram was dropped, so that the log says it once.
-    trouble: Option<Dropped>,
+    clock: Clock,
+    /// When something was dropped last, so that the log says it once.
+    dropped: Option<Duration>,
 }
 
 impl Target {
@@ -149,7 +154,8 @@ impl Target {
             lines: telemetry::RELAY_LINES.counter(&label),
             packets: telemetry::RELAY_PACKETS.counter(&label),
             bytes: telemetry::RELAY_BYTES.counter(&label),
-            trouble: None,
+            clock: Clock::default(),
+            dropped: None,
         }
     }
 
@@ -194,7 +200,6 @@ impl Target {
                 self.lines.increment(packet.lines);
                 self.packets.increment(1);
                 self.bytes.increment(packet.bytes.len() as u64);
-                self.trouble = None;
             }
             Err(dropped) => self.drop_lines(packet.lines, dropped),
         }
@@ -202,19 +207,18 @@ impl Target {
 
     fn drop_lines(&mut self, lines: u64, dropped: Dropped) {
         telemetry::RELAY_DROPPED.counter(&[&self.name, dropped.name()]).increment(lines);
-        if self.trouble.replace(dropped) != Some(dropped) {
+        let now = self.clock.monotonic();
+        let before = self.dropped.replace(now);
+        if before.is_none_or(|before| now - before >= CALM) {
             tracing::warn!(target = self.name, reason = dropped.name(), "lines are not sent on");
         }
     }
 
     fn send_once(&mut self, bytes: &[u8]) -> Result<(), Dropped> {
         let socket = self.connected()?;
-        let mut sent = socket.send(bytes);
-        if sent.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused) {
-            // That was said of an earlier one, and this has not been sent.
-            sent = socket.send(bytes);
-        }
-        // On this host the kernel knows at once that nobody listens.
+        // That nobody listens on another host is said of an earlier datagram; this one is then not sent.
+        let sent = socket.send(bytes);
+        // On this host the kernel knows it at once.
         let refused = socket.take_error().ok().flatten();
         match (sent, refused) {
             (Err(error), _) | (Ok(_), Some(error)) => Err(Dropped::of(&error)),
@@ -264,8 +268,8 @@ fn reaches_own(socket: &UdpSocket, own: &[SocketAddr]) -> bool {
 pub(super) struct Names {
     news: Arc<Mutex<HashMap<String, Vec<SocketAddr>>>>,
     first: Option<Receiver<()>>,
-    /// Its end lets the thread end.
-    _running: Option<Sender<()>>,
+    /// Its end lets the thread end; none without names.
+    running: Option<Sender<()>>,
 }
 
 impl Names {
@@ -275,14 +279,14 @@ impl Names {
         let names: Vec<String> = targets.iter().filter(is_name).cloned().collect();
         let news = Arc::default();
         if names.is_empty() {
-            return Ok(Self { news, first: None, _running: None });
+            return Ok(Self { news, first: None, running: None });
         }
         let (told, first) = bounded(1);
         let (running, ended) = bounded(0);
         let found = Arc::clone(&news);
         let run = move || look_up(&names, &found, &told, &ended);
         thread::Builder::new().name("relay-names".to_owned()).spawn(run)?;
-        Ok(Self { news, first: Some(first), _running: Some(running) })
+        Ok(Self { news, first: Some(first), running: Some(running) })
     }
 
     /// Waits until all names were looked up once, at most so long.
@@ -294,7 +298,7 @@ impl Names {
 
     /// The addresses of a name, if they were looked up since the last call.
     pub(super) fn news(&self, name: &str) -> Option<Vec<SocketAddr>> {
-        self._running.as_ref()?;
+        self.running.as_ref()?;
         self.news.lock().unwrap_or_else(PoisonError::into_inner).remove(name)
     }
 }
