@@ -8,7 +8,7 @@ set -euo pipefail
 # program, or file, that shows whether it is there : package that brings it. librdkafka is built with the feature kafka alone.
 build=(cc:build-essential pkg-config:pkg-config /usr/include/openssl/ssl.h:libssl-dev /usr/include/zlib.h:zlib1g-dev)
 tests=(redis-server:redis-server prometheus:prometheus promtool:prometheus nc:netcat-openbsd curl:curl python3:python3 jq:jq
-  strace:strace openssl:openssl man:man-db mandoc:mandoc zsh:zsh fish:fish)
+  strace:strace openssl:openssl man:man-db mandoc:mandoc zsh:zsh fish:fish node:nodejs npm:npm)
 peers=(node:nodejs npm:npm taskset:util-linux)
 package=("${build[@]}" git:git python3:python3 objcopy:binutils dpkg-shlibdeps:dpkg-dev lintian:lintian rpm:rpm)
 container=("${package[@]}" podman:podman runc:runc debootstrap:debootstrap curl:curl jq:jq)

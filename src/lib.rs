@@ -5,6 +5,7 @@
 //! (listen)                       (protocol)            (aggregate)                        (aggregate)        (store)   (redis, kafka)
 //!                                                       ^ drop? (mapping)                    |-> view -> JSON API (http)
 //!                                                                                            |-> names (mapping) -> scrape (http)
+//!                                                                                            |-> Graphite (export)
 //! ```
 //!
 //! It goes one way. `protocol` knows bytes and nothing else, `aggregate` knows numbers, `mapping` knows names and what
@@ -38,6 +39,8 @@ pub mod store;
 pub mod view;
 
 pub mod http;
+
+pub mod export;
 
 pub mod kafka;
 

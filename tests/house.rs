@@ -51,7 +51,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
             "telemetry",
         ],
     ),
-    ("export", &["aggregate", "clock", "telemetry"]),
+    ("export", &["sample", "aggregate", "clock", "sync", "telemetry"]),
 ];
 
 /// Parts that may name any other, in the order of who names whom.

@@ -11,7 +11,7 @@ use super::reloads::{Entry, Reloads, settings};
 use super::servers::{HttpIngest, HttpSockets, start_api, start_forwarder, start_listeners};
 #[cfg(feature = "kafka")]
 use super::stores::start_input;
-use super::stores::{Bells, keeping, open_journal, remote, ring, start_ship};
+use super::stores::{Bells, keeping, open_journal, remote, ring, start_graphite, start_ship};
 use super::{Agent, Error, Origin};
 use crate::aggregate::ledger::Ledger;
 use crate::aggregate::shard::Budget;
@@ -118,6 +118,7 @@ impl Agent {
         };
         let running = Running::start(parts, &config.flush, &config.limits.flush).map_err(Error::Flush)?;
         let keeping = keeping(journal.as_ref(), &running)?;
+        let graphite = start_graphite(config, &ledger, &workers)?;
         let ship = start_ship(config, journal.as_ref(), &running)?;
         let remote = remote(config, journal.as_ref(), ship.as_ref(), &bells)?;
         #[cfg(feature = "kafka")]
@@ -147,6 +148,7 @@ impl Agent {
         Ok(Self {
             running,
             ship,
+            graphite,
             api,
             listeners,
             #[cfg(feature = "kafka")]
