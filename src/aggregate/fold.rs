@@ -530,7 +530,7 @@ mod tests {
     fn a_gauge_has_the_value_at_the_end_of_a_window_wherever_it_was_set() {
         let mut pair = pair();
         pair.writer.close_until(BEGIN_MS);
-        let mut gauge = |pair: &mut Pair, value: &Value<'_>, after_ms| {
+        let gauge = |pair: &mut Pair, value: &Value<'_>, after_ms| {
             pair.send(Kind::Gauge, "g", value, BEGIN_MS + after_ms);
             pair.fold(both(after_ms));
         };

@@ -34,6 +34,8 @@ struct State {
     /// That window had to go.
     is_given_up: bool,
     is_connected: bool,
+    /// Whoever renders waits no longer than that, once the agent stops.
+    hurry: Option<Instant>,
     stop: Option<Instant>,
 }
 
@@ -118,7 +120,8 @@ impl Queue {
             if state.let_written_go() {
                 continue;
             }
-            if state.is_connected && state.stop.is_none() && Instant::now() < deadline {
+            let deadline = state.hurry.map_or(deadline, |hurry| hurry.min(deadline));
+            if state.is_connected && Instant::now() < deadline {
                 state = self.wait_until(state, Some(deadline));
                 continue;
             }
@@ -216,6 +219,12 @@ impl Queue {
         }
     }
 
+    /// The agent stops: whoever renders is to wait for room only until then.
+    pub(super) fn hurry(&self, deadline: Instant) {
+        self.lock().hurry = Some(deadline);
+        self.changed.notify_all();
+    }
+
     /// Nothing more comes. What waits may be sent until then.
     pub(super) fn stop(&self, deadline: Instant) {
         let mut state = self.lock();
@@ -295,9 +304,13 @@ mod tests {
 
     /// A window of so many chunks of ten bytes.
     fn window(queue: &Queue, window_ms: u64, chunks: u64) {
+        window_until(queue, window_ms, chunks, Instant::now());
+    }
+
+    fn window_until(queue: &Queue, window_ms: u64, chunks: u64, deadline: Instant) {
         queue.begin();
         for number in 1..=chunks {
-            queue.push(window_ms, chunk(10), number == chunks, Instant::now());
+            queue.push(window_ms, chunk(10), number == chunks, deadline);
         }
     }
 
@@ -369,6 +382,19 @@ mod tests {
         queue.failed();
         assert_eq!(write_all(&queue), 3);
         assert_eq!(queue.read(), Read { windows: 1, lines: 30, bytes: 30 });
+    }
+
+    #[test]
+    fn who_waits_for_room_does_not_hold_up_a_stop() {
+        let queue = Arc::new(Queue::new(15));
+        queue.set_connected(true);
+        let rendering = Arc::clone(&queue);
+        let never = Instant::now() + std::time::Duration::from_secs(3_600);
+        let renderer = std::thread::spawn(move || window_until(&rendering, 1, 2, never));
+        assert!(queue.wait_for_chunks());
+        queue.hurry(Instant::now());
+        renderer.join().unwrap();
+        assert_eq!(queue.oldest_ms(), None, "the window was larger than the bound");
     }
 
     #[test]
