@@ -2,8 +2,8 @@
 //!
 //! Start: own metrics, addresses of HTTP, journal, listeners for lines, which count into their shards from then on, ledger and
 //! flush, store, API, HTTP ingest, and the line `ready` on standard error. Stop: `/-/ready` says 503, the listeners read what
-//! the kernel holds, shards seal and close, the last flush, the store's turn, then HTTP ends. What is left at the deadline is
-//! in the journal. Reloads are read beside all that, one after the other. systemd is told of each, where it runs the agent.
+//! the kernel holds, shards seal and close, the last flush, the turns of Graphite and of the store, then HTTP ends. What is left
+//! at the deadline is in the journal, but for what waits for Graphite. Reloads are read beside all that, one after the other. systemd is told of each, where it runs the agent.
 //!
 //! At SIGUSR2 another process takes over ([`crate::handover`]): it starts as above, but opens the journal only when this one
 //! has stopped. If it fails, this one starts again with all that it kept.
@@ -28,6 +28,7 @@ use tokio::sync::oneshot;
 
 use crate::config::{Config, Level, Loaded};
 use crate::export::console::{self, Console};
+use crate::export::graphite::{self, Ending};
 use crate::export::relay::{self, Relay};
 use crate::flush::{self, Running};
 use crate::handover::{self, Predecessor, Program, Successor};
@@ -262,6 +263,7 @@ struct Agent {
     ship: Option<Ship>,
     relay: Option<Relay>,
     console: Option<Console>,
+    graphite: Option<graphite::Running>,
     api: Thread,
     listeners: Listeners,
     #[cfg(feature = "kafka")]
@@ -331,7 +333,7 @@ impl Agent {
         systemd::stopping(within);
         let _more_time = MoreTime::asking("stopping: the last flush");
         let deadline = Instant::now() + within;
-        self.end(deadline, |listeners| listeners.stop(within / 2));
+        self.end(deadline, Ending::Stop, |listeners| listeners.stop(within / 2));
         tracing::info!("stopped");
     }
 
@@ -343,7 +345,7 @@ impl Agent {
         systemd::alive();
         let deadline = Instant::now() + within;
         let (sockets, journal) = (Arc::clone(&self.sockets), Weak::clone(&self.journal));
-        let streams = self.end(deadline, |listeners| listeners.pass_on(http::GRACE.min(within / 2)));
+        let streams = self.end(deadline, Ending::HandOver, |listeners| listeners.pass_on(http::GRACE.min(within / 2)));
         while journal.strong_count() > 0 && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
         }
@@ -360,7 +362,7 @@ impl Agent {
     }
 
     /// Ends all parts in their order.
-    fn end<T>(self, deadline: Instant, end_listeners: impl FnOnce(Listeners) -> T) -> T {
+    fn end<T>(self, deadline: Instant, ending: Ending, end_listeners: impl FnOnce(Listeners) -> T) -> T {
         self.health.stopping();
         #[cfg(feature = "kafka")]
         if let Some(input) = &self.input {
@@ -377,6 +379,9 @@ impl Agent {
         #[cfg(feature = "kafka")]
         if let Some(input) = self.input {
             input.end(deadline);
+        }
+        if let Some(graphite) = self.graphite {
+            graphite.stop(deadline, ending);
         }
         if let Some(ship) = self.ship {
             ship.stop(deadline);

@@ -20,7 +20,7 @@ use toml::{Table, Value};
 
 use crate::agent::limits as agent;
 use crate::aggregate::{self, histogram, set, shard};
-use crate::export::console;
+use crate::export::{console, graphite};
 use crate::http::scrape;
 use crate::http::tokens::Right;
 use crate::kafka;
@@ -122,6 +122,9 @@ pub struct Limits {
     /// Of requests.
     #[serde(flatten)]
     pub http: http::Limits,
+    /// Of Graphite.
+    #[serde(flatten)]
+    pub graphite: graphite::Limits,
     /// Of a stop.
     #[serde(flatten)]
     pub agent: agent::Limits,
@@ -322,6 +325,20 @@ keys! {
     "prometheus.expire", Restart, "Series without a sample for so long are not shown. \"0s\": as long as they are in memory.";
 
     "export", Restart, "What the agent hands out by itself.";
+    "export.graphite", Restart, "Graphite gets what Etsy's StatsD would flush there, at the end of each flush.window.";
+    "export.graphite.to", Restart, "Where it listens, as in \"graphite.example:2003\". \"\": it gets nothing.";
+    "export.graphite.protocol", Restart, "\"plaintext\": lines, usually at port 2003; \"pickle\": Python's, usually at port 2004.";
+    "export.graphite.legacy_namespace", Restart, "true: stats.NAME, stats_counts.NAME, stats.timers.NAME ...; false: as the prefixes below say.";
+    "export.graphite.global_prefix", Restart, "Before all names, with legacy_namespace = false.";
+    "export.graphite.global_suffix", Restart, "Behind all names.";
+    "export.graphite.prefix_counter", Restart, "Before counters, with legacy_namespace = false.";
+    "export.graphite.prefix_timer", Restart, "The same before timers, histograms and distributions.";
+    "export.graphite.prefix_gauge", Restart, "The same before gauges.";
+    "export.graphite.prefix_set", Restart, "The same before sets.";
+    "export.graphite.prefix_meter", Restart, "The same before meters.";
+    "export.graphite.prefix_stats", Restart, "Before the figures of the server itself, in both namespaces.";
+    "export.graphite.flush_counts", Restart, "false: counters are sent as rates alone.";
+
     "export.relay", Restart, "Lines go on to other servers as they came, rejected ones too; HTTP bodies do not.";
     "export.relay.to", Restart, "StatsD servers, as \"host:port\", by UDP; names are looked up again and again. []: none.";
     "export.relay.packet", Restart, "Lines are packed into datagrams of at most so much; a longer line goes alone.";
@@ -379,6 +396,9 @@ keys! {
     "limits.redis_connect", Restart, "Time to connect.";
     "limits.redis_reply", Restart, "Time to a reply; then the connection is dropped and the same batch sent again.";
     "limits.kafka_table", Restart, "Memory for the totals of other agents with store.kind = \"kafka\"; beyond, reads show this agent alone.";
+    "limits.graphite_buffer", Restart, "Bytes that wait while Graphite is away; beyond, the oldest windows go.";
+    "limits.graphite_connect", Restart, "Time to connect.";
+    "limits.graphite_write", Restart, "Graphite may read nothing for so long; then the connection is dropped and the same windows sent again.";
     "limits.outbox", Restart, "Bytes kept for the store; beyond, the oldest batches that were never sent merge.";
     "limits.reject_log", Restart, "Rejected lines logged in a second for each reason; more are counted.";
     "limits.stop", Restart, "Time to stop in; what is left then is in the journal.";
@@ -955,8 +975,9 @@ impl Loaded {
         let rate = (rate.is_nan() || rate <= 0.0 || rate > 1.0).then(|| {
             self.wrong("limits.sample_rate_min", &Value::from(rate), "write a number above 0 and not above 1")
         });
+        let graphite = self.config.export.graphite.check().err().map(|error| self.refused(&error.key(), &error));
         let figures = self.config.flush.etsy.check().err().map(|error| self.refused(error.key(), &error));
-        rate.into_iter().chain(figures).collect()
+        rate.into_iter().chain(figures).chain(graphite).collect()
     }
 
     fn interval(&self) -> Option<Problem> {

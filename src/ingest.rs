@@ -194,6 +194,19 @@ pub struct Workers {
     /// Samples accepted by all workers, up to their last seals.
     samples: AtomicU64,
     copies: Wanted,
+    /// The sums of [`Intake`], in its order.
+    intake: [AtomicU64; 3],
+}
+
+/// What all workers have received, up to their last seals.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Intake {
+    /// Datagrams, packets of unix streams, lines of TCP streams, bodies of HTTP.
+    pub messages: u64,
+    /// Lines and JSON records.
+    pub lines: u64,
+    /// Samples that were rejected.
+    pub rejected: u64,
 }
 
 impl Workers {
@@ -238,6 +251,7 @@ impl Workers {
             beats,
             samples,
             copies: Wanted::default(),
+            intake: Default::default(),
         };
         (Arc::new(workers), receiver)
     }
@@ -312,6 +326,18 @@ impl Workers {
     /// How many samples were accepted, up to the workers' last seals.
     pub fn samples(&self) -> u64 {
         self.samples.load(Ordering::Relaxed)
+    }
+
+    /// What was received, up to the workers' last seals.
+    pub fn intake(&self) -> Intake {
+        let [messages, lines, rejected] = self.intake.each_ref().map(|sum| sum.load(Ordering::Relaxed));
+        Intake { messages, lines, rejected }
+    }
+
+    fn take_in(&self, messages: u64, tally: &Tally) {
+        for (sum, count) in self.intake.iter().zip([messages, tally.lines(), tally.rejected()]) {
+            sum.fetch_add(count, Ordering::Relaxed);
+        }
     }
 
     /// How lines are read.
@@ -619,6 +645,7 @@ impl Worker {
         self.core.tally.refuse(self.core.shard.take_refused());
         let sources = self.core.sources.take(&self.core.tally, self.core.shard.created());
         self.port.workers.samples.fetch_add(self.core.tally.samples(), Ordering::Relaxed);
+        self.port.workers.take_in(sources.iter().map(|(_, figures)| figures.messages()).sum(), &self.core.tally);
         self.core.tally.publish();
         let sealed = self.core.shard.seal();
         self.port.out += 1;

@@ -5,7 +5,7 @@
 //! (listen)                       (protocol)            (aggregate)                        (aggregate)        (store)   (redis, kafka)
 //!                                                       ^ drop? (mapping)                    |-> view -> JSON API (http)
 //!                          |                                                                 |-> names (mapping) -> scrape (http)
-//!                          |-> lines as they came -> relay (export)
+//!                          |-> lines as they came -> relay (export)                          |-> Graphite (export)
 //! ```
 //!
 //! It goes one way. `protocol` knows bytes and nothing else, `aggregate` knows numbers, `mapping` knows names and what

@@ -98,6 +98,16 @@ table! {
     OUTBOX_UNSENT = "tallyd_outbox_unsent_batches", Gauge, [], "Batches that the store has not acknowledged.";
     OUTBOX_UNSENT_SAMPLES = "tallyd_outbox_unsent_samples", Gauge, [], "Samples in these batches.";
     OUTBOX_MERGED = "tallyd_outbox_merged_total", Counter, [], "Batches never sent that went into others because the outbox was past its limit.";
+    GRAPHITE_CONNECTED = "tallyd_graphite_connected", Gauge, [], "1 while the last attempt to reach Graphite did not fail; with export.graphite.to alone, as all of these.";
+    GRAPHITE_WINDOWS_SENT = "tallyd_graphite_windows_sent_total", Counter, [], "Windows that Graphite took.";
+    GRAPHITE_LINES_SENT = "tallyd_graphite_lines_sent_total", Counter, [], "Lines, of pickles items, in what Graphite took.";
+    GRAPHITE_SENT_BYTES = "tallyd_graphite_sent_bytes_total", Counter, [], "Bytes of what Graphite took; what was sent again counts once.";
+    GRAPHITE_FAILED = "tallyd_graphite_failed_total", Counter, ["reason"], "Attempts to send what waits that failed, and are made again; resolve: the name has no address, connect: nobody listens there, write: it reads nothing, close: it hung up before it had read all.";
+    GRAPHITE_WINDOWS_LOST = "tallyd_graphite_windows_lost_total", Counter, ["reason"], "Windows that Graphite does not get; buffer: limits.graphite_buffer was reached, stop: the agent stopped, unread: the connection broke and there had been no room to keep them, late: rendering the one before took too long.";
+    GRAPHITE_LINES_LOST = "tallyd_graphite_lines_lost_total", Counter, ["reason"], "Lines in these windows, and those that a window misses; name: series without a character in their name that Graphite may have.";
+    GRAPHITE_WAITING_BYTES = "tallyd_graphite_waiting_bytes", Gauge, [], "Bytes that wait for Graphite.";
+    GRAPHITE_LAG_SECONDS = "tallyd_graphite_lag_seconds", Gauge, [], "Age of the oldest window that waits for Graphite, as of the last window's end, in seconds.";
+    GRAPHITE_RENDER_SECONDS = "tallyd_graphite_render_seconds", Seconds, [], "Time to render a window for Graphite, waiting for room included.";
     KAFKA_PRODUCED = "tallyd_kafka_produced_total", Counter, ["what"], "Records that Kafka acknowledged; state: totals of series, deletes and what is gone, record: JSON that was forwarded.";
     KAFKA_FAILED = "tallyd_kafka_failed_total", Counter, ["reason"], "Records to be forwarded that Kafka did not acknowledge; their requests were told 503.";
     KAFKA_PARTITIONS = "tallyd_kafka_partitions", Gauge, [], "Partitions of kafka.topic that this agent reads.";

@@ -51,7 +51,10 @@ const MAY_NAME: &[(&str, &[&str])] = &[
             "telemetry",
         ],
     ),
-    ("export", &["sample", "aggregate", "ingest", "inherited", "listen", "view", "clock", "heartbeat", "telemetry"]),
+    (
+        "export",
+        &["sample", "aggregate", "ingest", "inherited", "listen", "view", "clock", "heartbeat", "sync", "telemetry"],
+    ),
 ];
 
 /// Parts that may name any other, in the order of who names whom.

@@ -12,12 +12,13 @@ use super::reloads::{Entry, Reloads, settings};
 use super::servers::{HttpIngest, HttpSockets, start_api, start_forwarder, start_listeners};
 #[cfg(feature = "kafka")]
 use super::stores::start_input;
-use super::stores::{Bells, keeping, open_journal, remote, ring, start_ship};
+use super::stores::{Bells, keeping, open_journal, remote, ring, start_graphite, start_ship};
 use super::{Agent, Error, Origin};
 use crate::aggregate::ledger::Ledger;
 use crate::aggregate::shard::Budget;
 use crate::config::{Config, Kind};
 use crate::export::console::{self, Backend, Console};
+use crate::export::graphite;
 use crate::export::relay::Relay;
 use crate::flush::{self, Parts, Running};
 use crate::handover::Predecessor;
@@ -141,6 +142,7 @@ impl Agent {
         };
         let running = Running::start(parts, &config.flush, &config.limits.flush).map_err(Error::Flush)?;
         let keeping = keeping(journal.as_ref(), &running)?;
+        let graphite = start_graphite(config, &ledger, &workers)?;
         let ship = start_ship(config, journal.as_ref(), &running)?;
         let remote = remote(config, journal.as_ref(), ship.as_ref(), &bells)?;
         #[cfg(feature = "kafka")]
@@ -150,7 +152,7 @@ impl Agent {
             View::new(ledger, running.fold(), journal, rejects, workers.events(), workers.sources()).sharing(remote);
         let health = Arc::new(Health::watching(Arc::clone(workers.beats())));
         let lookout = lookout(config, &workers, &view, &health, reloads);
-        let console = start_console(console, &view, &workers, reloads)?;
+        let console = start_console(console, &view, graphite.as_ref(), &workers, reloads)?;
         let pages = pages(config, view, &workers, &health, reloads, exporter);
         let api = start_api(api, scrape, entry.access.clone(), pages, config, workers.beats().begin("api"))?;
         let forwarder = start_forwarder(config)?;
@@ -173,6 +175,7 @@ impl Agent {
             ship,
             relay,
             console,
+            graphite,
             api,
             listeners,
             #[cfg(feature = "kafka")]
@@ -196,6 +199,7 @@ fn lookout(config: &Config, workers: &Arc<Workers>, view: &View, health: &Arc<He
 fn start_console(
     listeners: Vec<TcpListener>,
     view: &View,
+    graphite: Option<&graphite::Running>,
     workers: &Arc<Workers>,
     reloads: &Reloads,
 ) -> Result<Option<Console>, Error> {
@@ -206,11 +210,12 @@ fn start_console(
     let flushed = view.clone();
     let figures = move || vec![("last_flush", flushed.flushed_until_ms() / 1_000)];
     let journal = view.journal().map(|_| Backend { name: "journal", figures: Box::new(figures) });
+    let graphite = graphite.map(|running| Backend { name: "graphite", figures: Box::new(running.figures()) });
     let parts = console::Parts {
         view: view.clone(),
         begun_ms: workers.begun_ms(),
         config: Box::new(move || in_force.config().plain()),
-        backends: journal.into_iter().collect(),
+        backends: graphite.into_iter().chain(journal).collect(),
     };
     Console::start(listeners, parts, workers.beats()).map(Some).map_err(Error::Console)
 }

@@ -1,16 +1,17 @@
-//! What keeps the figures: the journal, and what brings them to a store that agents share.
+//! What keeps the figures: the journal, what brings them to a store that agents share, and what pushes them to Graphite.
 
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Error;
+use crate::aggregate::ledger::Ledger;
 use crate::aggregate::shard::SeriesId;
 use crate::config::{Config, Kind};
+use crate::export::graphite;
 use crate::flush::{self, Running};
 use crate::http::Keeping;
-#[cfg(feature = "kafka")]
-use crate::ingest::Workers;
+use crate::ingest::{self, Workers};
 #[cfg(feature = "kafka")]
 use crate::listen::kafka::{Input, Kept};
 #[cfg(feature = "kafka")]
@@ -86,6 +87,27 @@ pub(super) fn start_ship(
             kafka::start(parts_of_kafka(config, journal, running)).map(Ship::Kafka).map(Some).map_err(Error::Kafka)
         }
     }
+}
+
+/// Starts to push to Graphite, if there is one.
+pub(super) fn start_graphite(
+    config: &Config,
+    ledger: &Arc<Ledger>,
+    workers: &Arc<Workers>,
+) -> Result<Option<graphite::Running>, Error> {
+    let workers = Arc::clone(workers);
+    let intake = move || {
+        let ingest::Intake { messages, lines, rejected } = workers.intake();
+        graphite::Intake { packets: messages, lines, rejected }
+    };
+    let parts = graphite::Parts {
+        ledger: Arc::clone(ledger),
+        etsy: config.flush.etsy.clone(),
+        config: config.export.graphite.clone(),
+        limits: config.limits.graphite.clone(),
+        intake: Box::new(intake),
+    };
+    graphite::start(parts).map_err(Error::System)
 }
 
 fn parts_of_redis(config: &Config, journal: &Arc<Journal>, running: &Running) -> ship::Parts {

@@ -325,6 +325,19 @@ fn numbers_are_numbers_within_their_range() {
 }
 
 #[test]
+fn graphite_has_an_address_and_names_that_it_can_have() {
+    for to in ["graphite", ":2003", "graphite:0", "graphite:x", "a b:2003", "tcp://"] {
+        let problems = problems(&format!("export.graphite.to = {to:?}"), &[], &[]);
+        assert!(problems.len() == 1 && problems[0].contains("write \"host:port\""), "{to}: {problems:?}");
+    }
+    for to in ["", "graphite.example:2003", "[::1]:2003", "127.0.0.1:1"] {
+        assert!(load("", &[], &[&format!("export.graphite.to={to}")]).is_ok(), "{to}");
+    }
+    let problems = problems("[export.graphite]\nprefix_set = \"a b\"", &[], &[]);
+    assert!(problems[0].contains("export.graphite.prefix_set = \"a b\": write letters"), "{problems:?}");
+}
+
+#[test]
 fn bins_and_whether_idle_series_are_left_out_are_read_in_every_layer() {
     let bins = r#"[{ metric = "a", bins = [0.5, 10, "inf"] }, { metric = "", bins = [] }]"#;
     for (file, argument) in [(format!("flush.histograms = {bins}"), None), (String::new(), Some(bins))] {
@@ -488,6 +501,11 @@ fn another(key: &str, default: &Value) -> BoxedStrategy<Value> {
                 .boxed()
         }
         ("limits.buckets", _) => (320..=2_048_i64).prop_map(Value::from).boxed(),
+        ("export.graphite.to", _) => "([a-z]{1,9}:[1-9][0-9]{0,3})?".prop_map(Value::from).boxed(),
+        ("export.graphite.protocol", _) => either(&["plaintext", "pickle"]),
+        (name, Value::String(_)) if name.starts_with("export.graphite.") => {
+            "[A-Za-z0-9_.=-]{0,20}".prop_map(Value::from).boxed()
+        }
         ("ingest.forward", _) if kafka::BUILT => either(&["none", "kafka"]),
         ("ingest.forward", _) => either(&["none"]),
         // A build without Kafka refuses it.

@@ -155,6 +155,11 @@ impl LastReject {
 }
 
 impl Figures {
+    /// How many messages came.
+    pub(super) fn messages(&self) -> u64 {
+        self.messages
+    }
+
     fn is_empty(&self) -> bool {
         self.messages == 0 && self.bytes == 0
     }

@@ -67,6 +67,16 @@ impl Tally {
         self.by_listener.iter().map(|tally| tally.samples).sum()
     }
 
+    /// The lines since the last publication.
+    pub(super) fn lines(&self) -> u64 {
+        self.by_listener.iter().map(|tally| tally.lines).sum()
+    }
+
+    /// The samples rejected since the last publication.
+    pub(super) fn rejected(&self) -> u64 {
+        self.by_listener.iter().flat_map(|tally| tally.samples_rejected).sum()
+    }
+
     /// Adds the counts to the exported metrics and starts again from zero.
     pub(super) fn publish(&mut self) {
         for listener in Listener::ALL {

@@ -4,24 +4,18 @@
 //! their settings allow it: each has its id in front of its names. Figures of a window are for that agent's window, so rates
 //! are those of the case times its interval by ours.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value};
 
 use crate::agent::{Agent, until};
+use crate::graphite::Sink;
 use crate::redis_servers::Server;
 
 /// Cases that nothing here can run, and why.
 const LEFT: &[(&str, &str)] = &[
-    ("agg-timer-sampled-weighted", "there is no setting for weighted figures yet"),
-    ("agg-timer-histogram", "there is no setting for Etsy's bins yet"),
-    ("agg-timer-histogram-cut", "the same"),
-    ("agg-timer-histogram-decimals", "the same"),
-    ("agg-timer-histogram-first-match", "the same"),
-    ("agg-idle-delete", "there are no settings for what an output leaves out yet"),
-    ("agg-idle-delete-counters-only", "the same"),
-    ("agg-gauge-ttl", "the same"),
     ("agg-meter-none", "no series without a mark; a test of `aggregate::meter` has it"),
     ("agg-meter-tick-strict", "a moment no test from outside can hit; a test of `aggregate::meter` has it"),
     ("agg-meter-steady", "takes a minute; a test of `aggregate::meter` has it"),
@@ -83,7 +77,7 @@ fn every_case_is_run_or_named() {
     }
     let run: Vec<_> =
         [Way::Window, Way::Scrape, Way::Total, Way::Meter, Way::Agents].map(|way| of_way(way).len()).into();
-    assert_eq!(run, [37, 5, 5, 1, 1], "cases by the way they are run");
+    assert_eq!(run, [45, 5, 5, 1, 1], "cases by the way they are run");
     assert_eq!(run.iter().sum::<usize>() + LEFT.len(), all.len());
 }
 
@@ -112,10 +106,27 @@ fn agree(case: &Value, what: &str, want: f64, have: Option<f64>, tolerance: f64)
 
 /// The figures of a metric as a case names them.
 fn figures(metric: &Value) -> Map<String, Value> {
+    metric["window"]["etsy"].as_object().cloned().unwrap_or_default()
+}
+
+/// The same as Graphite got them.
+fn graphite_figures(metric: &Value, lines: &BTreeMap<String, String>) -> Map<String, Value> {
+    let key = key_of(metric);
+    let (name, tags) = key.split_at(key.find(';').unwrap_or(key.len()));
+    let number = |path: &str| lines.get(path).map(|value| Value::from(value.parse::<f64>().unwrap()));
+    let one = |figure: &str, path: String| number(&path).map(|value| (figure.to_owned(), value));
     match text(metric, "type") {
-        "GAUGE" => [("value".to_owned(), metric["value"].clone())].into_iter().collect(),
-        "SET" => [("count".to_owned(), metric["window"]["value"].clone())].into_iter().collect(),
-        _ => metric["window"]["etsy"].as_object().cloned().unwrap_or_default(),
+        "COUNTER" => [one("count", format!("stats_counts.{key}")), one("rate", format!("stats.{key}"))]
+            .into_iter()
+            .flatten()
+            .collect(),
+        "GAUGE" => one("value", format!("stats.gauges.{key}")).into_iter().collect(),
+        "SET" => one("count", format!("stats.sets.{name}.count{tags}")).into_iter().collect(),
+        _ => {
+            let before = format!("stats.timers.{name}.");
+            let figure = |path: &String| path.strip_prefix(&before)?.strip_suffix(tags).map(str::to_owned);
+            lines.keys().filter_map(|path| Some((figure(path)?, number(path)?))).collect()
+        }
     }
 }
 
@@ -135,27 +146,39 @@ fn is_asked_for(case: &Value, figure: &str) -> bool {
     !others.into_iter().any(|other| figure.strip_suffix(&label(*other)).is_some_and(|stem| stem.ends_with('_')))
 }
 
-fn compare_window(case: &Value, step: &Value, metrics: &[Value]) {
-    let by_window = case["interval_s"].as_f64().unwrap() * 1_000.0 / WINDOW_MS as f64;
-    for (name, want) in step["expect"].as_object().unwrap() {
+/// A metric's key, its figures, and where they were found.
+type Found = (String, Map<String, Value>, &'static str);
+
+fn compare_window(case: &Value, step: &Value, found: &[Found]) {
+    let want = step["expect"].as_object().unwrap();
+    for (name, want) in want {
         let key = key(case, name);
-        let metric = metrics.iter().find(|metric| key_of(metric) == key);
-        let metric = metric.unwrap_or_else(|| panic!("{key} is not listed"));
-        let have = figures(metric);
-        let want = want.as_object().unwrap();
-        for (figure, want) in want {
-            let factor = if ["rate", "count_ps"].contains(&figure.as_str()) { by_window } else { 1.0 };
-            let is_ranked =
-                figure.contains('_') && figure != "count_ps" && figure != "sum_squares" || figure == "median";
-            let is_kept = step["lines"].as_array().unwrap().len() <= 64;
-            let tolerance = if is_ranked && !is_kept { 0.01 } else { 1e-9 };
-            let have = have.get(figure).and_then(Value::as_f64);
-            agree(case, &format!("{name} {figure}"), want.as_f64().unwrap() * factor, have, tolerance);
+        let both: Vec<_> = found.iter().filter(|(of, ..)| *of == key).collect();
+        assert_eq!(both.len(), 2, "{key} is not listed");
+        both.iter().for_each(|found| compare_figures(case, step, name, want.as_object().unwrap(), found));
+    }
+    let others = found.iter().filter(|(key, ..)| key.starts_with(&format!("{}.", text(case, "id"))));
+    let others = others.filter(|(of, ..)| !want.keys().any(|name| key(case, name) == *of));
+    if case["partial"] != true {
+        for (key, figures, place) in others {
+            assert!(figures.is_empty(), "{key} is to be left out, and has {figures:?} in {place}");
         }
-        if case["partial"] != true {
-            let surplus = have.keys().filter(|figure| !want.contains_key(*figure) && is_asked_for(case, figure));
-            assert_eq!(surplus.collect::<Vec<_>>(), Vec::<&String>::new(), "{key}");
-        }
+    }
+}
+
+fn compare_figures(case: &Value, step: &Value, name: &str, want: &Map<String, Value>, (key, have, place): &Found) {
+    let by_window = case["interval_s"].as_f64().unwrap() * 1_000.0 / WINDOW_MS as f64;
+    for (figure, want) in want {
+        let factor = if ["rate", "count_ps"].contains(&figure.as_str()) { by_window } else { 1.0 };
+        let is_ranked = figure.contains('_') && figure != "count_ps" && figure != "sum_squares" || figure == "median";
+        let is_kept = step["lines"].as_array().unwrap().len() <= 64;
+        let tolerance = if is_ranked && !is_kept { 0.01 } else { 1e-9 };
+        let have = have.get(figure).and_then(Value::as_f64);
+        agree(case, &format!("{name} {figure} in {place}"), want.as_f64().unwrap() * factor, have, tolerance);
+    }
+    if case["partial"] != true {
+        let surplus = have.keys().filter(|figure| !want.contains_key(*figure) && is_asked_for(case, figure));
+        assert_eq!(surplus.collect::<Vec<_>>(), Vec::<&String>::new(), "{key} in {place}");
     }
 }
 
@@ -183,14 +206,63 @@ fn listed(agent: &Agent, window_ms: u64) -> Vec<Value> {
     })
 }
 
+/// The settings that a case asks for beside its percentiles.
+fn settings_of(case: &Value) -> Vec<String> {
+    let config = &case["config"];
+    let mut settings = Vec::new();
+    if config["gauge_sign"] == "absolute" {
+        settings.push("protocol.gauge_sign=absolute".to_owned());
+    }
+    if let Some(entries) = config["histogram"].as_array() {
+        let entry = |entry: &Value| format!("{{metric={},bins={}}}", entry["metric"], entry["bins"]);
+        settings.push(format!("flush.histograms=[{}]", entries.iter().map(entry).collect::<Vec<_>>().join(",")));
+    }
+    let flags = [
+        (&config["timers"]["weight_by_rate"], "flush.weight_by_rate"),
+        (&config["deleteIdleStats"], "flush.delete_idle_stats"),
+        (&config["deleteCounters"], "flush.delete_counters"),
+        (&config["deleteGauges"], "flush.delete_gauges"),
+        (&config["gaugesMaxTTL"], "flush.gauges_max_ttl"),
+    ];
+    settings.extend(flags.iter().filter(|(value, _)| !value.is_null()).map(|(value, key)| format!("{key}={value}")));
+    settings
+}
+
+/// An agent with settings of its own, and where its lines go.
+struct Side {
+    settings: Vec<String>,
+    agent: Agent,
+    sink: Sink,
+}
+
+impl Side {
+    fn start(settings: Vec<String>) -> Self {
+        let sink = Sink::start();
+        let percentiles = PERCENTILES.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+        let mut all =
+            vec![format!("flush.window={WINDOW_MS}ms"), format!("flush.percentiles={percentiles}"), sink.setting()];
+        all.extend(settings.iter().cloned());
+        let agent = Agent::start(&all.iter().map(String::as_str).collect::<Vec<_>>());
+        Self { settings, agent, sink }
+    }
+
+    /// What JSON and Graphite have of a window.
+    fn found(&self, window_ms: u64) -> Vec<Found> {
+        let metrics = listed(&self.agent, window_ms);
+        let lines = until("the window in Graphite", || self.sink.windows().remove(&((window_ms + WINDOW_MS) / 1_000)));
+        let of_json = metrics.iter().map(|metric| (key_of(metric), figures(metric), "window.etsy"));
+        let of_graphite = metrics.iter().map(|metric| (key_of(metric), graphite_figures(metric, &lines), "Graphite"));
+        of_json.chain(of_graphite).collect()
+    }
+}
+
 #[test]
 fn windows_have_the_figures_of_the_corpus() {
-    let percentiles = PERCENTILES.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
-    let settings = [format!("flush.window={WINDOW_MS}ms"), format!("flush.percentiles={percentiles}")];
-    let settings: Vec<_> = settings.iter().map(String::as_str).collect();
-    let agent = Agent::start(&settings);
-    let absolute = Agent::start(&[&settings[..], &["protocol.gauge_sign=absolute"]].concat());
     let cases = of_way(Way::Window);
+    let mut settings: Vec<_> = cases.iter().map(settings_of).collect();
+    settings.sort();
+    settings.dedup();
+    let sides: Vec<_> = settings.into_iter().map(Side::start).collect();
     let steps = |case: &Value| case["steps"].as_array().cloned().unwrap_or_else(|| vec![case.clone()]);
     for step in 0.. {
         let of_step: Vec<_> = cases.iter().filter_map(|case| Some((case, steps(case).get(step)?.clone()))).collect();
@@ -201,12 +273,13 @@ fn windows_have_the_figures_of_the_corpus() {
             let (start_ms, age_ms) = window_now();
             (age_ms < WINDOW_MS / 2).then_some(start_ms)
         });
+        let of_side = |case: &Value| sides.iter().find(|side| side.settings == settings_of(case)).unwrap();
         for (case, step) in &of_step {
-            let agent = if case["config"]["gauge_sign"] == "absolute" { &absolute } else { &agent };
-            agent.connect().write_all(lines(case, step).as_bytes()).unwrap();
+            of_side(case).agent.connect().write_all(lines(case, step).as_bytes()).unwrap();
         }
-        let metrics = [listed(&agent, window_ms), listed(&absolute, window_ms)].concat();
-        of_step.iter().for_each(|(case, step)| compare_window(case, step, &metrics));
+        let sides = sides.iter().filter(|side| of_step.iter().any(|(case, _)| of_side(case).settings == side.settings));
+        let found: Vec<Found> = sides.flat_map(|side| side.found(window_ms)).collect();
+        of_step.iter().for_each(|(case, step)| compare_window(case, step, &found));
     }
 }
 
