@@ -1,7 +1,7 @@
 //! Graphite: what Etsy's StatsD flushes there, at the end of each window.
 //!
 //! A thread walks the ledger once a window of all shards is closed, and renders its lines; another sends them. What waits is
-//! text in a [`Queue`], bounded by `limits.graphite_buffer`. Nothing else ever waits for either thread. A window whose
+//! text in a queue, bounded by `limits.graphite_buffer`. Nothing else ever waits for either thread. A window whose
 //! sending failed is sent again from its beginning: a line that arrives twice overwrites itself, since it bears the end of
 //! its window. Windows arrive in their order.
 //!
