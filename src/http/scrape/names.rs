@@ -9,7 +9,7 @@
 //! Names are made anew for each scrape. Of 100,000 counters that is some half of a scrape's 70 ms of processor time, of
 //! summaries a seventh, of histograms a tenth; to look each series up in names that were kept takes 1 ms
 //! (`benches/scrape.rs`, on a machine that did more besides). At a scrape each 15 s, keeping them would save 0.2 % of a
-//! core, and would hold for good what a scrape holds for a moment: 84 bytes a series, and 40 for the way to it, beside the
+//! core, and would hold for good what a scrape holds for a moment: 84 bytes a series, and some 40 for the way to it, beside the
 //! 433 that a counter takes; for each format; and it would have to be made anew whenever a series comes or goes, since it
 //! may collide with any other.
 
