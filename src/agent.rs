@@ -3,7 +3,8 @@
 //! Start: own metrics, addresses of HTTP, journal, listeners for lines, which count into their shards from then on, ledger and
 //! flush, store, API, HTTP ingest, and the line `ready` on standard error. Stop: `/-/ready` says 503, the listeners read what
 //! the kernel holds, shards seal and close, the last flush, the turns of Graphite and of the store, then HTTP ends. What is left
-//! at the deadline is in the journal, but for what waits for Graphite. Reloads are read beside all that, one after the other. systemd is told of each, where it runs the agent.
+//! at the deadline is in the journal, but for what waits for Graphite. Reloads are read beside all that, one after the other.
+//! systemd is told of each, where it runs the agent.
 //!
 //! At SIGUSR2 another process takes over ([`crate::handover`]): it starts as above, but opens the journal only when this one
 //! has stopped. If it fails, this one starts again with all that it kept.

@@ -180,7 +180,7 @@ def main():
         "Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/\n"
         "Upstream-Name: tallyd\n"
         "Comment:\n The executable is linked statically from tallyd, Rust's standard library and the crates that are named\n"
-        " below as crates/NAME-VERSION, each as crates.io has it under https://crates.io/crates/NAME/VERSION.\n"
+        " below as crates/NAME-VERSION, each as its authors published that version of it.\n"
     )
     own = re.search(r"^Copyright \(c\) (.*)", (ROOT / "LICENSE").read_text(encoding="utf-8"), re.MULTILINE)[1]
     print(stanza("*", [own], text))

@@ -1,4 +1,4 @@
-//! The client `cadence` of crates.io, with each of its sinks: what its methods send is what the API shows, exactly. Which
+//! The client `cadence`, with each of its sinks: what its methods send is what the API shows, exactly. Which
 //! methods there are is read from its source, so that a new one fails the test until it is called here.
 
 use std::net::UdpSocket;

@@ -3,6 +3,7 @@
 //! has a method that they do not call. The client in Rust is in `cadence`.
 
 use std::collections::BTreeMap;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -241,7 +242,9 @@ fn installed(kind: &str) -> PathBuf {
 /// Runs a command to its end, and gives what it wrote to standard output.
 #[track_caller]
 pub fn run(mut command: Command, within: Duration) -> String {
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // A group of its own, so that what a script started ends with it.
+    command.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
     let (stdout, stderr) = (collect(child.stdout.take().unwrap()), collect(child.stderr.take().unwrap()));
     let deadline = Instant::now() + within;
     let status = loop {
@@ -249,7 +252,8 @@ pub fn run(mut command: Command, within: Duration) -> String {
             break status;
         }
         if Instant::now() > deadline {
-            child.kill().unwrap();
+            let group = rustix::process::Pid::from_child(&child);
+            rustix::process::kill_process_group(group, rustix::process::Signal::KILL).unwrap();
             panic!("{command:?} did not end within {within:?}:\n{}", stderr.lock().unwrap());
         }
         std::thread::sleep(Duration::from_millis(10));

@@ -2,7 +2,8 @@
 //!
 //! A Prometheus server asks for OpenMetrics first and for text last, and would store `_total` names if it got what it wants
 //! most: between those two the configuration decides. Protobuf has the names of text, so there the client's weights decide;
-//! a server asks for it if it stores native histograms.
+//! a server asks for it if it stores native histograms. Other clients that name protobuf before text, out of habit, may
+//! keep but the last message of a family, and a long family comes in several: they name no OpenMetrics, and get text.
 
 use hyper::header::{
     ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, VARY,
@@ -55,7 +56,7 @@ pub struct Wanted {
 
 impl Wanted {
     /// Protobuf if the client names it with its highest weight and the configuration allows it, of equal weights if it
-    /// names it first. Else text, unless the configuration prefers OpenMetrics and the client takes it, or the client
+    /// names it first, and names no text or OpenMetrics too. Else text, unless the configuration prefers OpenMetrics and the client takes it, or the client
     /// takes nothing else. What is none of them is answered with text: a scrape always succeeds.
     pub fn of(headers: &HeaderMap, config: &Config) -> Self {
         let accepted: Vec<Choice> = choices(headers, &ACCEPT).collect();
@@ -80,8 +81,13 @@ impl Wanted {
     }
 }
 
-/// Whether the choice of the highest weight among those that we can answer is protobuf.
+/// Whether the choice of the highest weight among those that we can answer is protobuf, of a client that reads a family
+/// in several messages.
 fn prefers_protobuf(accepted: &[Choice]) -> bool {
+    let names = |range: &str| accepted.iter().any(|choice| choice.range == range);
+    if !names("application/openmetrics-text") && (names("text/plain") || names("text/*")) {
+        return false;
+    }
     let (mut best, mut is_protobuf) = (0.0, false);
     for choice in accepted {
         let protobuf = choice.is_protobuf();
@@ -114,7 +120,7 @@ struct Choice {
 }
 
 impl Choice {
-    /// None where the weight is 0.
+    /// None where the weight is 0, or none.
     fn parse(text: &str) -> Option<Self> {
         let mut parts = text.split(';').map(str::trim);
         let range = parts.next()?.to_ascii_lowercase();
@@ -123,9 +129,9 @@ impl Choice {
             Some((name.trim().to_ascii_lowercase(), value.trim().trim_matches('"').to_owned()))
         };
         let parameters: Vec<(String, String)> = parts.filter_map(parameter).collect();
-        let weight = parameters.iter().find(|(name, _)| name == "q").and_then(|(_, value)| value.parse().ok());
-        let weight = weight.unwrap_or(1.0_f64).min(1.0);
-        (weight > 0.0).then_some(Self { range, parameters, weight })
+        let weight = parameters.iter().find(|(name, _)| name == "q");
+        let weight = weight.map_or(Some(1.0_f64), |(_, value)| value.parse().ok())?;
+        (weight > 0.0 && weight <= 1.0).then_some(Self { range, parameters, weight })
     }
 
     fn is_protobuf(&self) -> bool {

@@ -1,7 +1,7 @@
 //! `GET /metrics`: every series of the ledger in Prometheus' text format 0.0.4, in OpenMetrics 1.0 or in its protobuf
-//! messages, which have native histograms, then our own metrics. Reads the ledger alone, takes no lock, and writes as the client reads, 64 KiB at a time, so that its text is
-//! never in memory at once. It always answers, whatever clients call their series. Metrics: `SCRAPE_SECONDS`,
-//! `CONFLICTS`, `SCRAPE_PARTIAL`.
+//! messages, which have native histograms, then our own metrics. Reads the ledger alone, takes no lock, and writes as the
+//! client reads, 64 KiB at a time, so that its text is never in memory at once. It always answers, whatever clients call
+//! their series. Metrics: `SCRAPE_SECONDS`, `CONFLICTS`, `SCRAPE_PARTIAL`.
 //!
 //! # Names
 //!

@@ -6,7 +6,7 @@
 //! them built in memory first, and `protoc` on every machine that compiles us.
 //!
 //! A family stands before its series, with its length, so it is gathered; one longer than half a chunk is sent in several
-//! messages of the same name, which a reader takes one after the other. Counts are whole there but for histograms: those of
+//! messages of the same name, which Prometheus takes one after the other. Counts are whole there but for histograms: those of
 //! sampled observations, such as 1 / 0.3, are rounded in a summary, and in a histogram given both ways. A native histogram
 //! has whole weights or floats throughout.
 

@@ -638,6 +638,27 @@ fn the_format_is_the_one_asked_for() {
             Format::Text,
         ),
         ("application/vnd.google.protobuf", Format::Text, Format::Text),
+        (
+            "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited, */*;q=0.1",
+            Format::Protobuf,
+            Format::Protobuf,
+        ),
+        // A client of other libraries, which would keep the last message of a family alone.
+        (
+            "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;q=0.7, text/plain;version=0.0.4;q=0.3",
+            Format::Text,
+            Format::Text,
+        ),
+        (
+            "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;q=NaN, */*;q=0.1",
+            Format::Text,
+            Format::OpenMetrics,
+        ),
+        (
+            "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;q=2",
+            Format::Text,
+            Format::Text,
+        ),
     ] {
         assert_eq!((format(accept, false), format(accept, true)), (plain, preferred), "{accept}");
     }
