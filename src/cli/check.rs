@@ -4,14 +4,15 @@
 mod draft;
 mod etsy;
 mod literal;
+mod relay;
 mod statsd_exporter;
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::path::Path;
 
-use super::{Failure, Layers, cannot_read};
+use super::{Code, Failure, Layers, cannot_read};
 use crate::config::Config;
 use draft::Draft;
 
@@ -67,17 +68,24 @@ pub fn run(args: &Args, out: &mut impl Write, notes: &mut impl Write) -> Result<
 }
 
 fn write_draft(draft: &Draft, of: &str, out: &mut impl Write, notes: &mut impl Write) -> Result<(), Failure> {
-    draft.warnings.iter().try_for_each(|warning| writeln!(notes, "tallyd: {warning}"))?;
+    draft.warnings.iter().chain(&draft.refusals()).try_for_each(|warning| writeln!(notes, "tallyd: {warning}"))?;
     write!(out, "{}", draft.print(of))?;
     Ok(())
 }
 
-/// The text of a file, or of as much of it as shows that it is too long.
+/// The text of a file. Of one that is too long only as much is read as shows that.
 fn read(path: &Path) -> Result<String, Failure> {
-    let mut text = String::new();
-    let limit = literal::SIZE_MAX as u64 + 4;
-    File::open(path).and_then(|file| file.take(limit).read_to_string(&mut text)).map(|_| text).map_err(|error| {
-        let (code, remedy) = cannot_read(&error);
+    let told = |error: &io::Error| {
+        let (code, remedy) = cannot_read(error);
         Failure::told(code, format!("{}: {error}; {remedy} with --from-etsy", path.display()))
-    })
+    };
+    let mut bytes = Vec::new();
+    let limit = literal::SIZE_MAX as u64 + 1;
+    File::open(path).and_then(|file| file.take(limit).read_to_end(&mut bytes)).map_err(|error| told(&error))?;
+    if bytes.len() > literal::SIZE_MAX {
+        let fault = literal::Fault::TooLong;
+        return Err(Failure::told(Code::Configuration, format!("{}: {fault}", path.display())));
+    }
+    // The same error as of a file that is read as text.
+    String::from_utf8(bytes).map_err(|error| told(&io::Error::new(io::ErrorKind::InvalidData, error)))
 }

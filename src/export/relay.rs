@@ -19,6 +19,7 @@ mod target;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -50,8 +51,8 @@ impl Default for Config {
 /// Servers that lines may be sent on to.
 pub const TARGETS_MAX: usize = 16;
 
-/// The longest payload of a datagram over IPv4.
-const PACKET_MAX: u64 = 65_507;
+/// Bytes of the datagrams that lines are packed into, up to the longest payload over IPv4.
+pub const PACKET: RangeInclusive<u64> = 64..=65_507;
 
 impl Config {
     /// Whether a relay can work so, beside listeners at these addresses.
@@ -62,7 +63,7 @@ impl Config {
         if self.to.len() > TARGETS_MAX {
             return Err(Error::TooMany(self.to.len()));
         }
-        if !(64..=PACKET_MAX).contains(&self.packet.0) {
+        if !PACKET.contains(&self.packet.0) {
             return Err(Error::Packet(self.packet));
         }
         for (number, text) in self.to.iter().enumerate() {
@@ -128,7 +129,9 @@ impl fmt::Display for Error {
                 )
             }
             Self::TooMany(count) => write!(f, "{key}: {count} servers; name at most {TARGETS_MAX}"),
-            Self::Packet(size) => write!(f, "{key} = \"{size}\": out of range; write 64B to {PACKET_MAX}B"),
+            Self::Packet(size) => {
+                write!(f, "{key} = \"{size}\": out of range; write {}B to {}B", PACKET.start(), PACKET.end())
+            }
             Self::System(error) => write!(f, "{key}: {error}; raise the limit of threads or open files"),
         }
     }

@@ -4,7 +4,7 @@
 use toml::Value;
 
 use super::super::{Code, Failure};
-use crate::config::literal;
+use crate::config::{Config, Sources, literal};
 
 /// The sections in the order in which they are printed.
 const SECTIONS: [&str; 10] = [
@@ -41,6 +41,12 @@ impl Draft {
         self.keys.push((key.to_owned(), value.into(), comment.into()));
     }
 
+    /// The texts of a key that is a list of them.
+    pub(super) fn texts(&self, key: &str) -> Vec<&str> {
+        let value = self.keys.iter().find(|(other, ..)| other == key).and_then(|(_, value, _)| value.as_array());
+        value.into_iter().flatten().filter_map(Value::as_str).collect()
+    }
+
     /// Takes note of something that has no counterpart, and why.
     pub(super) fn leave(&mut self, name: &str, why: &str) {
         self.left.push(format!("{name}: {why}"));
@@ -49,6 +55,14 @@ impl Draft {
     /// Takes note of something that should be looked at.
     pub(super) fn warn(&mut self, text: impl Into<String>) {
         self.warnings.push(text.into());
+    }
+
+    /// What our own check says against it, once it is printed: whoever takes it must know.
+    pub(super) fn refusals(&self) -> Vec<String> {
+        let text = self.print("another server");
+        let sources = Sources { file: Some(("the configuration printed", &text)), environment: &[], set: &[] };
+        let problems = Config::load(&sources).err().unwrap_or_default();
+        problems.iter().map(|problem| format!("{problem}; as it stands it would be refused")).collect()
     }
 
     /// The configuration as a file.

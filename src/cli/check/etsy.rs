@@ -2,13 +2,14 @@
 //! documentation and its proxy is known here; what has no counterpart is said with the reason, and other keys are warned
 //! of. Pure; nothing in the file is evaluated ([`literal`]).
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use toml::{Table, Value as Toml};
 
 use super::draft::{Draft, Refusal};
 use super::literal::{self, Member, Node, Value};
-use crate::units::Time;
+use super::relay;
+use crate::units::{Mode, Time};
 
 /// Keys without a counterpart, and why.
 const LEFT: [(&str, &str); 14] = [
@@ -32,16 +33,14 @@ const LEFT: [(&str, &str); 14] = [
 ];
 
 /// Keys that are converted.
-const KNOWN: [&str; 37] = [
+const KNOWN: [&str; 35] = [
     "port",
     "address",
     "address_ipv6",
-    "ipv6",
     "server",
     "servers",
     "socket",
     "socket_mod",
-    "socket_mode",
     "mgmt_port",
     "mgmt_address",
     "flushInterval",
@@ -92,7 +91,7 @@ pub(super) fn convert(file: &str, text: &str) -> Result<Draft, Refusal> {
     names(&root, &mut draft);
     flush(&root, &mut draft)?;
     timers(&root, &mut draft)?;
-    idle(&root, &mut draft)?;
+    idle(&root, &mut draft);
     let backends = Backends::of(&root, &mut draft)?;
     graphite(&root, &backends, &mut draft)?;
     repeater(&root, &backends, &mut draft)?;
@@ -155,6 +154,22 @@ impl<'a> Object<'a> {
         self.get(name).map(|node| !node.value.is_falsy())
     }
 
+    /// A list, where the original takes nothing else for one: it is told then, and the list is empty.
+    fn true_list(&self, name: &str, draft: &mut Draft) -> &'a [Node] {
+        match self.get(name) {
+            Some(Node { value: Value::List(nodes), .. }) => return nodes,
+            Some(Node { at, value }) if !value.is_falsy() => {
+                let Self { file, path, .. } = self;
+                let is = value.name();
+                draft.warn(format!(
+                    "{file}:{at}: {path}{name} is left out: the original takes no notice of {is}, only of a list"
+                ));
+            }
+            Some(_) | None => {}
+        }
+        &[]
+    }
+
     /// A list, of one member where there is no list.
     fn list(&self, name: &str) -> &'a [Node] {
         match self.get(name) {
@@ -175,6 +190,9 @@ impl<'a> Object<'a> {
     }
 }
 
+/// All addresses, those of IPv4 among them.
+const ALL: IpAddr = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+
 /// An address as the original takes it. A name would have to be looked up.
 fn ip(object: &Object<'_>, name: &str, default: IpAddr) -> Result<IpAddr, Refusal> {
     let Some(text) = object.text(name)? else { return Ok(default) };
@@ -189,54 +207,85 @@ fn address(ip: IpAddr, port: u16) -> String {
     std::net::SocketAddr::new(ip, port).to_string()
 }
 
+/// Keys of a server.
+const OF_SERVER: [&str; 6] = ["server", "address", "address_ipv6", "port", "socket", "socket_mod"];
+
+/// Where the servers listen.
+#[derive(Debug, Default)]
+struct Listeners {
+    udp: Vec<String>,
+    tcp: Vec<String>,
+    /// Unix sockets with the permissions of their files.
+    unix: Vec<(String, Mode)>,
+}
+
 fn listeners(root: &Object<'_>, draft: &mut Draft) -> Result<(), Refusal> {
-    let (mut udp, mut tcp) = (Vec::new(), Vec::new());
-    match root.get("servers") {
-        Some(_) => {
-            for node in root.list("servers") {
+    let mut listeners = Listeners::default();
+    match root.get("servers").filter(|node| !node.value.is_falsy()) {
+        Some(Node { value: Value::List(nodes), .. }) => {
+            for node in nodes {
                 let Value::Object(members) = &node.value else {
                     return root.wrong(node, "servers", &format!("{} where an object was expected", node.value.name()));
                 };
                 let server = Object { path: "servers.", members, ..*root };
-                listener(&server, &mut udp, &mut tcp, draft)?;
-                let known =
-                    ["server", "address", "address_ipv6", "ipv6", "port", "socket", "socket_mod", "socket_mode"];
-                server.warn_of_others(&known, draft);
+                listener(&server, &mut listeners, draft)?;
+                server.warn_of_others(&OF_SERVER, draft);
             }
+            let ignored = OF_SERVER.into_iter().filter(|name| root.get(name).is_some());
+            ignored.for_each(|name| {
+                draft.leave(name, "the original takes it from each of its servers, where there are some")
+            });
         }
-        None => listener(root, &mut udp, &mut tcp, draft)?,
+        Some(node) => {
+            return root.wrong(node, "servers", &format!("{} where a list of objects was expected", node.value.name()));
+        }
+        None => listener(root, &mut listeners, draft)?,
     }
-    draft.set(
-        "listen.udp",
-        udp,
-        "port, address, address_ipv6 of each server \"udp\"; the original's default is all addresses of IPv4",
-    );
-    draft.set("listen.tcp", tcp, "the same of each server \"tcp\"");
+    listeners.write(draft);
     Ok(())
 }
 
-fn listener(
-    server: &Object<'_>,
-    udp: &mut Vec<String>,
-    tcp: &mut Vec<String>,
-    draft: &mut Draft,
-) -> Result<(), Refusal> {
-    let is_v6 = ["address_ipv6", "ipv6"].iter().any(|name| server.truth(name) == Some(true));
-    let any: IpAddr = if is_v6 { IpAddr::from([0_u16; 8]) } else { IpAddr::from([0_u8; 4]) };
-    let module = server.text("server")?.unwrap_or_else(|| "./servers/udp".to_owned());
-    if server.text("socket")?.is_some() {
-        let why = "lines by a stream of a unix socket are not read here; let clients send datagrams to listen.unixgram (listen.unix takes packets with their length before them), or lines to listen.tcp";
-        draft.leave("socket", why);
-        draft.warn(format!("{}: socket is left out: {why}", server.file));
-        for mode in ["socket_mod", "socket_mode"].into_iter().filter(|mode| server.get(mode).is_some()) {
-            draft.leave(mode, "listen.unix_mode has the permissions of unix sockets, as in \"0660\"");
+impl Listeners {
+    fn write(self, draft: &mut Draft) {
+        let Self { udp, tcp, unix } = self;
+        let comment =
+            "port, address, address_ipv6 of each server \"udp\"; the original's default is all addresses of IPv4";
+        draft.set("listen.udp", udp, comment);
+        let comment = "port, address of each server \"tcp\"; the original's default is all addresses, of IPv6 as of IPv4. On a host \
+                       without IPv6 write 0.0.0.0 for [::]";
+        draft.set("listen.tcp", tcp, comment);
+        let Some(mode) = unix.last().map(|(_, mode)| *mode) else { return };
+        if unix.iter().any(|(_, other)| *other != mode) {
+            draft.warn(format!("socket_mod: all sockets have the same permissions here, so {mode} is taken"));
         }
-        return Ok(());
+        draft.set(
+            "listen.unix",
+            unix.into_iter().map(|(path, _)| path).collect::<Vec<_>>(),
+            "socket of each server \"tcp\"",
+        );
+        draft.set(
+            "listen.unix_mode",
+            mode.to_string(),
+            "socket_mod; the original's default is what a umask of 022 leaves",
+        );
     }
-    let at = address(ip(server, "address", any)?, server.port("port", 8125)?);
+}
+
+fn listener(server: &Object<'_>, listeners: &mut Listeners, draft: &mut Draft) -> Result<(), Refusal> {
+    let module = server.text("server")?.unwrap_or_else(|| "./servers/udp".to_owned());
     match last_part(&module) {
-        "udp" => udp.push(at),
-        "tcp" => tcp.push(at),
+        "udp" => {
+            let of = |name: &&str| server.get(name).is_some();
+            let ignored = ["socket", "socket_mod"].into_iter().filter(of);
+            ignored.for_each(|name| draft.leave(name, "the original takes notice of it in a server \"tcp\" alone"));
+            let is_v6 = server.truth("address_ipv6") == Some(true);
+            let any = if is_v6 { ALL } else { Ipv4Addr::UNSPECIFIED.into() };
+            listeners.udp.push(address(ip(server, "address", any)?, server.port("port", 8125)?));
+        }
+        "tcp" => match server.text("socket")? {
+            Some(path) => listeners.unix.push(unix(server, path)?),
+            None => listeners.tcp.push(address(ip(server, "address", ALL)?, server.port("port", 8125)?)),
+        },
         _ => {
             draft.leave(
                 &format!("server {module:?}"),
@@ -248,6 +297,24 @@ fn listener(
     Ok(())
 }
 
+/// The path of a socket and the permissions of its file, which the original takes as a number or as octal digits.
+fn unix(server: &Object<'_>, path: String) -> Result<(String, Mode), Refusal> {
+    let of = |name| server.get(name).filter(|node| !node.value.is_falsy());
+    if let Some(node) = of("socket").filter(|_| !path.starts_with('/')) {
+        return server.wrong(node, "socket", "no path from the root; write one that begins with /");
+    }
+    let Some(node) = of("socket_mod") else { return Ok((path, Mode(0o755))) };
+    let number = match &node.value {
+        Value::Number(number) if number.fract() == 0.0 && *number > 0.0 => Some(*number as u32),
+        Value::Text(digits) => u32::from_str_radix(digits, 8).ok(),
+        Value::Number(_) | Value::Undefined | Value::Null | Value::Bool(_) | Value::List(_) | Value::Object(_) => None,
+    };
+    match number.filter(|bits| *bits <= 0o777) {
+        Some(bits) => Ok((path, Mode(bits))),
+        None => server.wrong(node, "socket_mod", "no permissions; write some such as 0660"),
+    }
+}
+
 /// The name of a module without its directory: `./backends/graphite.js` is `graphite`.
 fn last_part(module: &str) -> &str {
     let last = module.rsplit('/').next().unwrap_or(module);
@@ -256,19 +323,22 @@ fn last_part(module: &str) -> &str {
 
 fn console(root: &Object<'_>, draft: &mut Draft) -> Result<(), Refusal> {
     let port = root.port("mgmt_port", 8126)?;
-    let configured = ip(root, "mgmt_address", IpAddr::from([0_u8; 4]))?;
+    let configured = ip(root, "mgmt_address", ALL)?;
     if configured.to_canonical().is_loopback() {
         draft.set("export.console.listen", vec![address(configured, port)], "mgmt_address, mgmt_port");
         return Ok(());
     }
-    let said = if root.text("mgmt_address")?.is_some() { "mgmt_address" } else { "the original's default" };
+    let said = match root.text("mgmt_address")? {
+        Some(_) => format!("mgmt_address is {configured}"),
+        None => "the original's default is all addresses".to_owned(),
+    };
     let comment = format!(
-        "mgmt_port; {said} is {configured}, where other machines could delete, since nobody is asked for a token. To let them, \
+        "mgmt_port; {said}, where other machines could delete, since nobody is asked for a token. To let them, \
          write \"{}\" and [http] insecure = true.",
         address(configured, port)
     );
     draft.set("export.console.listen", vec![address(IpAddr::from([127, 0, 0, 1]), port)], comment);
-    draft.warn(format!("{}: the management port is taken to 127.0.0.1:{port}: {said} is {configured}", root.file));
+    draft.warn(format!("{}: the management port is taken to 127.0.0.1:{port}: {said}", root.file));
     Ok(())
 }
 
@@ -292,15 +362,21 @@ fn flush(root: &Object<'_>, draft: &mut Draft) -> Result<(), Refusal> {
         let comment = "it must divide the window; the original has no such thing: figures go to the journal so often";
         draft.set("flush.interval", Time::millis(interval).to_string(), comment);
     }
+    if interval > 1_000 {
+        let (file, interval) = (root.file, Time::millis(interval));
+        draft.warn(format!(
+            "{file}: flushInterval: nothing from 100 ms to a second divides it, so figures go to the journal only every {interval}, \
+             and what came since is lost if the process is killed; write a rounder one"
+        ));
+    }
     let percentiles = percentiles(root)?;
     draft.set("flush.percentiles", percentiles, "percentThreshold");
     Ok(())
 }
 
-/// The longest time up to a second that divides a window and is not too short to flush.
+/// The longest time from 100 ms to a second that divides a window, else the whole window.
 fn interval_of(window_ms: u64) -> u64 {
-    let divides = |interval: &u64| window_ms.is_multiple_of(*interval);
-    [1_000, 500, 250, 200, 100].into_iter().find(divides).unwrap_or(window_ms)
+    (100..=1_000).rev().find(|interval| window_ms.is_multiple_of(*interval)).unwrap_or(window_ms)
 }
 
 fn percentiles(root: &Object<'_>) -> Result<Vec<Toml>, Refusal> {
@@ -318,7 +394,7 @@ fn percentiles(root: &Object<'_>) -> Result<Vec<Toml>, Refusal> {
 
 fn timers(root: &Object<'_>, draft: &mut Draft) -> Result<(), Refusal> {
     let mut metrics = Vec::new();
-    for node in root.list("calculatedTimerMetrics") {
+    for node in root.true_list("calculatedTimerMetrics", draft) {
         match node.value.text() {
             Some(text) => metrics.push(text.to_owned()),
             None => {
@@ -330,14 +406,18 @@ fn timers(root: &Object<'_>, draft: &mut Draft) -> Result<(), Refusal> {
     if !metrics.is_empty() {
         draft.set("flush.timer_metrics", metrics, "calculatedTimerMetrics");
     }
-    let histograms = root.list("histogram").iter().map(|node| histogram(root, node)).collect::<Result<Vec<_>, _>>()?;
+    let mut histograms = Vec::new();
+    for node in root.true_list("histogram", draft) {
+        histograms.extend(histogram(root, node, draft)?);
+    }
     if !histograms.is_empty() {
         draft.set("flush.histograms", histograms, "histogram");
     }
     Ok(())
 }
 
-fn histogram(root: &Object<'_>, node: &Node) -> Result<Toml, Refusal> {
+/// Nothing for an entry that the original finds in no name.
+fn histogram(root: &Object<'_>, node: &Node, draft: &mut Draft) -> Result<Option<Toml>, Refusal> {
     let Value::Object(members) = &node.value else {
         return root.wrong(
             node,
@@ -346,20 +426,51 @@ fn histogram(root: &Object<'_>, node: &Node) -> Result<Toml, Refusal> {
         );
     };
     let entry = Object { path: "histogram.", members, ..*root };
-    let bound = |node: &Node| match (node.value.text(), node.value.number()) {
-        (Some("inf"), _) => Ok(Toml::Float(f64::INFINITY)),
-        (_, Some(number)) if !number.is_nan() => Ok(Toml::Float(number)),
-        (_, _) => entry.wrong(node, "bins", &format!("{} where a number or 'inf' was expected", node.value.name())),
+    entry.warn_of_others(&["metric", "bins"], draft);
+    let metric = match entry.get("metric").map(|node| &node.value) {
+        Some(Value::Text(text)) => text.clone(),
+        Some(Value::Number(number)) => number.to_string(),
+        Some(_) | None => {
+            let (file, at) = (root.file, node.at);
+            draft.warn(format!(
+                "{file}:{at}: this histogram is left out: without a metric it is for no timer; \"\" is in each name"
+            ));
+            return Ok(None);
+        }
     };
-    let bins = entry.list("bins").iter().map(bound).collect::<Result<Vec<_>, _>>()?;
-    let metric = entry.text("metric")?.unwrap_or_default();
-    Ok(Toml::Table(Table::from_iter([
+    let bins = bins(&entry, draft)?.into_iter().map(Toml::Float).collect();
+    Ok(Some(Toml::Table(Table::from_iter([
         ("metric".to_owned(), Toml::from(metric)),
         ("bins".to_owned(), Toml::Array(bins)),
-    ])))
+    ]))))
 }
 
-fn idle(root: &Object<'_>, draft: &mut Draft) -> Result<(), Refusal> {
+/// Bounds of bins in ascending order: in the original's other ones there is never anything.
+fn bins(entry: &Object<'_>, draft: &mut Draft) -> Result<Vec<f64>, Refusal> {
+    let mut bins: Vec<f64> = Vec::new();
+    for node in entry.true_list("bins", draft) {
+        let bound = match (node.value.text(), node.value.number()) {
+            (Some("inf"), _) => f64::INFINITY,
+            (_, Some(number)) if !number.is_nan() => number,
+            (_, _) => {
+                let remedy = format!("{} where a number or 'inf' was expected", node.value.name());
+                return entry.wrong(node, "bins", &remedy);
+            }
+        };
+        match bins.last() {
+            Some(last) if bound < *last => {
+                let (file, at) = (entry.file, node.at);
+                draft.warn(format!(
+                    "{file}:{at}: the bin {bound} is left out: it stands behind {last}, so it is always 0"
+                ));
+            }
+            Some(_) | None => bins.push(bound),
+        }
+    }
+    Ok(bins)
+}
+
+fn idle(root: &Object<'_>, draft: &mut Draft) {
     let keys = [
         ("deleteIdleStats", "flush.delete_idle_stats"),
         ("deleteCounters", "flush.delete_counters"),
@@ -372,13 +483,19 @@ fn idle(root: &Object<'_>, draft: &mut Draft) -> Result<(), Refusal> {
             draft.set(ours, is_deleted, theirs);
         }
     }
-    // The original takes anything but a whole number above 1 for 1.
-    if let Some(windows) = root.number("gaugesMaxTTL")?.filter(|windows| windows.fract() == 0.0 && *windows > 1.0) {
-        draft.set("flush.gauges_max_ttl", windows as i64, "gaugesMaxTTL");
-    } else if root.get("gaugesMaxTTL").is_some() {
-        draft.set("flush.gauges_max_ttl", 1, "gaugesMaxTTL");
-    }
-    Ok(())
+    // The original takes anything but a whole number above 1 for 1, a text too.
+    let Some(node) = root.get("gaugesMaxTTL") else { return };
+    let windows = match &node.value {
+        Value::Number(number) if number.fract() == 0.0 && *number > 1.0 => *number as i64,
+        Value::Number(_)
+        | Value::Text(_)
+        | Value::Undefined
+        | Value::Null
+        | Value::Bool(_)
+        | Value::List(_)
+        | Value::Object(_) => 1,
+    };
+    draft.set("flush.gauges_max_ttl", windows, "gaugesMaxTTL");
 }
 
 /// What the original loads to send figures to.
@@ -436,7 +553,7 @@ fn graphite(root: &Object<'_>, backends: &Backends, draft: &mut Draft) -> Result
     let is_pickle = protocol == "pickle";
     let port_name = if is_pickle { "graphitePicklePort" } else { "graphitePort" };
     let port = root.port(port_name, if is_pickle { 2004 } else { 2003 })?;
-    draft.set("export.graphite.to", target(&host, port), format!("graphiteHost, {port_name}"));
+    draft.set("export.graphite.to", relay::target(&host, port), format!("graphiteHost, {port_name}"));
     let unused = if is_pickle { "graphitePort" } else { "graphitePicklePort" };
     if root.get(unused).is_some() {
         draft.leave(unused, "the other protocol is the one that is used");
@@ -444,11 +561,10 @@ fn graphite(root: &Object<'_>, backends: &Backends, draft: &mut Draft) -> Result
     let protocol = if is_pickle { "pickle" } else { "plaintext" };
     draft.set("export.graphite.protocol", protocol, "graphiteProtocol");
     if let Some(counts) = root.truth("flush_counts") {
-        draft.set("export.graphite.flush_counts", counts, "");
+        draft.set("export.graphite.flush_counts", counts, "flush_counts");
     }
-    // An empty prefix is one.
-    if let Some(Node { value: Value::Text(prefix), .. }) = root.get("prefixStats") {
-        draft.set("export.graphite.prefix_stats", prefix.as_str(), "prefixStats");
+    if let Some(prefix) = part(root, "prefixStats", draft)? {
+        draft.set("export.graphite.prefix_stats", prefix, "prefixStats");
     }
     namespace(root, draft)
 }
@@ -472,21 +588,33 @@ fn namespace(root: &Object<'_>, draft: &mut Draft) -> Result<(), Refusal> {
         ("prefixSet", "prefix_set"),
     ];
     for (theirs, ours) in texts {
-        // An empty text is one, and null is the default.
-        let Some(node) = graphite.get(theirs).filter(|node| node.value != Value::Null) else { continue };
-        let Some(text) = node.value.text() else {
-            return graphite.wrong(node, theirs, &format!("{} where a text was expected", node.value.name()));
-        };
-        draft.set(&format!("export.graphite.{ours}"), text, format!("graphite.{theirs}"));
+        if let Some(text) = part(&graphite, theirs, draft)? {
+            draft.set(&format!("export.graphite.{ours}"), text, format!("graphite.{theirs}"));
+        }
     }
     let known: Vec<_> = texts.iter().map(|(theirs, _)| *theirs).chain(["legacyNamespace"]).collect();
     graphite.warn_of_others(&known, draft);
     Ok(())
 }
 
-/// `host:port`, an address of IPv6 in brackets.
-fn target(host: &str, port: u16) -> String {
-    if host.contains(':') && !host.starts_with('[') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+/// A part of a name. An empty text is one. null is not the default: the original makes the text "null" of it where it is put
+/// behind or before a dot, and an empty part between two dots elsewhere.
+fn part(object: &Object<'_>, name: &str, draft: &mut Draft) -> Result<Option<String>, Refusal> {
+    let Some(node) = object.get(name) else { return Ok(None) };
+    match (&node.value, node.value.text(), node.value.number()) {
+        (_, Some(text), _) => Ok(Some(text.to_owned())),
+        (_, None, Some(number)) => Ok(Some(number.to_string())),
+        (Value::Null, ..) if ["globalSuffix", "prefixStats"].contains(&name) => Ok(Some("null".to_owned())),
+        (Value::Null, ..) => {
+            let Object { file, path, .. } = object;
+            draft.warn(format!(
+                "{file}:{}: {path}{name} is taken for \"\": of null the original makes an empty part, with two dots in a row",
+                node.at
+            ));
+            Ok(Some(String::new()))
+        }
+        (_, None, None) => object.wrong(node, name, &format!("{} where a text was expected", node.value.name())),
+    }
 }
 
 fn repeater(root: &Object<'_>, backends: &Backends, draft: &mut Draft) -> Result<(), Refusal> {
@@ -503,7 +631,7 @@ fn repeater(root: &Object<'_>, backends: &Backends, draft: &mut Draft) -> Result
         return Ok(());
     }
     let mut targets = Vec::new();
-    for node in root.list("repeater") {
+    for node in root.true_list("repeater", draft) {
         let Value::Object(members) = &node.value else {
             return root.wrong(
                 node,
@@ -512,15 +640,14 @@ fn repeater(root: &Object<'_>, backends: &Backends, draft: &mut Draft) -> Result
             );
         };
         let entry = Object { path: "repeater.", members, ..*root };
-        match (entry.text("host")?, entry.number("port")?) {
-            (Some(host), Some(_)) => targets.push(target(&host, entry.port("port", 8125)?)),
-            (None, _) | (_, None) => return entry.wrong(node, "host", "write host and port"),
+        if entry.number("port")?.is_none() {
+            return entry.wrong(node, "port", "write host and port");
         }
+        let host = entry.text("host")?.unwrap_or_default();
+        targets.push(relay::target(&host, entry.port("port", 8125)?));
         entry.warn_of_others(&["host", "port"], draft);
     }
-    if !targets.is_empty() {
-        draft.set("export.relay.to", targets, "repeater");
-    }
+    relay::set(draft, "repeater", targets);
     if root.get("repeaterProtocol").is_some() {
         draft.leave(
             "repeaterProtocol",
@@ -573,7 +700,26 @@ mod tests {
             ("{}".to_owned(), "listen.tcp", "[]"),
             ("{ port: '8200', address: 'localhost' }".to_owned(), "listen.udp", r#"["127.0.0.1:8200"]"#),
             ("{ address_ipv6: true }".to_owned(), "listen.udp", r#"["[::]:8125"]"#),
-            ("{ server: './servers/tcp', port: 1 }".to_owned(), "listen.tcp", r#"["0.0.0.0:1"]"#),
+            ("{ server: './servers/tcp', port: 1 }".to_owned(), "listen.tcp", r#"["[::]:1"]"#),
+            ("{ server: 'tcp', address: '0.0.0.0' }".to_owned(), "listen.tcp", r#"["0.0.0.0:8125"]"#),
+            (
+                "{ server: 'tcp', address_ipv6: true, address: '10.0.0.1' }".to_owned(),
+                "listen.tcp",
+                r#"["10.0.0.1:8125"]"#,
+            ),
+            ("{ ipv6: true }".to_owned(), "listen.udp", r#"["0.0.0.0:8125"]"#),
+            ("{ socket: '/s', port: 1 }".to_owned(), "listen.udp", r#"["0.0.0.0:1"]"#),
+            ("{ socket: '/s' }".to_owned(), "listen.unix", "none"),
+            ("{ server: 'tcp', socket: '/s', port: 1 }".to_owned(), "listen.unix", r#"["/s"]"#),
+            ("{ server: 'tcp', socket: '/s', port: 1 }".to_owned(), "listen.tcp", "[]"),
+            ("{ server: 'tcp', socket: '/s' }".to_owned(), "listen.unix_mode", "\"0755\""),
+            ("{ server: 'tcp', socket: '/s', socket_mod: 0660 }".to_owned(), "listen.unix_mode", "\"0660\""),
+            ("{ server: 'tcp', socket: '/s', socket_mod: '620' }".to_owned(), "listen.unix_mode", "\"0620\""),
+            ("{ servers: false, port: 1 }".to_owned(), "listen.udp", r#"["0.0.0.0:1"]"#),
+            ("{ servers: null }".to_owned(), "listen.udp", r#"["0.0.0.0:8125"]"#),
+            ("{ servers: 0 }".to_owned(), "listen.udp", r#"["0.0.0.0:8125"]"#),
+            ("{ servers: '' }".to_owned(), "listen.udp", r#"["0.0.0.0:8125"]"#),
+            ("{ servers: [] }".to_owned(), "listen.udp", "[]"),
             (
                 "{ servers: [{ server: 'x/tcp.js', port: 3 }, {}, {address: '::1'}] }".to_owned(),
                 "listen.udp",
@@ -584,8 +730,10 @@ mod tests {
             ("{ mgmt_address: '10.0.0.1' }".to_owned(), "export.console.listen", r#"["127.0.0.1:8126"]"#),
             ("{ keyNameSanitize: false }".to_owned(), "protocol.name_policy", "\"none\""),
             ("{}".to_owned(), "flush.window", "\"10s\""),
-            ("{ flushInterval: 2500 }".to_owned(), "flush.interval", "\"500ms\""),
-            ("{ flushInterval: 1001 }".to_owned(), "flush.interval", "\"1s 1ms\""),
+            ("{ flushInterval: 2500 }".to_owned(), "flush.interval", "\"625ms\""),
+            ("{ flushInterval: 10010 }".to_owned(), "flush.interval", "\"910ms\""),
+            ("{ flushInterval: 10007 }".to_owned(), "flush.interval", "\"10s 7ms\""),
+            ("{ flushInterval: 50 }".to_owned(), "flush.interval", "\"50ms\""),
             ("{ flushInterval: 60000 }".to_owned(), "flush.interval", "none"),
             ("{}".to_owned(), "flush.percentiles", "[90]"),
             ("{ percentThreshold: 0 }".to_owned(), "flush.percentiles", "[90]"),
@@ -601,6 +749,16 @@ mod tests {
                 "flush.histograms",
                 r#"[{ metric = "a", bins = [0.5, 1.0, inf] }]"#,
             ),
+            ("{ calculatedTimerMetrics: 'count' }".to_owned(), "flush.timer_metrics", "none"),
+            ("{ histogram: [{ bins: [1] }, { metric: null, bins: [1] }] }".to_owned(), "flush.histograms", "none"),
+            ("{ histogram: { metric: '', bins: [1] } }".to_owned(), "flush.histograms", "none"),
+            (
+                "{ histogram: [{ metric: '', bins: [10, 5, 'inf', 20] }, { metric: 7, bins: 3 }] }".to_owned(),
+                "flush.histograms",
+                r#"[{ metric = "", bins = [10.0, inf] }, { metric = "7", bins = [] }]"#,
+            ),
+            ("{ gaugesMaxTTL: '5' }".to_owned(), "flush.gauges_max_ttl", "1"),
+            ("{ gaugesMaxTTL: 'x' }".to_owned(), "flush.gauges_max_ttl", "1"),
             ("{ deleteIdleStats: 1, deleteGauges: false }".to_owned(), "flush.delete_gauges", "false"),
             ("{ deleteIdleStats: 1 }".to_owned(), "flush.delete_idle_stats", "true"),
             ("{ deleteIdleStats: 1 }".to_owned(), "flush.delete_timers", "none"),
@@ -612,6 +770,9 @@ mod tests {
             (graphite("graphiteProtocol: 'pickle', graphitePicklePort: 7"), "export.graphite.to", "\"g:7\""),
             (graphite("graphiteProtocol: 'pickle'"), "export.graphite.protocol", "\"pickle\""),
             (graphite("prefixStats: ''"), "export.graphite.prefix_stats", "\"\""),
+            (graphite("prefixStats: null"), "export.graphite.prefix_stats", "\"null\""),
+            (graphite("graphite: { globalSuffix: null }"), "export.graphite.global_suffix", "\"null\""),
+            (graphite("graphite: { prefixSet: null }"), "export.graphite.prefix_set", "\"\""),
             (graphite("flush_counts: false"), "export.graphite.flush_counts", "false"),
             (
                 graphite("graphite: { legacyNamespace: false, globalPrefix: '' }"),
@@ -625,12 +786,21 @@ mod tests {
                 "export.relay.to",
                 r#"["a:1", "[::1]:2"]"#,
             ),
+            (
+                repeater(
+                    "repeater: [{ port: 1 }, { host: 'a', port: 1 }, { host: 'a', port: '1' }, { host: 'b c', port: 1 }]",
+                ),
+                "export.relay.to",
+                r#"["127.0.0.1:1", "a:1"]"#,
+            ),
+            (repeater("repeater: [{ host: 'localhost', port: 8125 }]"), "export.relay", "none"),
             (repeater("repeaterProtocol: 'tcp', repeater: [{ host: 'a', port: 1 }]"), "export.relay", "none"),
             ("{ debug: true }".to_owned(), "log.level", "\"debug\""),
         ];
         for (text, key, want) in cases {
             let found = at(&text, key).replace(".0,", ",").replace(".0]", "]");
             assert_eq!(found, want.replace(".0,", ",").replace(".0]", "]"), "{text} {key}");
+            assert_eq!(convert("c.js", &text).unwrap().refusals(), [""; 0], "{text}");
         }
     }
 
@@ -643,6 +813,51 @@ mod tests {
             assert!(text.contains(&format!("\n# - {name}: ")), "{name}: {text}");
         }
         assert_eq!(draft.warnings.len(), 1, "that of the console: {:?}", draft.warnings);
+    }
+
+    #[test]
+    fn what_a_person_should_look_at_is_warned_of() {
+        let many: String = (1..=17).map(|port| format!("{{ host: 'a', port: {port} }}, ")).collect();
+        let many = format!("{{ backends: ['repeater'], repeater: [{many}] }}");
+        let cases = [
+            ("{ ipv6: true }", "c.js:1:3: unknown key \"ipv6\", which is left out"),
+            (
+                "{ socket_mode: 1 }",
+                "c.js:1:3: unknown key \"socket_mode\", which is left out; did you mean \"socket_mod\"?",
+            ),
+            (
+                "{ servers: [{ server: 'tcp', socket: '/a', socket_mod: 0600 }, { server: 'tcp', socket: '/b' }] }",
+                "socket_mod: all sockets have the same permissions here, so 0755 is taken",
+            ),
+            ("{ flushInterval: 86399999 }", "c.js: flushInterval: nothing from 100 ms to a second divides it"),
+            (
+                "{ calculatedTimerMetrics: 'count' }",
+                "c.js:1:27: calculatedTimerMetrics is left out: the original takes no notice of a text, only of a list",
+            ),
+            ("{ histogram: [{ bins: [1] }] }", "c.js:1:15: this histogram is left out: without a metric"),
+            ("{ histogram: [{ metric: '', bins: [2, 1] }] }", "c.js:1:39: the bin 1 is left out: it stands behind 2"),
+            ("{ graphiteHost: 'g', graphite: { prefixSet: null } }", "c.js:1:45: graphite.prefixSet is taken for \"\""),
+            ("{ graphiteHost: 'g h' }", "export.graphite.to = \"g h:2003\": "),
+            (&many, "repeater \"a:17\" is left out: there are 16 servers at most"),
+            (
+                "{ backends: ['repeater'], repeater: [{ host: 'b c', port: 1 }] }",
+                "repeater \"b c:1\" is left out: export.relay.to = \"b c:1\": no host with a port",
+            ),
+            (
+                "{ backends: ['repeater'], repeater: [{ host: '127.0.0.1', port: 8125 }] }",
+                "repeater \"127.0.0.1:8125\" is left out: export.relay.to = \"127.0.0.1:8125\": this agent listens there",
+            ),
+            (
+                "{ backends: ['repeater'], repeater: [{ host: 'a', port: 1 }, { host: 'a', port: 1 }] }",
+                "repeater \"a:1\" is left out: it stands there twice",
+            ),
+        ];
+        for (text, want) in cases {
+            let draft = convert("c.js", text).unwrap();
+            let all = [draft.warnings.clone(), draft.refusals()].concat();
+            // That of the console is the other one.
+            assert!(all.len() == 2 && all.iter().any(|warning| warning.contains(want)), "{text}: {all:?}");
+        }
     }
 
     #[test]
@@ -674,11 +889,14 @@ mod tests {
             ("{ percentThreshold: [101] }", "c.js:1:22: percentThreshold: no percentile"),
             ("{ histogram: [1] }", "c.js:1:15: histogram: a number where an object was expected"),
             (
-                "{ histogram: [{ bins: ['x'] }] }",
-                "c.js:1:24: histogram.bins: a text where a number or 'inf' was expected",
+                "{ histogram: [{ metric: '', bins: ['x'] }] }",
+                "c.js:1:36: histogram.bins: a text where a number or 'inf' was expected",
             ),
             ("{ backends: [1] }", "c.js:1:14: backends: a number where a text was expected"),
-            ("{ backends: ['repeater'], repeater: [{ port: 1 }] }", "c.js:1:38: repeater.host: write host and port"),
+            ("{ backends: ['repeater'], repeater: [{ host: 'a' }] }", "c.js:1:38: repeater.port: write host and port"),
+            ("{ servers: {} }", "c.js:1:12: servers: an object where a list of objects was expected"),
+            ("{ server: 'tcp', socket: 's' }", "c.js:1:26: socket: no path from the root"),
+            ("{ server: 'tcp', socket: '/s', socket_mod: 01000 }", "c.js:1:44: socket_mod: no permissions"),
             ("{ servers: ['udp'] }", "c.js:1:13: servers: a text where an object was expected"),
         ];
         for (text, want) in cases {

@@ -132,7 +132,7 @@ impl fmt::Display for Fault {
     }
 }
 
-/// Reads a whole file: one value, `;` behind it or not, `module.exports =` before it or not.
+/// Reads a whole file: one value, `;` behind it or not, `module.exports =` or `config =` before it or not.
 ///
 /// # Errors
 /// The first thing that can't be read.
@@ -141,7 +141,7 @@ pub(super) fn read(text: &str) -> Result<Node, Error> {
         return Err(Error { at: Place { line: 1, column: 1 }, fault: Fault::TooLong });
     }
     let mut reader = Reader { rest: text.strip_prefix('\u{feff}').unwrap_or(text), at: Place { line: 1, column: 1 } };
-    reader.exports()?;
+    reader.assignment()?;
     let node = reader.value(0)?;
     reader.blank()?;
     while reader.take(';') {
@@ -215,15 +215,20 @@ impl<'t> Reader<'t> {
         }
     }
 
-    /// Passes over `module.exports =`.
-    fn exports(&mut self) -> Result<(), Error> {
+    /// Passes over `module.exports =`, or what else the value is assigned to.
+    fn assignment(&mut self) -> Result<(), Error> {
         self.blank()?;
-        if self.rest.starts_with("module.exports") {
-            self.take_while(is_path);
-            self.blank()?;
-            if !self.take('=') {
-                return Err(self.unexpected("\"=\" behind module.exports"));
-            }
+        let before = (self.rest, self.at);
+        let is_name = self.peek().is_some_and(|c| is_word(c) && !c.is_ascii_digit());
+        let name = if is_name { self.take_while(is_path) } else { "" };
+        self.blank()?;
+        let is_assigned = !name.is_empty() && self.rest.starts_with('=') && !self.rest.starts_with("==");
+        if is_assigned {
+            self.next();
+        } else if name == "module.exports" {
+            return Err(self.unexpected("\"=\" behind module.exports"));
+        } else {
+            (self.rest, self.at) = before;
         }
         Ok(())
     }
@@ -380,12 +385,7 @@ impl<'t> Reader<'t> {
             Some('v') => 11,
             Some('0') => 0,
             Some('x') => self.hex(2),
-            Some('u') if self.take('{') => {
-                let digits = self.take_while(|c| c.is_ascii_hexdigit());
-                let code = u32::from_str_radix(digits, 16).unwrap_or(u32::MAX);
-                if self.take('}') { code } else { u32::MAX }
-            }
-            Some('u') => self.hex(4),
+            Some('u') => self.unicode(),
             // A line that goes on.
             Some('\n') => return Ok(()),
             Some('\r') => {
@@ -395,9 +395,37 @@ impl<'t> Reader<'t> {
             Some(c) => c.into(),
             None => return self.fail(at, Fault::Escape),
         };
-        let letter = char::from_u32(code).ok_or(Error { at, fault: Fault::Escape })?;
+        let letter = match code {
+            0xd800..=0xdfff => self.surrogate(code),
+            _ => char::from_u32(code).ok_or(Error { at, fault: Fault::Escape })?,
+        };
         text.push(letter);
         Ok(())
+    }
+
+    /// What stands behind `\u`; what is none gives no letter.
+    fn unicode(&mut self) -> u32 {
+        if !self.take('{') {
+            return self.hex(4);
+        }
+        let digits = self.take_while(|c| c.is_ascii_hexdigit());
+        let code = u32::from_str_radix(digits, 16).unwrap_or(u32::MAX);
+        if self.take('}') { code } else { u32::MAX }
+    }
+
+    /// A letter in two halves. A half by itself is written as U+FFFD by the original too.
+    fn surrogate(&mut self, high: u32) -> char {
+        let before = (self.rest, self.at);
+        if high < 0xdc00 && self.take('\\') && self.take('u') {
+            let low = self.unicode();
+            if let Some(letter) =
+                (0xdc00..=0xdfff).contains(&low).then(|| 0x10000 + ((high & 0x3ff) << 10) + (low & 0x3ff))
+            {
+                return char::from_u32(letter).unwrap_or(char::REPLACEMENT_CHARACTER);
+            }
+        }
+        (self.rest, self.at) = before;
+        char::REPLACEMENT_CHARACTER
     }
 
     /// So many hexadecimal digits; what is none gives no letter either.
@@ -417,7 +445,8 @@ impl<'t> Reader<'t> {
 }
 
 /// Digits of any form that JavaScript knows.
-fn parsed(digits: &str) -> Option<f64> {
+fn parsed(written: &str) -> Option<f64> {
+    let digits = joined(written)?;
     let radix = |digits: &str, radix| u64::from_str_radix(digits, radix).ok().map(|number| number as f64);
     let lower = digits.to_ascii_lowercase();
     match lower.as_bytes() {
@@ -434,6 +463,19 @@ fn parsed(digits: &str) -> Option<f64> {
             lower.parse().ok().filter(|number: &f64| is_decimal && has_digit && number.is_finite())
         }
     }
+}
+
+/// Digits without the `_` between them; nothing where one stands elsewhere, or in a number that begins with 0.
+fn joined(written: &str) -> Option<String> {
+    let bytes = written.as_bytes();
+    let is_digit = |place: Option<usize>| place.and_then(|at| bytes.get(at)).is_some_and(u8::is_ascii_hexdigit);
+    let is_between = |at: usize| is_digit(at.checked_sub(1)) && is_digit(at.checked_add(1));
+    let is_old_octal = matches!(bytes, [b'0', b'0'..=b'9' | b'_', ..]);
+    let mut places = written.match_indices('_').peekable();
+    if is_old_octal && places.peek().is_some() || !places.all(|(at, _)| is_between(at)) {
+        return None;
+    }
+    Some(written.replace('_', ""))
 }
 
 /// The beginning of an expression, to know it by.
@@ -489,6 +531,12 @@ mod tests {
                 "[1, 0x1F, 0o17, 0b11, 0755, -4.5, +2, .5, 5., 1e3, 1E-3, -Infinity, 08]",
                 "[1,31,15,3,493,-4.5,2,0.5,5,1000,0.001,-inf,8]",
             ),
+            ("[10_000, 1_0.2_5e1_0, 0xF_F, 1e1_0]", "[10000,102500000000,255,10000000000]"),
+            (
+                r"['\ud83d\ude00', '\u{d83d}\u{de00}', '\ud83dx', '\ude00']",
+                "[\"😀\",\"😀\",\"\u{fffd}x\",\"\u{fffd}\"]",
+            ),
+            ("config = { a: 1 };", "{a:1}"),
             ("[1,,2,]", "[1,undefined,2]"),
             ("[true,false,null,undefined,NaN]", "[true,false,null,undefined,NaN]"),
             ("{$a_1: {\"b c\": {}}, 1: [[]]}", "{$a_1:{b c:{}},1:[[]]}"),
@@ -527,6 +575,11 @@ d`]"#,
             ("{ a: 'b\n' }", "1:6 this text has no end; close its quote in the same line".to_owned()),
             ("{ /* a", "1:3 this comment has no end; write */ behind it".to_owned()),
             ("[1x]", "1:2 no number; write one such as 10, 0.5 or 0x1f".to_owned()),
+            ("[1__0]", "1:2 no number; write one such as 10, 0.5 or 0x1f".to_owned()),
+            ("[10_]", "1:2 no number; write one such as 10, 0.5 or 0x1f".to_owned()),
+            ("[0_10]", "1:2 no number; write one such as 10, 0.5 or 0x1f".to_owned()),
+            ("config", format!("1:1 {}", expression("config"))),
+            ("a == {}", format!("1:1 {}", expression("a == {"))),
             ("['\\xzz']", "1:3 no escape of JavaScript; write two backslashes for one".to_owned()),
         ];
         for (text, want) in cases {

@@ -1,9 +1,11 @@
 //! The flags of statsd_exporter (0.30) as a configuration of ours. Every flag of its `--help` is known here; what has no
 //! counterpart is said with the reason, and another flag is refused, as it refuses it itself. Pure.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use super::draft::{Draft, Refusal};
+use super::relay;
+use crate::export::relay::PACKET;
 use crate::units::Size;
 
 /// What a flag takes.
@@ -56,6 +58,9 @@ const NO_QUEUE: &str = "a line is counted when it is read, so there is no queue 
 /// A flag that is not in the table above, since it says nothing if it has its default.
 const FORMAT: &str = "log.format";
 
+/// Flags with which the exporter says something and ends.
+const ENDING: [&str; 3] = ["help", "version", "check-config"];
+
 /// Bytes of all flags.
 const SIZE_MAX: usize = 64 << 10;
 
@@ -69,15 +74,19 @@ pub(super) fn convert(text: &str) -> Result<Draft, Refusal> {
     listeners(&flags, &mut draft)?;
     web(&flags, &mut draft)?;
     protocol(&flags, &mut draft);
-    relay(&flags, &mut draft)?;
+    sent_on(&flags, &mut draft)?;
     if let Some(file) = flags.value("statsd.mapping-config").filter(|file| !file.is_empty()) {
         draft.set("mapping.file", file, "--statsd.mapping-config");
     }
     if let Some(level) = flags.value("log.level") {
-        if !["debug", "info", "warn", "error"].contains(&level) {
+        let lower = level.to_lowercase();
+        if !["debug", "info", "warn", "error"].contains(&lower.as_str()) {
             return refuse("log.level", level, "no level; write debug, info, warn or error");
         }
-        draft.set("log.level", level, "--log.level");
+        draft.set("log.level", lower, "--log.level");
+    }
+    for name in ENDING.into_iter().filter(|name| flags.is(name, false)) {
+        draft.warn(format!("with --{name} the exporter ends at once; what is printed is what its other flags come to"));
     }
     let left = FLAGS.iter().filter(|(name, _, why)| !why.is_empty() && flags.has(name));
     left.for_each(|(name, _, why)| draft.leave(&format!("--{name}"), why));
@@ -146,14 +155,14 @@ impl Flags {
         self.value(name).map_or(default, |value| value == "true")
     }
 
-    /// An address, `:9125` being that of all IPv4; none where the flag is empty.
+    /// An address; none where the flag is empty. The exporter listens by IPv6 and IPv4 at `:9125` as at `0.0.0.0:9125`.
     fn address(&self, name: &str, default: &str) -> Result<Option<String>, Refusal> {
         let text = self.value(name).unwrap_or(default);
         if text.is_empty() {
             return Ok(None);
         }
         let at = match text.rsplit_once(':') {
-            Some(("", port)) => port.parse().ok().map(|port| SocketAddr::new(IpAddr::from([0_u8; 4]), port)),
+            Some(("" | "0.0.0.0", port)) => port.parse().ok().map(|port| SocketAddr::new(ALL, port)),
             Some((host, port)) if host.eq_ignore_ascii_case("localhost") => {
                 port.parse().ok().map(|port| SocketAddr::new(IpAddr::from([127, 0, 0, 1]), port))
             }
@@ -171,6 +180,9 @@ impl Flags {
         text.parse().map(Some).or_else(|_| refuse(name, text, "no number; write one such as 1400"))
     }
 }
+
+/// All addresses, those of IPv4 among them.
+const ALL: IpAddr = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
 
 /// The flag of a word, what it takes, and whether the word denies it.
 fn known(word: &str) -> Result<(&'static str, Takes, bool), Refusal> {
@@ -192,7 +204,9 @@ fn known(word: &str) -> Result<(&'static str, Takes, bool), Refusal> {
 
 fn listeners(flags: &Flags, draft: &mut Draft) -> Result<(), Refusal> {
     let udp = flags.address("statsd.listen-udp", ":9125")?;
-    draft.set("listen.udp", udp.into_iter().collect::<Vec<_>>(), "--statsd.listen-udp");
+    let comment = "--statsd.listen-udp; \"[::]\" is IPv4 too, as in the exporter. On a host without IPv6 write \"0.0.0.0\", here \
+                   and below";
+    draft.set("listen.udp", udp.into_iter().collect::<Vec<_>>(), comment);
     let tcp = flags.address("statsd.listen-tcp", ":9125")?;
     draft.set("listen.tcp", tcp.into_iter().collect::<Vec<_>>(), "--statsd.listen-tcp");
     let unixgram = flags.value("statsd.listen-unixgram").filter(|path| !path.is_empty());
@@ -218,15 +232,23 @@ fn listeners(flags: &Flags, draft: &mut Draft) -> Result<(), Refusal> {
 }
 
 fn web(flags: &Flags, draft: &mut Draft) -> Result<(), Refusal> {
-    let comment = "--web.listen-address, for /metrics; /-/healthy, /-/ready and /-/reload are at http.api (127.0.0.1:7000). \
-                   Without an address the exporter listens by IPv6 too: that would be \"[::]:PORT\".";
-    if let Some(scrape) = flags.address("web.listen-address", ":9102")? {
-        draft.set("http.scrape", vec![scrape], comment);
+    let comment =
+        "--web.listen-address, for /metrics; /-/healthy, /-/ready and /-/reload are at http.api (127.0.0.1:7000).";
+    match flags.address("web.listen-address", ":9102")? {
+        Some(scrape) => draft.set("http.scrape", vec![scrape], comment),
+        None => {
+            let why = "an empty one is port 80 to the exporter";
+            draft.set(
+                "http.scrape",
+                vec![SocketAddr::new(ALL, 80).to_string()],
+                format!("--web.listen-address: {why}"),
+            );
+            draft.warn(format!("--web.listen-address=: {why}, and so it is taken; name another port in http.scrape"));
+        }
     }
-    if flags.has("web.enable-lifecycle") {
-        let comment = "--web.enable-lifecycle, for POST /-/reload; a stop is SIGTERM, there is no /-/quit";
-        draft.set("http.lifecycle", flags.is("web.enable-lifecycle", false), comment);
-    }
+    let comment = "--web.enable-lifecycle, for POST /-/reload, which the exporter refuses by default; a stop is SIGTERM, there is \
+                   no /-/quit";
+    draft.set("http.lifecycle", flags.is("web.enable-lifecycle", false), comment);
     if let Some(path) = flags.value("web.telemetry-path").filter(|path| *path != "/metrics") {
         let why = "the path is always /metrics; set metrics_path in Prometheus' configuration, or leave it out there";
         draft.leave(&format!("--web.telemetry-path={path}"), why);
@@ -249,13 +271,15 @@ fn protocol(flags: &Flags, draft: &mut Draft) {
     draft.set("protocol.tag_dialects", on, comment);
 }
 
-fn relay(flags: &Flags, draft: &mut Draft) -> Result<(), Refusal> {
+fn sent_on(flags: &Flags, draft: &mut Draft) -> Result<(), Refusal> {
     let length = flags.number("statsd.relay.packet-length")?;
     match flags.value("statsd.relay.address").filter(|address| !address.is_empty()) {
         Some(address) => {
-            draft.set("export.relay.to", vec![address], "--statsd.relay.address");
-            let comment = "--statsd.relay.packet-length; a longer line goes alone, where the exporter drops it";
-            draft.set("export.relay.packet", Size(length.unwrap_or(1_400)).to_string(), comment);
+            // Without a host it is this one to the exporter.
+            let port = address.strip_prefix(':').and_then(|port| port.parse().ok());
+            let target = port.map_or_else(|| address.to_owned(), |port| relay::target("", port));
+            relay::set(draft, "--statsd.relay.address", [target]);
+            packet(length.unwrap_or(1_400), draft);
         }
         None if length.is_some() => {
             draft.leave("--statsd.relay.packet-length", "there is no relay without --statsd.relay.address")
@@ -263,6 +287,16 @@ fn relay(flags: &Flags, draft: &mut Draft) -> Result<(), Refusal> {
         None => {}
     }
     Ok(())
+}
+
+fn packet(length: u64, draft: &mut Draft) {
+    let taken = length.clamp(*PACKET.start(), *PACKET.end());
+    let comment = "--statsd.relay.packet-length; a longer line goes alone, where the exporter drops it";
+    draft.set("export.relay.packet", Size(taken).to_string(), comment);
+    if taken != length {
+        let (least, most) = (PACKET.start(), PACKET.end());
+        draft.warn(format!("--statsd.relay.packet-length={length} is taken as {taken}: it is {least} to {most} here"));
+    }
 }
 
 #[cfg(test)]
@@ -287,14 +321,18 @@ mod tests {
     #[test]
     fn each_flag_becomes_a_key() {
         let cases = [
-            ("", "listen.udp", r#"["0.0.0.0:9125"]"#),
+            ("", "listen.udp", r#"["[::]:9125"]"#),
+            ("--statsd.listen-tcp=0.0.0.0:1", "listen.tcp", r#"["[::]:1"]"#),
+            ("--statsd.listen-tcp=127.0.0.1:1", "listen.tcp", r#"["127.0.0.1:1"]"#),
             ("--statsd.listen-udp= --statsd.listen-tcp ''", "listen.udp", "[]"),
             ("--statsd.listen-udp= --statsd.listen-tcp ''", "listen.tcp", "[]"),
             ("/usr/bin/statsd_exporter --statsd.listen-tcp [::1]:1", "listen.tcp", r#"["[::1]:1"]"#),
             ("--statsd.listen-unixgram=/run/s --statsd.unixsocket-mode=0660", "listen.unix_mode", "\"0660\""),
             ("--statsd.listen-unixgram=/run/s", "listen.unix_mode", "\"0755\""),
             ("--statsd.read-buffer=1048576", "listen.receive_buffer", "\"1MiB\""),
-            ("", "http.scrape", r#"["0.0.0.0:9102"]"#),
+            ("", "http.scrape", r#"["[::]:9102"]"#),
+            ("--web.listen-address=", "http.scrape", r#"["[::]:80"]"#),
+            ("", "http.lifecycle", "false"),
             ("--web.listen-address localhost:1", "http.scrape", r#"["127.0.0.1:1"]"#),
             ("--web.enable-lifecycle", "http.lifecycle", "true"),
             ("--no-web.enable-lifecycle", "http.lifecycle", "false"),
@@ -308,10 +346,43 @@ mod tests {
             ("--statsd.relay.address=a:1", "export.relay.to", r#"["a:1"]"#),
             ("--statsd.relay.address=a:1", "export.relay.packet", "\"1400B\""),
             ("--statsd.relay.address=a:1 --statsd.relay.packet-length=512", "export.relay.packet", "\"512B\""),
+            ("--statsd.relay.address=:8125", "export.relay.to", r#"["127.0.0.1:8125"]"#),
+            ("--statsd.relay.address=:9125", "export.relay.to", "none"),
+            ("--statsd.relay.address=a:1 --statsd.relay.packet-length=10", "export.relay.packet", "\"64B\""),
+            ("--statsd.relay.address=a:1 --statsd.relay.packet-length=99999", "export.relay.packet", "\"65507B\""),
+            ("--log.level=WARN", "log.level", "\"warn\""),
             ("--log.level=warn --log.format=json", "log.level", "\"warn\""),
         ];
         for (flags, key, want) in cases {
             assert_eq!(at(flags, key), want, "{flags} {key}");
+            assert_eq!(convert(flags).unwrap().refusals(), [""; 0], "{flags}");
+        }
+    }
+
+    #[test]
+    fn what_a_person_should_look_at_is_warned_of() {
+        let cases = [
+            ("--version", "with --version the exporter ends at once"),
+            ("--help --no-version", "with --help the exporter ends at once"),
+            ("--check-config", "with --check-config the exporter ends at once"),
+            ("--web.listen-address=", "--web.listen-address=: an empty one is port 80 to the exporter"),
+            (
+                "--statsd.relay.address=a:1 --statsd.relay.packet-length=10",
+                "--statsd.relay.packet-length=10 is taken as 64: it is 64 to 65507 here",
+            ),
+            (
+                "--statsd.relay.address=:9125",
+                "--statsd.relay.address \"127.0.0.1:9125\" is left out: export.relay.to = \"127.0.0.1:9125\": this agent listens",
+            ),
+            (
+                "--statsd.relay.address=nowhere",
+                "--statsd.relay.address \"nowhere\" is left out: export.relay.to = \"nowhere\": no host with a port",
+            ),
+        ];
+        for (flags, want) in cases {
+            let draft = convert(flags).unwrap();
+            assert!(draft.warnings.len() == 1 && draft.warnings[0].starts_with(want), "{flags}: {:?}", draft.warnings);
+            assert_eq!(draft.refusals(), [""; 0], "{flags}");
         }
     }
 
