@@ -305,12 +305,30 @@ fn clients_that_are_none_are_closed() {
     let at = agent.address("console");
     agent.datagram("a:1|c");
     agent.wait_for("a", "value", 1);
-    let request = "POST / HTTP/1.1\r\nHost: localhost\r\n\r\ndelcounters a\n";
-    assert_eq!(ask_once(at, request), "");
-    assert_eq!(agent.own("tallyd_console_commands_total", "http_request"), 1.0);
+    for (method, count) in [("POST", 1.0), ("patch", 2.0), ("M-SEARCH", 3.0), ("!#$", 4.0), ("delcounters", 5.0)] {
+        let request = format!("{method} / HTTP/1.1\r\nHost: localhost\r\n\r\ndelcounters a\n");
+        assert_eq!(ask_once(at, &request), "");
+        assert_eq!(agent.own("tallyd_console_commands_total", "http_request"), count, "{method}");
+    }
+    assert_eq!(ask_once(at, "\x16\x03\x01\ndelcounters a\n"), "");
+    assert_eq!(agent.own("tallyd_console_commands_total", "tls_hello"), 1.0);
+    // What comes after the beginning of a request's line is not read, however late.
+    let mut slow = TcpStream::connect(at).unwrap();
+    slow.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    slow.write_all(b"POST /aaaa").unwrap();
+    assert_eq!(slow.read(&mut [0; 64]).unwrap(), 0, "closed without an answer");
+    // Here the pause shows by the answer to what seems to be a command.
+    let mut slow = TcpStream::connect(at).unwrap();
+    slow.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    slow.write_all(b"POST").unwrap();
+    let mut answer = [0; 64];
+    let length = slow.read(&mut answer).unwrap();
+    assert_eq!(&answer[..length], b"ERROR\n");
+    slow.write_all(b" /aaaabbb HTTP/1.1\r\nHost: a\r\n\r\ndelcounters a\n").unwrap();
+    assert_eq!(slow.read(&mut answer).unwrap_or(0), 0, "closed without an answer");
     assert!(agent.metric("a").is_some());
     let long = "x".repeat(70_000);
-    assert_eq!(ask_once(at, &format!("{long}\nhealth\n")), "ERROR\nhealth: up\n");
+    assert_eq!(ask_once(at, &format!("delcounters {long}\nhealth\n")), "ERROR\nhealth: up\n");
     // As many as there may be, each known to be accepted.
     let greet = |mut stream: &TcpStream| {
         stream.write_all(b"health\n").unwrap();
