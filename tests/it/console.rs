@@ -372,6 +372,32 @@ fn one_that_does_not_read_is_closed_and_delays_nobody() {
 }
 
 #[test]
+fn those_who_ask_for_much_leave_turns_to_others() {
+    const SERIES: usize = 5_000;
+    let agent = Agent::start(&[CONSOLE, "store.kind=memory", "limits.new_series=1000000", "limits.idle=1h"]);
+    let at = agent.address("console");
+    let text: String = (0..SERIES).map(|n| format!("a.name.of.usual.length.{n:06}:1|c\n")).collect();
+    agent.connect().write_all(text.as_bytes()).unwrap();
+    agent.wait_for(&format!("a.name.of.usual.length.{:06}", SERIES - 1), "value", 1);
+    let greedy: Vec<_> = (0..15).map(|_| TcpStream::connect(at).unwrap()).collect();
+    let readers: Vec<_> = greedy
+        .iter()
+        .map(|stream| {
+            let mut stream = stream.try_clone().unwrap();
+            stream.write_all("counters\n".repeat(400).as_bytes()).unwrap();
+            // It reads until the test closes the connection.
+            std::thread::spawn(move || std::io::copy(&mut stream, &mut std::io::sink()).unwrap_or(0))
+        })
+        .collect();
+    let shown = || agent.own("tallyd_console_commands_total", "command=\"counters\"");
+    until("all of them to be answered", || (shown() >= 15.0).then_some(()));
+    assert_eq!(ask_once(at, "health"), "health: up\n");
+    assert!(shown() < 15.0 * 400.0, "nobody was being answered any more");
+    greedy.iter().for_each(|stream| drop(stream.shutdown(Shutdown::Both)));
+    readers.into_iter().for_each(|reader| drop(reader.join()));
+}
+
+#[test]
 fn it_is_for_this_machine_alone_unless_one_says_otherwise() {
     let check = |settings: &[&str]| {
         let mut command = tallyd();
