@@ -124,7 +124,7 @@ table! {
     RELAY_PACKETS = "tallyd_relay_packets_total", Counter, ["target"], "Datagrams in which they were sent.";
     RELAY_BYTES = "tallyd_relay_bytes_total", Counter, ["target"], "Payload bytes of these datagrams.";
     RELAY_DROPPED = "tallyd_relay_dropped_lines_total", Counter, ["target", "reason"], "Lines not sent on; queue_full: they came faster than they were sent, unresolved: the name has no address, loop: it is our own listener's, refused: nobody listens there, buffer_full: the kernel has no room, too_long: no datagram is so long, error: another error.";
-    CONSOLE_COMMANDS = "tallyd_console_commands_total", Counter, ["command"], "Commands given to Etsy's console; http_request: a connection closed because it was a client's of HTTP.";
+    CONSOLE_COMMANDS = "tallyd_console_commands_total", Counter, ["command"], "Commands given to Etsy's console; http_request, tls_hello: a connection closed because it was a client's of HTTP or TLS.";
     SCRAPE_SECONDS = "tallyd_scrape_seconds", Seconds, [], "Time to write one scrape.";
     CONFLICTS = "tallyd_scrape_conflicts", Gauge, [], "Series renamed in the last scrape, or added to others, because their names would collide.";
     SCRAPE_PARTIAL = "tallyd_scrape_partial", Gauge, ["reason"], "Series of which the last scrape does not show all; illegal_negative_counter: the decrements of a counter; empty_metric_name: nothing, since its mapping rule gives an empty name.";

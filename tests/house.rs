@@ -53,7 +53,19 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ),
     (
         "export",
-        &["sample", "aggregate", "ingest", "inherited", "listen", "view", "clock", "heartbeat", "sync", "telemetry"],
+        &[
+            "sample",
+            "aggregate",
+            "ingest",
+            "inherited",
+            "listen",
+            "view",
+            "clock",
+            "heartbeat",
+            "sync",
+            "tls",
+            "telemetry",
+        ],
     ),
 ];
 

@@ -2,7 +2,8 @@
 //! (`echo stats | nc 127.0.0.1 8126`, Nagios plugins, keepalived). What commands answer is in `commands`.
 //!
 //! It asks for no token. So it listens beyond loopback only with `http.insecure`, speaks no TLS, and closes a connection
-//! that begins a line as a client of HTTP does, since a browser can be made to send such.
+//! that begins a line as a client of HTTP does, since a browser can be made to send such, wherever that line is cut; and
+//! one that begins as a client of TLS does.
 //!
 //! Figures are those of this agent: the open window, which the original too shows and empties at its flush. Deleting is
 //! what `DELETE /data/metrics` does. An answer is written in pieces as the reader takes them, with a pointer for each series
@@ -35,8 +36,9 @@ use tokio::time::{sleep, timeout};
 use crate::heartbeat::Board;
 use crate::inherited::{Inherited, Use};
 use crate::listen;
-use crate::listen::lines::{Lines, Piece};
+use crate::listen::lines::{self, Lines, Piece};
 use crate::telemetry;
+use crate::tls;
 use crate::units::ListenAddress;
 use crate::view::View;
 use commands::Desk;
@@ -236,7 +238,7 @@ async fn converse(stream: TcpStream, desk: &Desk) -> io::Result<()> {
                 false
             }
             Err(_) if heard.lines.is_inside() => {
-                heard.end();
+                heard.pause();
                 false
             }
             Err(_) => return Ok(()),
@@ -245,6 +247,8 @@ async fn converse(stream: TcpStream, desk: &Desk) -> io::Result<()> {
             if desk.answer(&command, &mut answer).await?.is_break() {
                 return answer.flush().await;
             }
+            // Many commands may stand in one packet, and other connections have their turn between them.
+            yield_now().await;
         }
         answer.flush().await?;
         if is_over || heard.is_foreign {
@@ -257,30 +261,77 @@ async fn converse(stream: TcpStream, desk: &Desk) -> io::Result<()> {
 struct Heard {
     lines: Lines,
     commands: Vec<String>,
+    /// The beginning of a line of which pieces have been answered, as commands that a pause ended.
+    cut: Vec<u8>,
+    /// Whether nothing has come yet.
+    is_new: bool,
     /// Whether it speaks another protocol.
     is_foreign: bool,
 }
 
 impl Default for Heard {
     fn default() -> Self {
-        Self { lines: Lines::new(LINE_MAX), commands: Vec::new(), is_foreign: false }
+        let lines = Lines::new(LINE_MAX);
+        Self { lines, commands: Vec::new(), cut: Vec::new(), is_new: true, is_foreign: false }
     }
 }
 
 impl Heard {
     fn take(&mut self, bytes: &[u8]) {
+        if std::mem::take(&mut self.is_new) && tls::is_hello(bytes) {
+            commands::count("tls_hello");
+            self.is_foreign = true;
+            return;
+        }
+        if self.goes_on_as_request(bytes) {
+            return self.refuse();
+        }
         if !self.lines.is_inside() && bytes.trim_ascii().is_empty() {
             // The original takes it for a command without a name. Blank lines beside others are none.
             self.commands.push(String::new());
             return;
         }
-        let Self { lines, commands, is_foreign } = self;
+        let Self { lines, commands, is_foreign, .. } = self;
         let flow = lines.feed(bytes, |piece| understand(piece, commands));
         *is_foreign = flow.is_break();
     }
 
+    /// Whether these bytes make a request line of one that pauses have cut: its pieces would not look like one.
+    fn goes_on_as_request(&mut self, bytes: &[u8]) -> bool {
+        if self.cut.is_empty() {
+            return false;
+        }
+        let end = memchr::memchr(b'\n', bytes);
+        let more = &bytes[..end.unwrap_or(bytes.len())];
+        let room = LINE_MAX.saturating_sub(self.cut.len());
+        self.cut.extend_from_slice(&more[..more.len().min(room)]);
+        let is_request = lines::begins_request(&self.cut) || lines::is_request(self.cut.trim_ascii_end());
+        if end.is_some() {
+            self.cut = Vec::new();
+        }
+        is_request
+    }
+
+    /// Takes what has come of a line for all of it, unless more of a request is to be feared.
+    fn pause(&mut self) {
+        if lines::begins_request(self.lines.partial()) {
+            return self.refuse();
+        }
+        if self.cut.is_empty() {
+            self.cut.extend_from_slice(self.lines.partial());
+        }
+        self.end();
+    }
+
+    /// Leaves a client of HTTP without an answer.
+    fn refuse(&mut self) {
+        commands::count("http_request");
+        self.commands.clear();
+        self.is_foreign = true;
+    }
+
     fn end(&mut self) {
-        let Self { lines, commands, is_foreign } = self;
+        let Self { lines, commands, is_foreign, .. } = self;
         let mut flow = ControlFlow::Continue(());
         lines.end(|piece| {
             flow = understand(piece, commands);
@@ -294,8 +345,9 @@ fn understand(piece: Piece<'_>, commands: &mut Vec<String>) -> ControlFlow<()> {
     match piece {
         Piece::Line(line) if line.trim_ascii().is_empty() => {}
         Piece::Line(line) => commands.push(String::from_utf8_lossy(line).trim().to_owned()),
-        Piece::TooLong(_) => commands.push(String::new()),
-        Piece::Request(_) => {
+        Piece::TooLong(line) if line.contains(&b' ') => commands.push(String::new()),
+        // A method may be of any length, and no command is.
+        Piece::TooLong(_) | Piece::Request(_) => {
             commands::count("http_request");
             commands.clear();
             return ControlFlow::Break(());
@@ -350,12 +402,58 @@ mod tests {
         assert_eq!(said(&["health up\nsta", "ts\n\n", "\n"]), ["health up", "stats", ""]);
         assert_eq!(said(&[" \r\n"]), [""]);
         let long = "x".repeat(LINE_MAX + 1);
-        assert_eq!(said(&[&long, "yy\nquit\n"]), ["", "quit"]);
+        assert_eq!(said(&["stats ", &long, "yy\nquit\n"]), ["", "quit"]);
     }
 
     #[test]
     fn a_client_of_http_is_not_answered() {
         let request = "delcounters a\nPOST / HTTP/1.1\r\n\r\ndelcounters b\n";
         assert_eq!(heard(&[request]), (Vec::new(), true));
+        for method in ["patch", "M-SEARCH", "!#$", "delcounters", &"a".repeat(LINE_MAX + 9)] {
+            let request = format!("{method} / HTTP/1.1\r\n\r\ndelcounters b\n");
+            assert_eq!(heard(&[&request]), (Vec::new(), true), "{method:.20}");
+        }
+    }
+
+    /// What is answered if a pause follows each piece, until the connection is closed.
+    fn heard_slowly(pieces: &[&str]) -> (Vec<String>, bool) {
+        let mut heard = Heard::default();
+        for piece in pieces {
+            heard.take(piece.as_bytes());
+            if heard.lines.is_inside() && !heard.is_foreign {
+                heard.pause();
+            }
+            if heard.is_foreign {
+                break;
+            }
+        }
+        (heard.commands, heard.is_foreign)
+    }
+
+    #[test]
+    fn a_request_is_known_wherever_pauses_cut_its_line() {
+        for line in ["POST /aaaabbb HTTP/1.1", "delcounters /a HTTP/1.1", "m http://a/ HTTP/1.1", "OPTIONS * HTTP/1.1"]
+        {
+            for first in 1..=line.len() {
+                for second in first..=line.len() {
+                    let rest = format!("{}\r\nHost: a\r\n\r\ndelcounters victim\n", &line[second..]);
+                    let pieces = [&line[..first], &line[first..second], &rest];
+                    let pieces: Vec<_> = pieces.into_iter().filter(|piece| !piece.is_empty()).collect();
+                    let (commands, is_foreign) = heard_slowly(&pieces);
+                    assert!(is_foreign, "{pieces:?}");
+                    assert!(!commands.iter().any(|command| command.contains("victim")), "{pieces:?}");
+                }
+            }
+        }
+        // Whoever never ends a line is answered all the same.
+        let all = ["stats", "delcounters http.requests a", "health", "\n", "quit\n"];
+        let want = ["stats", "delcounters http.requests a", "health", "", "quit"].map(str::to_owned).to_vec();
+        assert_eq!(heard_slowly(&all), (want, false));
+    }
+
+    #[test]
+    fn a_client_of_tls_is_not_answered() {
+        assert_eq!(heard(&["\x16\x03\x01\ndelcounters victim\n"]), (Vec::new(), true));
+        assert_eq!(heard_slowly(&["\x16", "\x03\x01\ndelcounters victim\n"]), (Vec::new(), true));
     }
 }

@@ -1,12 +1,14 @@
 //! Sends lines on to other StatsD servers over UDP, as they came: those of datagrams and of streams, rejected ones too.
-//! HTTP bodies and records of Kafka are not sent on, nor is what was not read at all: datagrams and lines beyond their
-//! limits, and what a process sends that may not.
+//! HTTP bodies and records of Kafka are not sent on, nor is what was refused before it was read: datagrams and packets beyond
+//! their limit, lines of streams beyond theirs, what breaks off inside a line or packet, clients of HTTP or TLS, and what a
+//! process sends that may not. A line that is too long inside a datagram goes on with it.
 //!
 //! A thread of its own takes the copies that workers make ([`crate::ingest::copies`]), packs them into datagrams of at most
 //! `export.relay.packet` and sends each to every target. Names are looked up by another thread, at first and every 30 s.
 //! Neither waits for a target, and no worker waits for them: what has no room, no address or no taker is counted by target
 //! and gone, and the other targets have it all the same. For each target `tallyd_relay_lines_total` and
-//! `tallyd_relay_dropped_lines_total` together are the lines that were read, but for those beyond their limits.
+//! `tallyd_relay_dropped_lines_total` together are the lines of datagrams and streams that were read: all that came, but for
+//! what is named above.
 //!
 //! A target at which this agent itself listens would send everything round for ever: it is refused.
 //!

@@ -18,14 +18,14 @@ pub(super) enum Piece<'a> {
 
 const LENGTH: usize = 4;
 
-/// What a unix stream is that begins with these bytes, as soon as there are enough of them. Without a control character a
-/// length would be half a gigabyte, which is no packet's, so text can only be lines, as Etsy's server has them on such a
-/// socket. All else is taken for a length, which is refused if it cannot be one.
+/// What a unix stream is that begins with these bytes, as soon as there are enough of them. Text can only be lines, as Etsy's
+/// server has them on such a socket: the least length that is text, of four tabs, would be 151 MB, which is no packet's.
+/// All else is taken for a length, which is refused if it cannot be one.
 pub(super) fn form(beginning: &[u8]) -> Option<Form> {
     let head = beginning.first_chunk::<LENGTH>()?;
     // A character may be cut behind the fourth byte.
     let is_utf8 = std::str::from_utf8(head).map_or_else(|error| error.error_len().is_none(), |_| true);
-    let is_text = is_utf8 && head.iter().all(|byte| !byte.is_ascii_control());
+    let is_text = is_utf8 && head.iter().all(|byte| !byte.is_ascii_control() || b"\t\n\r".contains(byte));
     Some(if is_text { Form::Lines } else { Form::Packets })
 }
 
@@ -219,7 +219,13 @@ mod tests {
             (b"\x05\0\0\0a:1|c", Some(Form::Packets)),
             (b"abc\0", Some(Form::Packets)),
             (b"abc\x1f", Some(Form::Packets)),
-            (b"a\nb:", Some(Form::Packets)),
+            (b"a\nb:", Some(Form::Lines)),
+            (b"\na:1|c", Some(Form::Lines)),
+            (b"\r\n\r\n", Some(Form::Lines)),
+            (b"a\tb:1|c", Some(Form::Lines)),
+            (b"\t\t\t\t", Some(Form::Lines)),
+            (b"\n\0\0\0a:1|c\nb:1|c", Some(Form::Packets)),
+            (b"\t\n\r\x01", Some(Form::Packets)),
             (b"\xff\xff\xff\x7e", Some(Form::Packets)),
             (b"abc\xff", Some(Form::Packets)),
         ] {

@@ -137,23 +137,36 @@ fn classify(line: &[u8], max: usize) -> Piece<'_> {
     }
 }
 
-/// `METHOD target HTTP/1.1`, with any method: the way in which a browser could be made to send lines here.
-fn is_request(line: &[u8]) -> bool {
+/// `METHOD target HTTP/1.1`, with any method: the way in which a browser could be made to send lines here. A page chooses its
+/// methods freely, in lower case too; but unless it is in upper case, the target must look like one, for a name may begin with
+/// a word and a blank.
+pub(crate) fn is_request(line: &[u8]) -> bool {
     // Almost every line is told apart by its last byte but two.
     let [head @ .., b'0'..=b'9', b'.', b'0'..=b'9'] = line else { return false };
     let Some(head) = head.strip_suffix(b" HTTP/") else { return false };
-    has_method(head)
+    let Some((method, target)) = request(head) else { return false };
+    method.iter().all(u8::is_ascii_uppercase) || target == b"*" || begins_target(target)
 }
 
-/// The same of a line that is too long to see its end.
-fn begins_request(line: &[u8]) -> bool {
-    let target = memchr::memchr(b' ', line).map(|at| &line[at + 1..]).unwrap_or_default();
-    has_method(line) && (target.starts_with(b"/") || target.starts_with(b"http"))
+/// The same of a line whose end is not seen, since it is too long or has not come.
+pub(crate) fn begins_request(line: &[u8]) -> bool {
+    request(line).is_some_and(|(_, target)| begins_target(target))
 }
 
-fn has_method(line: &[u8]) -> bool {
-    let method = memchr::memchr(b' ', line).map(|at| &line[..at]).unwrap_or_default();
-    !method.is_empty() && method.iter().all(u8::is_ascii_uppercase)
+/// No name that has been read has a slash, and few a colon.
+fn begins_target(target: &[u8]) -> bool {
+    [b"/".as_slice(), b"http:", b"https:"].iter().any(|beginning| target.starts_with(beginning))
+}
+
+/// A token of RFC 9110 (5.6.2) and what stands behind the blank that ends it. No token has a colon, so no sample begins so.
+fn request(line: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (method, target) = line.split_at(memchr::memchr(b' ', line)?);
+    let is_token = !method.is_empty() && method.iter().all(|byte| is_of_token(*byte));
+    is_token.then_some((method, &target[1..]))
+}
+
+fn is_of_token(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
 
 #[cfg(test)]
@@ -256,12 +269,33 @@ mod tests {
 
     #[test]
     fn request_lines_of_http_are_told_from_samples() {
-        for request in ["GET / HTTP/1.1", "POST /ingest/metrics HTTP/1.0", "PRI * HTTP/2.0", "GET / HTTP/1.1\r"] {
+        for request in [
+            "GET / HTTP/1.1",
+            "POST /ingest/metrics HTTP/1.0",
+            "PRI * HTTP/2.0",
+            "GET / HTTP/1.1\r",
+            "patch / HTTP/1.1",
+            "M-SEARCH / HTTP/1.1",
+            "!#$%&'*+-.^_`|~09azAZ / HTTP/1.1",
+        ] {
             assert_eq!(classify(request.as_bytes(), 100), Piece::Request(request.as_bytes()));
         }
         assert_eq!(classify(b"POST /aaaaaaaaaaaaaaaaaaa HTTP/1.1", 10), Piece::Request(b"POST /aaaa"));
-        for line in ["GET:1|c", "get / HTTP/1.1", " HTTP/1.1", "a b:1|c|#proto: HTTP/1.1", "GET / HTTP/1.", "HTTP/1.1"]
-        {
+        assert_eq!(classify(b"patch /aaaaaaaaaaaaaaaaaa HTTP/1.1", 10), Piece::Request(b"patch /aaa"));
+        for line in [
+            "GET:1|c",
+            "GET_requests:1|c",
+            "GET_requests:1|c|#proto: HTTP/1.1",
+            "a b:1|c",
+            "a b:1|c|#proto: HTTP/1.1",
+            "a http.b:1|c|#proto: HTTP/1.1",
+            " HTTP/1.1",
+            " / HTTP/1.1",
+            "g\u{f6} / HTTP/1.1",
+            "{\"a\": / HTTP/1.1",
+            "GET / HTTP/1.",
+            "HTTP/1.1",
+        ] {
             assert_eq!(classify(line.as_bytes(), 100), Piece::Line(line.as_bytes()));
         }
         assert_eq!(classify(b"GET aaaaaaaaaaaaa", 10), Piece::TooLong(b"GET aaaaaa"));

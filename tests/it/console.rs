@@ -305,12 +305,30 @@ fn clients_that_are_none_are_closed() {
     let at = agent.address("console");
     agent.datagram("a:1|c");
     agent.wait_for("a", "value", 1);
-    let request = "POST / HTTP/1.1\r\nHost: localhost\r\n\r\ndelcounters a\n";
-    assert_eq!(ask_once(at, request), "");
-    assert_eq!(agent.own("tallyd_console_commands_total", "http_request"), 1.0);
+    for (method, count) in [("POST", 1.0), ("patch", 2.0), ("M-SEARCH", 3.0), ("!#$", 4.0), ("delcounters", 5.0)] {
+        let request = format!("{method} / HTTP/1.1\r\nHost: localhost\r\n\r\ndelcounters a\n");
+        assert_eq!(ask_once(at, &request), "");
+        assert_eq!(agent.own("tallyd_console_commands_total", "http_request"), count, "{method}");
+    }
+    assert_eq!(ask_once(at, "\x16\x03\x01\ndelcounters a\n"), "");
+    assert_eq!(agent.own("tallyd_console_commands_total", "tls_hello"), 1.0);
+    // What comes after the beginning of a request's line is not read, however late.
+    let mut slow = TcpStream::connect(at).unwrap();
+    slow.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    slow.write_all(b"POST /aaaa").unwrap();
+    assert_eq!(slow.read(&mut [0; 64]).unwrap(), 0, "closed without an answer");
+    // Here the pause shows by the answer to what seems to be a command.
+    let mut slow = TcpStream::connect(at).unwrap();
+    slow.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    slow.write_all(b"POST").unwrap();
+    let mut answer = [0; 64];
+    let length = slow.read(&mut answer).unwrap();
+    assert_eq!(&answer[..length], b"ERROR\n");
+    slow.write_all(b" /aaaabbb HTTP/1.1\r\nHost: a\r\n\r\ndelcounters a\n").unwrap();
+    assert_eq!(slow.read(&mut answer).unwrap_or(0), 0, "closed without an answer");
     assert!(agent.metric("a").is_some());
     let long = "x".repeat(70_000);
-    assert_eq!(ask_once(at, &format!("{long}\nhealth\n")), "ERROR\nhealth: up\n");
+    assert_eq!(ask_once(at, &format!("delcounters {long}\nhealth\n")), "ERROR\nhealth: up\n");
     // As many as there may be, each known to be accepted.
     let greet = |mut stream: &TcpStream| {
         stream.write_all(b"health\n").unwrap();
@@ -351,6 +369,32 @@ fn one_that_does_not_read_is_closed_and_delays_nobody() {
         (agent.own("tallyd_connections", "listener=\"console\"") == 0.0).then_some(())
     });
     drop(slow);
+}
+
+#[test]
+fn those_who_ask_for_much_leave_turns_to_others() {
+    const SERIES: usize = 5_000;
+    let agent = Agent::start(&[CONSOLE, "store.kind=memory", "limits.new_series=1000000", "limits.idle=1h"]);
+    let at = agent.address("console");
+    let text: String = (0..SERIES).map(|n| format!("a.name.of.usual.length.{n:06}:1|c\n")).collect();
+    agent.connect().write_all(text.as_bytes()).unwrap();
+    agent.wait_for(&format!("a.name.of.usual.length.{:06}", SERIES - 1), "value", 1);
+    let greedy: Vec<_> = (0..15).map(|_| TcpStream::connect(at).unwrap()).collect();
+    let readers: Vec<_> = greedy
+        .iter()
+        .map(|stream| {
+            let mut stream = stream.try_clone().unwrap();
+            stream.write_all("counters\n".repeat(400).as_bytes()).unwrap();
+            // It reads until the test closes the connection.
+            std::thread::spawn(move || std::io::copy(&mut stream, &mut std::io::sink()).unwrap_or(0))
+        })
+        .collect();
+    let shown = || agent.own("tallyd_console_commands_total", "command=\"counters\"");
+    until("all of them to be answered", || (shown() >= 15.0).then_some(()));
+    assert_eq!(ask_once(at, "health"), "health: up\n");
+    assert!(shown() < 15.0 * 400.0, "nobody was being answered any more");
+    greedy.iter().for_each(|stream| drop(stream.shutdown(Shutdown::Both)));
+    readers.into_iter().for_each(|reader| drop(reader.join()));
 }
 
 #[test]

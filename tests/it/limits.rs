@@ -141,11 +141,13 @@ fn connections_beyond_the_limit_are_closed_and_counted() {
 #[test]
 fn an_http_request_on_the_line_port_is_counted_and_closed() {
     let agent = Agent::start(&[]);
-    let mut stream = agent.connect();
-    stream.write_all(b"POST /x HTTP/1.1\r\nHost: a\r\n\r\na:1|c\n").unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    assert_eq!(stream.read(&mut [0; 1]).unwrap_or(0), 0);
-    assert!(agent.own("tallyd_lines_rejected_total", "reason=\"http_request\"") == 1.0);
+    for (method, count) in [("POST", 1.0), ("patch", 2.0), ("M-SEARCH", 3.0), ("!#$", 4.0)] {
+        let mut stream = agent.connect();
+        stream.write_all(format!("{method} /x HTTP/1.1\r\nHost: a\r\n\r\na:1|c\n").as_bytes()).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        assert_eq!(stream.read(&mut [0; 1]).unwrap_or(0), 0);
+        assert_eq!(agent.own("tallyd_lines_rejected_total", "reason=\"http_request\""), count, "{method}");
+    }
     assert_eq!(agent.metric("a"), None);
 }
 

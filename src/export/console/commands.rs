@@ -20,7 +20,8 @@ use std::ops::ControlFlow;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use tokio::task::spawn_blocking;
+use tokio::sync::Semaphore;
+use tokio::task::{spawn_blocking, yield_now};
 
 use super::inspect::{self, Object};
 use super::{Answer, LABEL, Parts};
@@ -35,6 +36,9 @@ use crate::view::{self, Filter, Scope};
 
 /// Series that are looked for at one time, to be deleted.
 const PAGE: usize = 10_000;
+
+/// Series that are printed before other connections have their turn.
+const TURN: usize = 256;
 
 /// What a group of commands is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,7 +94,7 @@ const COMMANDS: [(&str, Command); 14] = [
 
 /// Lets the counters stand at 0.
 pub(super) fn begin() {
-    let named = COMMANDS.iter().map(|(name, _)| *name).chain(["help", "unknown", "http_request"]);
+    let named = COMMANDS.iter().map(|(name, _)| *name).chain(["help", "unknown", "http_request", "tls_hello"]);
     telemetry::CONSOLE_COMMANDS.begin(named.map(|name| [name]));
 }
 
@@ -103,6 +107,8 @@ pub(super) struct Desk {
     parts: Parts,
     is_up: Cell<bool>,
     connections: Cell<usize>,
+    /// The right to collect and sort, which one at a time has.
+    sorting: Semaphore,
 }
 
 /// A connection's right to be there, given back when it ends.
@@ -127,7 +133,7 @@ type Flow = io::Result<ControlFlow<()>>;
 
 impl Desk {
     pub(super) fn new(parts: Parts) -> Self {
-        Self { parts, is_up: Cell::new(true), connections: Cell::new(0) }
+        Self { parts, is_up: Cell::new(true), connections: Cell::new(0), sorting: Semaphore::new(1) }
     }
 
     /// A seat for a connection, if fewer than so many are taken.
@@ -207,15 +213,24 @@ impl Desk {
         self.parts.view.fresh().await;
         let ledger = Arc::clone(self.parts.view.ledger());
         let start_ms = start_of(clock::wall_ms(), ledger.window_ms());
-        // A million names take their time to be sorted, which other connections do not wait for.
-        let all = spawn_blocking(move || sorted(&ledger, group)).await.map_err(io::Error::other)?;
+        let all = self.sorted(ledger, group).await?;
         let mut object = Object::default();
-        for series in all {
-            let text = object.add(series.key().as_str(), &value(&series.state(), start_ms));
-            to.add(&text).await?;
+        for turn in all.chunks(TURN) {
+            for series in turn {
+                let text = object.add(series.key().as_str(), &value(&series.state(), start_ms));
+                to.add(&text).await?;
+            }
+            yield_now().await;
         }
         to.add(&object.end()).await?;
         to.add("\nEND\n\n").await
+    }
+
+    /// The series of a group by their names. A million take their time to be sorted, which no other command waits for; but as
+    /// many at one time as there are connections would leave the machine no time for the agent.
+    async fn sorted(&self, ledger: Arc<Ledger>, group: Group) -> io::Result<Vec<Arc<Series>>> {
+        let _turn = self.sorting.acquire().await.map_err(io::Error::other)?;
+        spawn_blocking(move || sorted(&ledger, group)).await.map_err(io::Error::other)
     }
 
     async fn delete(&self, group: Group, names: impl Iterator<Item = &str>, to: &mut Answer) -> io::Result<()> {
