@@ -2,12 +2,13 @@
 //!
 //! Start: own metrics, addresses of HTTP, journal, listeners for lines, which count into their shards from then on, ledger and
 //! flush, store, API, HTTP ingest, and the line `ready` on standard error. Stop: `/-/ready` says 503, the listeners read what
-//! the kernel holds, shards seal and close, the last flush, the turns of Graphite and of the store, then HTTP ends. What is left
-//! at the deadline is in the journal, but for what waits for Graphite. Reloads are read beside all that, one after the other.
-//! systemd is told of each, where it runs the agent.
+//! the kernel holds, shards seal and close, the last flush, the turns of Graphite and of the store side by side, then HTTP ends.
+//! What is left at the deadline is in the journal, but for what waits for Graphite. Reloads are read beside all that, one after
+//! the other. systemd is told of each, where it runs the agent.
 //!
 //! At SIGUSR2 another process takes over ([`crate::handover`]): it starts as above, but opens the journal only when this one
-//! has stopped. If it fails, this one starts again with all that it kept.
+//! has stopped. What this one has for Graphite it sends then, beside the other one. If that fails, this one starts again with
+//! all that it kept.
 
 mod lookout;
 mod reloads;
@@ -155,9 +156,13 @@ pub fn run(
                 return Ok(());
             }
             Told::HandOver(successor) => match agent.hand_over(successor, within) {
-                Ok(successor) => {
+                Ok((successor, graphite)) => {
                     let is_to_stop = runtime.block_on(signals.are_to_stop());
                     leave(successor, is_to_stop, within);
+                    // The successor is on its own and misses nothing of this process, whatever Graphite takes.
+                    if let Some(graphite) = graphite {
+                        graphite.wait();
+                    }
                     return Ok(());
                 }
                 Err(kept) => origin = kept,
@@ -340,20 +345,25 @@ impl Agent {
 
     /// Leaves all to the successor, which reads the sockets already. The error is what to go on with, since it did not take
     /// it.
-    fn hand_over(self, mut successor: Successor, within: Duration) -> Result<Successor, Origin> {
+    fn hand_over(
+        self,
+        mut successor: Successor,
+        within: Duration,
+    ) -> Result<(Successor, Option<graphite::Stopping>), Origin> {
         let id = successor.id();
         tracing::info!(successor = id, "handing over");
         systemd::alive();
         let deadline = Instant::now() + within;
         let (sockets, journal) = (Arc::clone(&self.sockets), Weak::clone(&self.journal));
-        let streams = self.end(deadline, Ending::HandOver, |listeners| listeners.pass_on(http::GRACE.min(within / 2)));
+        let pass_on = |listeners: Listeners| listeners.pass_on(http::GRACE.min(within / 2));
+        let (streams, graphite) = self.end(deadline, Ending::HandOver, pass_on);
         while journal.strong_count() > 0 && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
         }
         match successor.hand_over(&streams, systemd::alive) {
             Ok(()) => {
                 tracing::info!(successor = id, streams = streams.len(), "handed over");
-                Ok(successor)
+                Ok((successor, graphite))
             }
             Err(error) => {
                 not_taken_over(&error);
@@ -362,8 +372,13 @@ impl Agent {
         }
     }
 
-    /// Ends all parts in their order.
-    fn end<T>(self, deadline: Instant, ending: Ending, end_listeners: impl FnOnce(Listeners) -> T) -> T {
+    /// Ends all parts in their order, but at a hand-over Graphite's, which the successor is not to wait for.
+    fn end<T>(
+        self,
+        deadline: Instant,
+        ending: Ending,
+        end_listeners: impl FnOnce(Listeners) -> T,
+    ) -> (T, Option<graphite::Stopping>) {
         self.health.stopping();
         #[cfg(feature = "kafka")]
         if let Some(input) = &self.input {
@@ -381,14 +396,19 @@ impl Agent {
         if let Some(input) = self.input {
             input.end(deadline);
         }
-        if let Some(graphite) = self.graphite {
-            graphite.stop(deadline, ending);
-        }
+        let ends = self.graphite.map(|graphite| graphite.stop(deadline, ending));
         if let Some(ship) = self.ship {
             ship.stop(deadline);
         }
+        let still_ends = match ending {
+            Ending::Stop => {
+                ends.into_iter().for_each(graphite::Stopping::wait);
+                None
+            }
+            Ending::HandOver => ends,
+        };
         self.api.stop(deadline);
-        left
+        (left, still_ends)
     }
 }
 

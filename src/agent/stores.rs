@@ -96,6 +96,7 @@ pub(super) fn start_graphite(
     workers: &Arc<Workers>,
 ) -> Result<Option<graphite::Running>, Error> {
     let workers = Arc::clone(workers);
+    let begun_ms = workers.begun_ms();
     let intake = move || {
         let ingest::Intake { messages, lines, rejected } = workers.intake();
         graphite::Intake { packets: messages, lines, rejected }
@@ -105,6 +106,7 @@ pub(super) fn start_graphite(
         etsy: config.flush.etsy.clone(),
         config: config.export.graphite.clone(),
         limits: config.limits.graphite.clone(),
+        begun_ms,
         intake: Box::new(intake),
     };
     graphite::start(parts).map_err(Error::System)

@@ -122,6 +122,11 @@ impl State {
         [&self.window, &self.before].into_iter().flatten().find(|window| window.start_ms == start_ms)
     }
 
+    /// Whether a window that began at a moment may have been there and is not kept any more, since two later ones are.
+    pub fn is_past(&self, start_ms: u64) -> bool {
+        [&self.window, &self.before].into_iter().all(|kept| kept.as_ref().is_some_and(|kept| kept.start_ms > start_ms))
+    }
+
     /// The last window that begins before a moment, of those that are kept.
     pub(super) fn window_before(&self, start_ms: u64) -> Option<&Arc<Window>> {
         let windows = [&self.window, &self.before].into_iter().flatten();

@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::aggregate::ledger::{Closed, Ledger, Series};
 use crate::aggregate::meter::Rates;
+use crate::aggregate::window::start_of;
 use crate::aggregate::{Aggregate, etsy};
 use crate::clock;
 use crate::sample::Kind;
@@ -200,13 +201,15 @@ pub struct Parts {
     pub config: Config,
     /// The bounds.
     pub limits: Limits,
+    /// Since when something may have come.
+    pub begun_ms: u64,
     /// Asked once a window.
     pub intake: Box<dyn Fn() -> Intake + Send>,
 }
 
 /// Both threads, running.
 pub struct Running {
-    stop: Sender<Ending>,
+    stop: Sender<(Ending, Instant)>,
     queue: Arc<Queue>,
     delivered: Arc<Delivered>,
     render: JoinHandle<()>,
@@ -276,16 +279,34 @@ impl Running {
         }
     }
 
-    /// Sends what waits, until the deadline; what is left then is lost, and counted. To be called when the fold has ended.
-    pub fn stop(self, deadline: Instant, ending: Ending) {
+    /// Begins to send what waits, until the deadline; nobody has to wait for that but who is about to end the process. To be
+    /// called when the fold has ended.
+    pub fn stop(self, deadline: Instant, ending: Ending) -> Stopping {
         // What a slow Graphite reads while the last window is rendered takes no more than half of the time.
         self.queue.hurry(Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2);
         // It fails only when the thread has ended.
-        let _ = self.stop.send(ending);
-        drop(self.render.join());
-        self.queue.stop(deadline);
+        let _ = self.stop.send((ending, deadline));
+        let Self { queue, render, sent, .. } = self;
+        Stopping { queue, render, sent, deadline }
+    }
+}
+
+/// Both threads, while they end.
+pub struct Stopping {
+    queue: Arc<Queue>,
+    render: JoinHandle<()>,
+    sent: Receiver<()>,
+    deadline: Instant,
+}
+
+impl Stopping {
+    /// Waits until what there is was sent, at most until the deadline; what is left then is lost, and counted.
+    pub fn wait(self) {
+        if self.render.join().is_err() {
+            self.queue.stop(self.deadline);
+        }
         // A name that is being looked up may take longer than there is time: the thread is then left alone.
-        if self.sent.recv_deadline(deadline).is_err() {
+        if self.sent.recv_deadline(self.deadline).is_err() {
             tell_lost(self.queue.give_up());
         }
     }
@@ -312,7 +333,13 @@ struct Rendering {
     /// What had been received then.
     before: Intake,
     is_first: bool,
+    /// Until then something may have come to another agent, which sent it: to the one that this one took over from, or that
+    /// ran before.
+    alone_from_ms: u64,
 }
+
+/// How many windows that are closed can be read: as many as a series keeps.
+const READABLE: u64 = 2;
 
 /// How often it is looked whether a window is closed, near its end; and at least.
 const LOOK: Duration = Duration::from_millis(20);
@@ -320,10 +347,10 @@ const LOOK_MIN: Duration = Duration::from_millis(500);
 
 impl Rendering {
     fn new(parts: Parts, queue: Arc<Queue>, delivered: Arc<Delivered>) -> Self {
-        let before = (parts.intake)();
         let prefix = &parts.config.prefix_stats;
         Self {
-            done_ms: parts.ledger.closed_until_ms(),
+            // Since the ledger was read back windows may have been closed already.
+            done_ms: start_of(parts.begun_ms, parts.ledger.window_ms()),
             ledger: parts.ledger,
             etsy: parts.etsy,
             protocol: parts.config.protocol,
@@ -332,19 +359,21 @@ impl Rendering {
             intake: parts.intake,
             queue,
             delivered,
-            before,
+            before: Intake::default(),
             is_first: true,
+            alone_from_ms: clock::wall_ms(),
         }
     }
 
-    fn run(mut self, stop: &Receiver<Ending>) {
+    fn run(mut self, stop: &Receiver<(Ending, Instant)>) {
         loop {
             match stop.recv_timeout(self.pause()) {
                 Err(RecvTimeoutError::Timeout) => self.render_closed(),
-                Ok(Ending::HandOver) | Err(RecvTimeoutError::Disconnected) => return self.render_closed(),
-                Ok(Ending::Stop) => {
+                Err(RecvTimeoutError::Disconnected) => return self.render_closed(),
+                Ok((ending, deadline)) => {
                     self.render_closed();
-                    return self.render(self.ledger.closed_until_ms());
+                    self.render_open(ending);
+                    return self.queue.stop(deadline);
                 }
             }
         }
@@ -355,33 +384,46 @@ impl Rendering {
         Duration::from_millis(end_ms.saturating_sub(clock::wall_ms())).clamp(LOOK, LOOK_MIN)
     }
 
-    /// Renders the windows that are closed. Of those that closed while an earlier one was rendered the last two can be read;
-    /// those that closed at once, when the wall clock was set or the process stood still, had nothing but the last.
+    /// Renders the windows that are closed, one after the other. More than can be read are closed when rendering took long,
+    /// the journal was read back slowly, the process stood still, or the wall clock was set: the first of them are lost.
     fn render_closed(&mut self) {
         let window_ms = self.ledger.window_ms();
-        let closed_ms = self.ledger.closed_until_ms();
-        if closed_ms == self.done_ms {
-            return;
-        }
-        self.render(closed_ms - window_ms);
         loop {
-            let (next_ms, closed_ms) = (self.done_ms + window_ms, self.ledger.closed_until_ms());
-            if closed_ms < next_ms {
+            let closed_ms = self.ledger.closed_until_ms();
+            if closed_ms <= self.done_ms {
+                // Where the wall clock was set back windows begin again there.
+                self.done_ms = closed_ms;
                 return;
             }
-            if closed_ms > next_ms {
-                Loss::Late.count((closed_ms - next_ms) / window_ms, 0);
+            let start_ms = self.done_ms.max(closed_ms.saturating_sub(READABLE * window_ms));
+            let late = (start_ms - self.done_ms) / window_ms;
+            if late > 0 {
+                tracing::warn!(windows = late, "windows were over before they could be rendered for Graphite");
             }
-            self.render(closed_ms - window_ms);
+            Loss::Late.count(late, 0);
+            self.render(start_ms, self.whose(start_ms));
         }
     }
 
+    fn render_open(&mut self, ending: Ending) {
+        let start_ms = self.ledger.closed_until_ms();
+        let whose = match ending {
+            Ending::Stop => self.whose(start_ms),
+            Ending::HandOver => Whose::Left,
+        };
+        self.render(start_ms, whose);
+    }
+
+    fn whose(&self, start_ms: u64) -> Whose {
+        if start_ms < self.alone_from_ms { Whose::Taken } else { Whose::Own }
+    }
+
     /// Renders the window that begins then.
-    fn render(&mut self, start_ms: u64) {
+    fn render(&mut self, start_ms: u64, whose: Whose) {
         let window_ms = self.ledger.window_ms();
         let (begun, end_ms) = (Instant::now(), start_ms + window_ms);
-        // From then on the ledger may have no room for it any more.
-        let ahead_ms = (end_ms + window_ms).saturating_sub(clock::wall_ms()).min(2 * window_ms);
+        // From then on the ledger has no room for all of it any more; what is late already has some of it.
+        let ahead_ms = (end_ms + window_ms).saturating_sub(clock::wall_ms()).clamp(window_ms / 2, 2 * window_ms);
         let deadline = begun + Duration::from_millis(ahead_ms);
         self.queue.begin();
         let mut flush = Flush {
@@ -390,6 +432,7 @@ impl Rendering {
             seconds: window_ms as f64 / 1e3,
             deadline,
             steady_ms: clock::steady_ms(),
+            whose,
             lines: Lines::new(self.protocol, (end_ms + 500) / 1_000),
             path: String::new(),
             series: 0,
@@ -397,7 +440,9 @@ impl Rendering {
             unnamed: 0,
         };
         self.ledger.for_each_slowly(|series| flush.add(self, series));
-        self.add_own(&mut flush, begun);
+        if whose != Whose::Left {
+            self.add_own(&mut flush, begun);
+        }
         self.queue.push(end_ms, flush.lines.take(), true, deadline);
         Loss::Late.count(0, flush.left);
         Loss::Name.count(0, flush.unnamed);
@@ -443,6 +488,34 @@ impl Rendering {
     }
 }
 
+/// Which agents send a window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Whose {
+    /// This one alone.
+    Own,
+    /// Another may have sent some of it before.
+    Taken,
+    /// Another goes on with it, and sends it later.
+    Left,
+}
+
+impl Whose {
+    /// Whether this agent sends the figures of a series. Where those are of what came into the window and nothing else, no
+    /// zeros of an agent to which nothing came are to overwrite what came to the other; gauges and meters go on from the
+    /// journal, and whoever has the window last sends them whole.
+    const fn has(self, kind: Kind, is_idle: bool) -> bool {
+        let is_of_window_alone = match kind {
+            Kind::Counter | Kind::Timer | Kind::Histogram | Kind::Distribution | Kind::Set => true,
+            Kind::Gauge | Kind::Meter => false,
+        };
+        match self {
+            Self::Own => true,
+            Self::Taken => !is_idle || !is_of_window_alone,
+            Self::Left => !is_idle && is_of_window_alone,
+        }
+    }
+}
+
 /// One window while it is rendered.
 struct Flush {
     start_ms: u64,
@@ -450,6 +523,7 @@ struct Flush {
     seconds: f64,
     deadline: Instant,
     steady_ms: u64,
+    whose: Whose,
     lines: Lines,
     path: String,
     series: u64,
@@ -466,7 +540,14 @@ impl Flush {
             return;
         }
         let state = series.state();
+        if state.total.start_ms < self.end_ms && state.is_past(self.start_ms) {
+            self.left += 1;
+            return;
+        }
         let Some(closed) = rendering.ledger.closed(series.kind(), &state, self.start_ms) else { return };
+        if !self.whose.has(series.kind(), closed.idle > 0) {
+            return;
+        }
         let Some(name) = Name::of(series.key()) else {
             self.unnamed += 1;
             return;

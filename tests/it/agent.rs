@@ -155,8 +155,15 @@ impl Agent {
         self.successor.unwrap_or(self.child.id())
     }
 
-    /// Lets another process take over, and waits until it has.
+    /// Lets another process take over, and waits until it has and the one before has ended.
     pub fn hand_over(&mut self) {
+        let before = self.begin_hand_over();
+        until("the one before to end", || self.has_ended(before).then_some(()));
+    }
+
+    /// Lets another process take over, and waits until it has. The answer is the one before, which may still have something
+    /// to do.
+    pub fn begin_hand_over(&mut self) -> u32 {
         let before = self.process();
         self.signal("USR2");
         self.successor = Some(until("another process to take over", || {
@@ -165,8 +172,8 @@ impl Agent {
             let id = last.split("successor=").nth(1)?.split(' ').next()?.parse().ok()?;
             (id != before).then_some(id)
         }));
-        until("the one before to end", || self.has_ended(before).then_some(()));
         self.wait_until_ready();
+        before
     }
 
     /// Waits until `/-/ready` is 200.
@@ -174,7 +181,8 @@ impl Agent {
         until("the API to be ready", || (self.get("/-/ready").status == 200).then_some(()));
     }
 
-    fn has_ended(&mut self, process: u32) -> bool {
+    /// Whether one of its processes has ended.
+    pub fn has_ended(&mut self, process: u32) -> bool {
         if process == self.child.id() {
             return self.child.try_wait().unwrap().inspect(|status| assert_eq!(status.code(), Some(0))).is_some();
         }

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::agent::{Agent, PATIENCE, collect, same, until_within};
 
 /// An installation waits for a registry.
-const TO_INSTALL: Duration = Duration::from_secs(300);
+pub const TO_INSTALL: Duration = Duration::from_secs(300);
 
 /// A script takes a few seconds on a machine that does nothing else.
 const TO_SEND: Duration = Duration::from_secs(120);

@@ -2,19 +2,16 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use socket2::{Domain, Socket, Type};
 
 use crate::agent::{Agent, tallyd, until};
+use crate::etsy;
 use crate::handover::with_sockets;
 use crate::net::free_port;
 use crate::redis_servers::Server;
-
-/// The newest version of the original.
-const STATSD: &str = "statsd@0.9.0";
 
 const CONSOLE: &str = "export.console.listen=127.0.0.1:0";
 
@@ -70,7 +67,7 @@ struct Etsy {
 
 impl Etsy {
     fn start() -> Self {
-        let package = installed();
+        let package = etsy::package();
         let (lines, console) = (free_port(), free_port());
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("config.js");
@@ -93,19 +90,6 @@ impl Drop for Etsy {
         drop(self.child.kill());
         drop(self.child.wait());
     }
-}
-
-/// The directory of the original, fetched once.
-fn installed() -> PathBuf {
-    let into = Path::new(env!("CARGO_TARGET_TMPDIR")).join("console-original");
-    let package = into.join("node_modules/statsd");
-    if !package.join("stats.js").exists() {
-        let mut npm = Command::new("npm");
-        npm.args(["install", "--omit=optional", "--ignore-scripts", "--no-audit", "--no-fund", "--silent", "--prefix"]);
-        let output = npm.arg(&into).arg(STATSD).output().expect("npm is installed (packaging/setup.sh tests)");
-        assert!(output.status.success(), "npm could not fetch {STATSD}: {}", String::from_utf8_lossy(&output.stderr));
-    }
-    package
 }
 
 /// Lines of which both make the same.

@@ -1,13 +1,15 @@
 //! Graphite: what arrives there, and what becomes of it when Graphite is away, slow, or hangs up.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use socket2::{Domain, Socket, Type};
 
 use crate::agent::{Agent, until};
 
@@ -20,6 +22,8 @@ pub enum Manner {
     HangUp(usize),
     /// A few bytes at a time.
     Slowly,
+    /// All there is, and its side is left open.
+    LeaveOpen,
 }
 
 /// A place where Graphite would listen. It keeps what each connection brought to its end.
@@ -41,10 +45,13 @@ impl Sink {
             (listener.local_addr().unwrap(), Arc::<Mutex<Vec<_>>>::default(), Arc::<AtomicBool>::default());
         let (into, is_over) = (Arc::clone(&brought), Arc::clone(&over));
         let thread = thread::spawn(move || {
-            let mut manner = manner;
+            let (mut manner, mut open) = (manner, Vec::new());
             for stream in listener.incoming() {
                 if is_over.load(Ordering::SeqCst) {
                     return;
+                }
+                if manner == Manner::LeaveOpen {
+                    open.push(stream.as_ref().unwrap().try_clone().unwrap());
                 }
                 if let Some(bytes) = read(stream.unwrap(), manner) {
                     into.lock().unwrap().push(bytes);
@@ -111,7 +118,7 @@ fn read(mut stream: TcpStream, manner: Manner) -> Option<Vec<u8>> {
     let mut bytes = Vec::new();
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     match manner {
-        Manner::Well => stream.read_to_end(&mut bytes).ok().map(|_| bytes),
+        Manner::Well | Manner::LeaveOpen => stream.read_to_end(&mut bytes).ok().map(|_| bytes),
         Manner::HangUp(after) => {
             let mut first = vec![0; after];
             stream.read_exact(&mut first).ok()?;
@@ -325,18 +332,125 @@ fn a_stop_without_graphite_does_not_wait_and_says_what_is_lost() {
 }
 
 #[test]
-fn a_hand_over_leaves_no_window_out() {
+fn hand_overs_at_the_end_of_windows_leave_none_out() {
+    const WINDOW_MS: u128 = 2_000;
     let sink = Sink::start();
-    let mut agent = Agent::start(&[&sink.setting(), WINDOW]);
-    agent.datagram("a:3|c");
-    until("a window with it", || sink.values("stats_counts.a").values().any(|count| *count == 3.0).then_some(()));
+    let mut agent = Agent::start(&[&sink.setting(), "flush.window=2s"]);
+    agent.datagram("level:3|g");
+    until("a window with it", || (!sink.values("stats.gauges.level").is_empty()).then_some(()));
+    // So long before the end of a window: it ends while a successor starts, opens the journal, and begins to render.
+    for before_ms in [10, 50, 100, 150, 200, 300] {
+        until("the end of a window", || {
+            let now_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis();
+            let left_ms = WINDOW_MS - now_ms % WINDOW_MS;
+            (before_ms..before_ms + 30).contains(&left_ms).then_some(())
+        });
+        agent.hand_over();
+    }
+    let before = sent(&agent);
+    until("two windows more", || (sent(&agent) >= before + 2.0).then_some(()));
+    for path in ["stats.gauges.level", "stats.statsd.packets_received", "statsd.numStats"] {
+        let ends: Vec<_> = sink.values(path).into_keys().collect();
+        assert!(ends.iter().zip(&ends[1..]).all(|(one, next)| next - one == 2), "{path}: {ends:?}");
+    }
+    assert_eq!(lost(&agent, "late"), 0.0);
+}
+
+/// No window ends while a test runs.
+const ONE_WINDOW: &str = "flush.window=36500d";
+
+/// The values of a counter in the order in which they came, which are all for one moment.
+fn counts(sink: &Sink, name: &str) -> Vec<String> {
+    let path = format!("stats_counts.{name}");
+    let lines: Vec<_> = sink.lines().into_iter().filter(|(of, ..)| *of == path).collect();
+    assert!(lines.iter().all(|(_, _, at)| *at == lines[0].2), "{lines:?}");
+    lines.into_iter().map(|(_, value, _)| value).collect()
+}
+
+#[test]
+fn an_agent_to_which_nothing_came_overwrites_nothing_with_zeros() {
+    let sink = Sink::start();
+    let agent = Agent::start(&[&sink.setting(), ONE_WINDOW]);
+    agent.datagram("first:5|c\nboth:5|c");
+    agent.wait_for("both", "value", 5);
+    let mut agent = agent.restart_after("TERM");
+    agent.datagram("second:7|c\nboth:7|c");
+    agent.wait_for("both", "value", 12);
     agent.hand_over();
-    let before = sink.values("stats_counts.a").len();
-    until("two windows more", || (sink.values("stats_counts.a").len() >= before + 2).then_some(()));
-    assert_none_is_missing(&sink.values("stats_counts.a"));
-    let lines = sink.lines();
-    let paths: BTreeSet<_> = lines.iter().map(|(path, _, at)| (path, at)).collect();
-    assert_eq!(paths.len(), lines.len(), "no line comes twice");
+    agent.datagram("both:9|c");
+    agent.wait_for("both", "value", 21);
+    agent.signal("TERM");
+    agent.wait();
+    until("the last line", || (counts(&sink, "both").len() == 3).then_some(()));
+    assert_eq!(counts(&sink, "both"), ["5", "7", "9"]);
+    assert_eq!((counts(&sink, "first"), counts(&sink, "second")), (vec!["5".to_owned()], vec!["7".to_owned()]));
+}
+
+#[test]
+fn a_graphite_that_lets_nobody_in_holds_up_no_hand_over() {
+    let full = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    full.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    full.listen(0).unwrap();
+    let address = full.local_addr().unwrap().as_socket().unwrap();
+    // Until nobody is answered any more.
+    let mut inside = Vec::new();
+    while let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_millis(300)) {
+        inside.push(stream);
+        assert!(inside.len() < 10);
+    }
+    let settings =
+        [&format!("export.graphite.to={address}"), ONE_WINDOW, "limits.graphite_connect=1h", "limits.stop=1h"];
+    let mut agent = Agent::start(&settings);
+    agent.datagram("a:3|c");
+    agent.wait_for("a", "value", 3);
+    let before = agent.begin_hand_over();
+    agent.datagram("a:4|c");
+    agent.wait_for("a", "value", 7);
+    assert!(!agent.has_ended(before), "it has what Graphite does not take");
+    drop((full, inside));
+    until("the one before to end", || agent.has_ended(before).then_some(()));
+    until("the log", || agent.stderr().contains("stopped with windows that Graphite did not take").then_some(()));
+}
+
+#[test]
+fn a_graphite_that_leaves_its_side_open_is_believed_at_a_stop() {
+    let sink = Sink::at("127.0.0.1:0".parse().unwrap(), Manner::LeaveOpen);
+    let mut agent = Agent::start(&[&sink.setting(), ONE_WINDOW]);
+    agent.datagram("a:3|c");
+    agent.wait_for("a", "value", 3);
+    agent.signal("TERM");
+    assert_eq!(agent.wait().code(), Some(0));
+    assert_eq!(until("the line", || Some(counts(&sink, "a")).filter(|counts| !counts.is_empty())), ["3"]);
+    assert!(!agent.stderr().contains("lost"), "{}", agent.stderr());
+}
+
+#[test]
+fn a_stop_tries_again_what_was_not_read() {
+    let sink = Sink::at("127.0.0.1:0".parse().unwrap(), Manner::HangUp(100));
+    let mut agent = Agent::start(&[&sink.setting(), ONE_WINDOW]);
+    let lines: String = (0..500).map(|n| format!("many.{n}:1|c\n")).collect();
+    agent.connect().write_all(lines.as_bytes()).unwrap();
+    until("all to be counted", || (agent.own("tallyd_samples_total", "tcp") == 500.0).then_some(()));
+    agent.signal("TERM");
+    assert_eq!(agent.wait().code(), Some(0));
+    until("all lines", || {
+        (sink.lines().iter().filter(|(path, ..)| path.starts_with("stats_counts.many.")).count() == 500).then_some(())
+    });
+    assert!(!agent.stderr().contains("lost"), "{}", agent.stderr());
+}
+
+#[test]
+fn what_is_not_finite_is_said_in_javascripts_words() {
+    let sink = Sink::start();
+    let mut agent = Agent::start(&[&sink.setting(), ONE_WINDOW, "flush.weight_by_rate=true"]);
+    agent.datagram("zz:3e153|ms|@0.0001\nbare:1|c|#flag,a:b");
+    agent.wait_for("bare;a=b;flag", "value", 1);
+    agent.signal("TERM");
+    assert_eq!(agent.wait().code(), Some(0));
+    let lines = until("the lines", || sink.windows().into_values().next());
+    assert_eq!(lines.get("stats.timers.zz.sum_squares").map(String::as_str), Some("Infinity"), "{lines:#?}");
+    // Carbon refuses a whole line for a tag without a value.
+    assert_eq!(lines.get("stats_counts.bare;a=b").map(String::as_str), Some("1"), "{lines:#?}");
 }
 
 /// What Carbon does with a stream of pickles: each behind its length, a list of (path, (seconds, value)).

@@ -2,7 +2,8 @@
 //!
 //! A name is made safe as Etsy's StatsD does it at its input: blanks become `_`, `/` becomes `-`, and what is not one of
 //! `A-Za-z0-9_-.=` is dropped, in tags too. So no name can end its line or begin another. `;`, which only JSON's names can
-//! have, becomes `_`, since a tag would begin there. Names that are the same then share their place.
+//! have, becomes `_`, since a tag would begin there. A tag without a value is left out: Carbon refuses a line that has one
+//! (`TaggedSeries.parse_carbon`). Names that are the same then share their place.
 
 use std::borrow::Cow;
 
@@ -96,15 +97,13 @@ impl<'k> Name<'k> {
     /// Of a key; `None` where nothing is left of the name.
     pub(super) fn of(key: &'k SeriesKey) -> Option<Self> {
         let text = key.as_str();
-        let name = if text.bytes().all(|byte| is_safe(byte) || byte == b';') {
+        let name = if text.bytes().all(|byte| is_safe(byte) || byte == b';') && has_values(text) {
             let (name, tags) = text.split_at(text.find(';').unwrap_or(text.len()));
             Self { name: name.into(), tags: tags.into() }
         } else {
             let mut tags = String::new();
             for (tag, value) in key.tags() {
-                let value = value.map(|value| format!("={value}")).unwrap_or_default();
-                tags.push(';');
-                push_safe(&mut tags, &format!("{tag}{value}"));
+                push_tag(&mut tags, &tag, &value.unwrap_or_default());
             }
             let mut name = String::new();
             push_safe(&mut name, &key.name());
@@ -122,6 +121,27 @@ impl<'k> Name<'k> {
 /// Whether a byte stands for itself in a path.
 pub(super) const fn is_safe(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.' | b'=')
+}
+
+/// Whether each tag of a key that is safe has a name and a value.
+fn has_values(key: &str) -> bool {
+    key.split(';').skip(1).all(has_value)
+}
+
+fn has_value(tag: &str) -> bool {
+    tag.split_once('=').is_some_and(|(name, value)| !name.is_empty() && !value.is_empty())
+}
+
+/// Adds a tag, if something is left of its name and of its value.
+fn push_tag(out: &mut String, tag: &str, value: &str) {
+    let before = out.len();
+    out.push(';');
+    push_safe(out, tag);
+    out.push('=');
+    push_safe(out, value);
+    if !has_value(&out[before + 1..]) {
+        out.truncate(before);
+    }
 }
 
 fn push_safe(out: &mut String, text: &str) {
@@ -176,7 +196,7 @@ mod tests {
         let with_suffix: Vec<_> = plain.iter().map(|path| format!("{path}.s")).collect();
         assert_eq!(paths(&suffix, "a"), with_suffix);
         let tags = paths(&suffix, "a;k=v;flag");
-        assert_eq!(tags[..2], ["stats.a.s;flag;k=v", "stats_counts.a.s;flag;k=v"]);
+        assert_eq!(tags[..2], ["stats.a.s;k=v", "stats_counts.a.s;k=v"]);
     }
 
     #[test]
@@ -206,9 +226,15 @@ mod tests {
     fn names_are_made_safe() {
         assert_eq!(safe("a \t\nb/c", &[]), "a_b-c");
         assert_eq!(safe("a;b=c", &[]), "a_b=c");
-        assert_eq!(safe("größe%", &[("k:k", Some("v/w;x y")), ("flag", None)]), "gre;flag;kk=v-w_x_y");
+        assert_eq!(safe("größe%", &[("k:k", Some("v/w;x y")), ("flag", None)]), "gre;kk=v-w_x_y");
         assert_eq!(safe("日本", &[]), "");
-        assert_eq!(safe("a.b-c_d", &[("k", Some(""))]), "a.b-c_d;k=");
+    }
+
+    #[test]
+    fn a_tag_without_a_value_is_left_out() {
+        let tags = [("k", Some("")), ("flag", None), ("z", Some("日本")), ("日本", Some("v")), ("a", Some("b=c"))];
+        assert_eq!(safe("a.b-c_d", &tags), "a.b-c_d;a=b=c");
+        assert_eq!(safe("a.b-c_d", &[("flag", None)]), "a.b-c_d");
     }
 
     proptest! {
@@ -216,7 +242,7 @@ mod tests {
         fn no_name_ends_its_line(name in any::<String>(), tag in any::<String>(), value in any::<Option<String>>()) {
             let text = safe(&name, &[(&tag, value.as_deref())]);
             prop_assert!(text.bytes().all(|byte| is_safe(byte) || byte == b';'), "{text}");
-            prop_assert!(text.is_empty() || text.matches(';').count() == 1, "{text}");
+            prop_assert!(has_values(&text) && text.matches(';').count() <= 1, "{text}");
         }
     }
 }

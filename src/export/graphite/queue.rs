@@ -211,10 +211,10 @@ impl Queue {
         self.lock().chunks.front().map(|chunk| chunk.window_ms)
     }
 
-    /// Waits for a moment, less when the agent stops.
-    pub(super) fn pause(&self, until: Instant) {
+    /// Waits for a moment, less when the agent stops and it is not known yet.
+    pub(super) fn pause(&self, until: Instant, is_stop_known: bool) {
         let mut state = self.lock();
-        while state.stop.is_none() && Instant::now() < until {
+        while state.stop.is_some() == is_stop_known && Instant::now() < until {
             state = self.wait_until(state, Some(until));
         }
     }
@@ -402,7 +402,7 @@ mod tests {
         let queue = Queue::new(100);
         window(&queue, 1, 2);
         queue.stop(Instant::now());
-        queue.pause(Instant::now() + std::time::Duration::from_secs(60));
+        queue.pause(Instant::now() + std::time::Duration::from_secs(60), false);
         assert!(queue.wait_for_chunks());
         assert_eq!(queue.give_up(), (1, 20));
         assert!(!queue.wait_for_chunks());

@@ -20,8 +20,15 @@ use crate::telemetry;
 const PAUSE_MIN: Duration = Duration::from_millis(200);
 const PAUSE_MAX: Duration = Duration::from_secs(10);
 
-/// How long a receiver that has everything may leave the connection open before it is believed to have read it.
+/// For how long an outage is waited for at a stop. One that was there before has the one attempt.
+const LAST_ATTEMPTS: Duration = Duration::from_secs(2);
+
+/// How long a receiver that has everything may leave the connection open before it is believed to have read it; at a stop.
 const CLOSE: Duration = Duration::from_secs(5);
+const CLOSE_AT_STOP: Duration = Duration::from_millis(500);
+
+/// How often it is looked whether there is a stop meanwhile.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// Why a delivery failed.
 #[derive(Debug)]
@@ -101,15 +108,15 @@ impl Sending {
     pub(super) fn run(self) {
         let mut outage: Option<Outage> = None;
         while self.queue.wait_for_chunks() {
+            let since = Instant::now();
             match self.deliver() {
                 Ok(read) => self.succeeded(read, outage.take().as_ref()),
                 Err(failure) => {
-                    let so_far = outage.get_or_insert_with(|| Outage { since: Instant::now(), failures: 0 });
+                    let so_far = outage.get_or_insert_with(|| Outage { since, failures: 0 });
                     self.failed(&failure, so_far);
-                    if self.queue.deadline().is_some() {
-                        break;
-                    }
-                    self.queue.pause(Instant::now() + pause(so_far.failures));
+                    let deadline = self.queue.deadline();
+                    let Some(until) = next_attempt(so_far, deadline) else { break };
+                    self.queue.pause(until, deadline.is_some());
                 }
             }
         }
@@ -195,17 +202,15 @@ impl Sending {
     fn close(&self, stream: &mut TcpStream) -> Result<(), Failure> {
         is_open(stream).map_err(Failure::Close)?;
         stream.shutdown(Shutdown::Write).map_err(Failure::Close)?;
-        let deadline = Instant::now() + self.within(CLOSE);
+        let begun = Instant::now();
         let mut said = [0; 512];
-        while Instant::now() < deadline {
-            let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-            stream.set_read_timeout(Some(left)).map_err(Failure::Close)?;
+        stream.set_read_timeout(Some(LOOK)).map_err(Failure::Close)?;
+        while begun.elapsed() < self.within(if self.queue.deadline().is_some() { CLOSE_AT_STOP } else { CLOSE }) {
             match stream.read(&mut said) {
                 Ok(0) => return Ok(()),
                 // Whatever it says.
                 Ok(_) => {}
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => break,
+                Err(error) if error.kind() == ErrorKind::Interrupted || is_timeout(&error) => {}
                 Err(error) => return Err(Failure::Close(error)),
             }
         }
@@ -228,8 +233,23 @@ fn is_open(stream: &TcpStream) -> io::Result<()> {
 
 /// What a timeout of a socket is called.
 fn timed_out(error: io::Error) -> io::Error {
-    let is_timeout = matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut);
-    if is_timeout { io::Error::new(ErrorKind::TimedOut, "it read nothing for limits.graphite_write") } else { error }
+    if is_timeout(&error) {
+        io::Error::new(ErrorKind::TimedOut, "it read nothing for limits.graphite_write")
+    } else {
+        error
+    }
+}
+
+/// A read that found nothing in its time, or a write that found no room.
+fn is_timeout(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
+}
+
+/// When it is tried again; `None` where the deadline of a stop is not worth waiting for.
+fn next_attempt(outage: &Outage, deadline: Option<Instant>) -> Option<Instant> {
+    let Some(deadline) = deadline else { return Some(Instant::now() + pause(outage.failures)) };
+    let next = Instant::now() + PAUSE_MIN;
+    (next < deadline.min(outage.since + LAST_ATTEMPTS)).then_some(next)
 }
 
 /// The pause after so many failures: twice as long each time, and between half and all of that.
