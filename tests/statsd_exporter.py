@@ -138,7 +138,7 @@ def exposition(text):
     return {key: value for key, value in series.items() if not OWN.match(key[0])}, series
 
 
-PROTOBUF = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited,text/plain;q=0.5"
+PROTOBUF = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited"
 
 
 def varint(data, at):
