@@ -103,7 +103,7 @@ table! {
     GRAPHITE_LINES_SENT = "tallyd_graphite_lines_sent_total", Counter, [], "Lines, of pickles items, in what Graphite took.";
     GRAPHITE_SENT_BYTES = "tallyd_graphite_sent_bytes_total", Counter, [], "Bytes of what Graphite took; what was sent again counts once.";
     GRAPHITE_FAILED = "tallyd_graphite_failed_total", Counter, ["reason"], "Attempts to send what waits that failed, and are made again; resolve: the name has no address, connect: nobody listens there, write: it reads nothing, close: it hung up before it had read all.";
-    GRAPHITE_WINDOWS_LOST = "tallyd_graphite_windows_lost_total", Counter, ["reason"], "Windows that Graphite does not get; buffer: limits.graphite_buffer was reached, stop: the agent stopped, unread: the connection broke and there had been no room to keep them, late: rendering the one before took too long.";
+    GRAPHITE_WINDOWS_LOST = "tallyd_graphite_windows_lost_total", Counter, ["reason"], "Windows that Graphite does not get; buffer: limits.graphite_buffer was reached, stop: the agent stopped, unread: the connection broke and there had been no room to keep them, late: rendering the one before, or reading the journal back at the start, took too long.";
     GRAPHITE_LINES_LOST = "tallyd_graphite_lines_lost_total", Counter, ["reason"], "Lines in these windows, and those that a window misses; name: series without a character in their name that Graphite may have.";
     GRAPHITE_WAITING_BYTES = "tallyd_graphite_waiting_bytes", Gauge, [], "Bytes that wait for Graphite.";
     GRAPHITE_LAG_SECONDS = "tallyd_graphite_lag_seconds", Gauge, [], "Age of the oldest window that waits for Graphite, as of the last window's end, in seconds.";

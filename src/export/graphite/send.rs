@@ -3,7 +3,8 @@
 //! The address is looked up for each. When all is written, our side of the connection is closed, and Graphite closes its own
 //! once it has read all: that is how it is known to have arrived, since Carbon says nothing. A receiver that leaves its side
 //! open is believed after a while. A connection that breaks before is an error: what it had is sent again, after a pause
-//! that grows to 10 s and is spread, so that many agents do not come back at once.
+//! that grows to 10 s and is spread, so that many agents do not come back at once. One that closes its own side before it
+//! has read anything can't be told from one that hung up, so none of its windows is ever taken for read.
 
 use std::hash::{BuildHasher as _, RandomState};
 use std::io::{self, ErrorKind, Read as _, Write as _};
@@ -112,7 +113,7 @@ impl Sending {
             match self.deliver() {
                 Ok(read) => self.succeeded(read, outage.take().as_ref()),
                 Err(failure) => {
-                    let so_far = outage.get_or_insert_with(|| Outage { since, failures: 0 });
+                    let so_far = outage.get_or_insert(Outage { since, failures: 0 });
                     self.failed(&failure, so_far);
                     let deadline = self.queue.deadline();
                     let Some(until) = next_attempt(so_far, deadline) else { break };
