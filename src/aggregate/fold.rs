@@ -505,6 +505,17 @@ mod tests {
     }
 
     #[test]
+    fn a_window_before_the_two_that_are_kept_is_past() {
+        let mut pair = pair();
+        pair.count("a", 2_000);
+        pair.count("a", 12_000);
+        assert!(!pair.state(Kind::Counter, "a").is_past(BEGIN_MS));
+        pair.count("a", 32_000);
+        let is_past = |after_ms| pair.state(Kind::Counter, "a").is_past(BEGIN_MS + after_ms);
+        assert_eq!([0, 10_000, 20_000, 30_000].map(is_past), [true, false, false, false]);
+    }
+
+    #[test]
     fn an_idle_series_has_an_empty_window_and_a_young_one_none() {
         let mut pair = pair();
         let last = |pair: &Pair| {

@@ -360,6 +360,25 @@ fn hand_overs_at_the_end_of_windows_leave_none_out() {
     assert_eq!(lost(&agent, "late"), 0.0);
 }
 
+#[test]
+fn windows_that_cannot_be_read_any_more_are_counted() {
+    let sink = Sink::start();
+    let agent = Agent::start(&[&sink.setting(), WINDOW]);
+    until("a window", || (!sink.lines().is_empty()).then_some(()));
+    agent.signal("STOP");
+    let begun = Instant::now();
+    until("some windows to end", || (begun.elapsed() > Duration::from_secs(5)).then_some(()));
+    agent.signal("CONT");
+    let missing = || {
+        let ends: Vec<_> = sink.values("stats.statsd.packets_received").into_keys().collect();
+        ends[ends.len() - 1] - ends[0] + 1 - ends.len() as u64
+    };
+    until("all that is missing to be counted", || {
+        let late = lost(&agent, "late");
+        (late > 0.0 && late == missing() as f64).then_some(())
+    });
+}
+
 /// No window ends while a test runs.
 const ONE_WINDOW: &str = "flush.window=36500d";
 

@@ -269,6 +269,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_stop_waits_for_a_new_outage_alone() {
+        let now = Instant::now();
+        let is_tried_again = |age_s, left_s: Option<u64>| {
+            let outage = Outage { since: now.checked_sub(Duration::from_secs(age_s)).unwrap(), failures: 1 };
+            next_attempt(&outage, left_s.map(|left_s| now + Duration::from_secs(left_s))).is_some()
+        };
+        assert!(is_tried_again(0, Some(20)) && is_tried_again(60, None));
+        assert!(!is_tried_again(60, Some(20)) && !is_tried_again(0, Some(0)));
+    }
+
+    #[test]
     fn pauses_grow_to_a_bound_and_are_spread() {
         for failures in 0..40 {
             let pause = pause(failures);
