@@ -122,6 +122,15 @@ impl<'a> Object<'a> {
         Err(Refusal(format!("{file}:{}: {path}{name}: {remedy}", node.at)))
     }
 
+    /// An object inside of this one; `example` is what could stand there, `path` what stands before its names.
+    fn entry(&self, node: &'a Node, path: &'a str, example: &str) -> Result<Self, Refusal> {
+        let Value::Object(members) = &node.value else {
+            let remedy = format!("{} where an object was expected: {example}", node.value.name());
+            return self.wrong(node, path.trim_end_matches('.'), &remedy);
+        };
+        Ok(Self { path, members, ..*self })
+    }
+
     /// A number that is not 0, as one or as a text: where the original has a default for anything else.
     fn number(&self, name: &str) -> Result<Option<f64>, Refusal> {
         let Some(node) = self.get(name).filter(|node| !node.value.is_falsy()) else { return Ok(None) };
@@ -224,10 +233,7 @@ fn listeners(root: &Object<'_>, draft: &mut Draft) -> Result<(), Refusal> {
     match root.get("servers").filter(|node| !node.value.is_falsy()) {
         Some(Node { value: Value::List(nodes), .. }) => {
             for node in nodes {
-                let Value::Object(members) = &node.value else {
-                    return root.wrong(node, "servers", &format!("{} where an object was expected", node.value.name()));
-                };
-                let server = Object { path: "servers.", members, ..*root };
+                let server = root.entry(node, "servers.", "{ server: './servers/udp', port: 8125 }")?;
                 listener(&server, &mut listeners, draft)?;
                 server.warn_of_others(&OF_SERVER, draft);
             }
@@ -418,14 +424,7 @@ fn timers(root: &Object<'_>, draft: &mut Draft) -> Result<(), Refusal> {
 
 /// Nothing for an entry that the original finds in no name.
 fn histogram(root: &Object<'_>, node: &Node, draft: &mut Draft) -> Result<Option<Toml>, Refusal> {
-    let Value::Object(members) = &node.value else {
-        return root.wrong(
-            node,
-            "histogram",
-            &format!("{} where an object was expected: {{ metric: '', bins: [10, 'inf'] }}", node.value.name()),
-        );
-    };
-    let entry = Object { path: "histogram.", members, ..*root };
+    let entry = root.entry(node, "histogram.", "{ metric: '', bins: [10, 'inf'] }")?;
     entry.warn_of_others(&["metric", "bins"], draft);
     let metric = match entry.get("metric").map(|node| &node.value) {
         Some(Value::Text(text)) => text.clone(),
@@ -571,10 +570,7 @@ fn graphite(root: &Object<'_>, backends: &Backends, draft: &mut Draft) -> Result
 
 fn namespace(root: &Object<'_>, draft: &mut Draft) -> Result<(), Refusal> {
     let Some(node) = root.get("graphite").filter(|node| !node.value.is_falsy()) else { return Ok(()) };
-    let Value::Object(members) = &node.value else {
-        return root.wrong(node, "graphite", &format!("{} where an object was expected", node.value.name()));
-    };
-    let graphite = Object { path: "graphite.", members, ..*root };
+    let graphite = root.entry(node, "graphite.", "{ legacyNamespace: false }")?;
     if let Some(node) = graphite.get("legacyNamespace") {
         // The original compares it with false, and nothing else.
         draft.set("export.graphite.legacy_namespace", node.value != Value::Bool(false), "graphite.legacyNamespace");
@@ -632,14 +628,7 @@ fn repeater(root: &Object<'_>, backends: &Backends, draft: &mut Draft) -> Result
     }
     let mut targets = Vec::new();
     for node in root.true_list("repeater", draft) {
-        let Value::Object(members) = &node.value else {
-            return root.wrong(
-                node,
-                "repeater",
-                &format!("{} where an object was expected: {{ host: 'a', port: 8125 }}", node.value.name()),
-            );
-        };
-        let entry = Object { path: "repeater.", members, ..*root };
+        let entry = root.entry(node, "repeater.", "{ host: 'a', port: 8125 }")?;
         if entry.number("port")?.is_none() {
             return entry.wrong(node, "port", "write host and port");
         }
